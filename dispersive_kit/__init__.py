@@ -1,0 +1,1 @@
+"""Dispersive Loss: learn it, test it, plug it in."""

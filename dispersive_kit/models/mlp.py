@@ -1,0 +1,76 @@
+"""The toy network: a residual MLP on points, called like `DiT`, small enough to train in seconds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .dit import LabelEmbedder, TimestepEmbedder
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return h + self.fc2(F.silu(self.fc1(F.silu(h) + c)))  # (B, D)
+
+
+class MLP(nn.Module):
+    """`forward(x, t, y=None, *, r=None, taps=())`: x (B, dim), t (B,) in [0, 1], y (B,) long; gives (B, dim).
+
+    `taps=(i, ...)` returns `(out, [z_i, ...])`, z_i (B, hidden_size) the output of block i counted from 0.
+    The class table has a null row at `null_label`; `interval=True` embeds t - r too, for MeanFlow.
+    Raises ConfigError: wrong point size, label outside the table, y missing or unwanted.
+    """
+
+    def __init__(
+        self,
+        dim: int = 2,
+        hidden_size: int = 128,
+        depth: int = 4,
+        num_classes: int = 0,
+        time_scale: float = 1000.0,
+        interval: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_classes, self.time_scale = dim, num_classes, time_scale
+        self.null_label = num_classes or None
+        self.x_embedder = nn.Linear(dim, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.r_embedder = TimestepEmbedder(hidden_size) if interval else None
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null=True) if num_classes else None
+        self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(depth))
+        self.final_layer = nn.Linear(hidden_size, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        *,
+        r: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Any:
+        if x.shape[1:] != (self.dim,) or (self.y_embedder is None) != (y is None):
+            raise ConfigError(
+                f"the network was built for points (B, {self.dim}) and {self.num_classes} classes, "
+                f"and was given {tuple(x.shape)} and {'no labels' if y is None else 'labels'}"
+            )
+        c = self.t_embedder(t * self.time_scale)  # (B, D)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)
+        h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
+        kept = {}
+        for i, block in enumerate(self.blocks):
+            h = block(h, c)
+            if i in taps:
+                kept[i] = h
+        out = self.final_layer(F.silu(h))
+        return (out, [kept[i] for i in taps]) if taps else out

@@ -109,7 +109,7 @@ class LabelEmbedder(nn.Module):
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.rows:
                 raise ConfigError(
-                    f"label {low if low < 0 else high} is outside 0..{self.rows - 1}, the rows of the model's "
+                    f"label {low if low < 0 else high} is outside 0..{self.rows - 1}, the model's "
                     "class table (the null class included): check num_classes against the data set"
                 )
         return self.embedding_table(y)  # (B, D)

@@ -1,0 +1,206 @@
+"""Paths from data to noise, x_t = alpha(t) x0 + sigma(t) eps with t = 0 data and t = 1 noise, and what can
+be read off x_t.
+
+x0, eps, velocity v = dx_t/dt and score = grad log p_t(x_t) each determine the others (SiT, arXiv
+2401.08740, section 2).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+PREDICTIONS = ("x0", "eps", "v", "score")
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """A per-sample number (B,) as (B, 1, ...), ready to multiply x."""
+    return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
+
+
+class Path:
+    """A pair (alpha, sigma) of functions of t (any shape); everything else follows. Subclasses give the
+    four functions.
+    """
+
+    t_min = 0.0  # smallest time at which the velocity is finite
+
+    def alpha(self, t: Tensor) -> Tensor:
+        raise ConfigError("Path is abstract: use LinearPath, GVPPath, VPPath or DDPMPath")
+
+    sigma = d_alpha = d_sigma = alpha
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def x_t(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        t = expand(t, x0)
+        return self.alpha(t) * x0 + self.sigma(t) * eps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        t = expand(t, x0)
+        return self.d_alpha(t) * x0 + self.d_sigma(t) * eps
+
+    def x0_and_eps(self, pred: Tensor, x: Tensor, t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+        """Solve x = alpha x0 + sigma eps together with what the prediction says."""
+        t = expand(t, x)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        if prediction == "x0":
+            return pred, (x - alpha * pred) / sigma
+        if prediction == "eps":
+            return (x - sigma * pred) / alpha, pred
+        if prediction == "score":
+            return (x + sigma**2 * pred) / alpha, -sigma * pred
+        check_prediction(prediction)
+        d_alpha, d_sigma = self.d_alpha(t), self.d_sigma(t)
+        det = alpha * d_sigma - d_alpha * sigma
+        return (d_sigma * x - sigma * pred) / det, (alpha * pred - d_alpha * x) / det
+
+    def convert(self, pred: Tensor, x: Tensor, t: Tensor, prediction: str, to: str) -> Tensor:
+        """A prediction about x (B, ...) at t (B,), as another: both of "x0", "eps", "v", "score".
+
+        Non-finite where the path itself has no answer: eps -> x0 at alpha = 0, x0 -> eps and anything ->
+        score at sigma = 0.
+        """
+        check_prediction(to)
+        if prediction == to:
+            return pred
+        x0, eps = self.x0_and_eps(pred, x, t, prediction)
+        return {
+            "x0": lambda: x0,
+            "eps": lambda: eps,
+            "v": lambda: self.velocity(x0, eps, t),
+            "score": lambda: -eps / self.sigma(expand(t, x)),
+        }[to]()
+
+
+def check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"prediction {prediction!r} is unknown: it is one of {', '.join(PREDICTIONS)}")
+
+
+@dataclass(frozen=True)
+class LinearPath(Path):
+    """alpha = 1 - t, sigma = t: rectified flow, the default of SiT."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class GVPPath(Path):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): variance preserving, the generalised VP path of SiT."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t * math.pi / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t * math.pi / 2)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.sin(t * math.pi / 2) * (math.pi / 2)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(t * math.pi / 2) * (math.pi / 2)
+
+
+class VariancePreserving(Path):
+    """alpha = exp(log_alpha(t)), sigma^2 = 1 - alpha^2; subclasses give log_alpha and its derivative."""
+
+    t_min = 1e-5  # sigma grows like a square root: its derivative is infinite at 0
+
+    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        raise ConfigError("VariancePreserving is abstract: use VPPath or DDPMPath")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.log_alpha(t)[0].exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self.log_alpha(t)[0])).sqrt()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        log_alpha, slope = self.log_alpha(t)
+        return slope * log_alpha.exp()
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+
+
+@dataclass(frozen=True)
+class VPPath(VariancePreserving):
+    """The continuous VP path of Song et al. (arXiv 2011.13456, equation 33): beta rises linearly over [0,
+    1].
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        spread = self.beta_max - self.beta_min
+        return -(t**2) * spread / 4 - t * self.beta_min / 2, -t * spread / 2 - self.beta_min / 2
+
+
+@lru_cache
+def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> Tensor:
+    """log alpha (num_timesteps + 1,) at t = 0, 1/T, ..., 1: half the log of DDPM's cumulative product, a 0
+    in front.
+    """
+    if (
+        schedule == "linear"
+    ):  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
+        scale = 1000 / num_timesteps
+        beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    elif schedule == "cosine":  # Nichol & Dhariwal, arXiv 2102.09672, equation 17
+        k = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        alpha_bar = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        raise ConfigError(f"schedule {schedule!r} is unknown: it is 'linear' or 'cosine'")
+    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
+    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+@dataclass(frozen=True)
+class DDPMPath(VariancePreserving):
+    """The discrete schedule of DDPM and DiT. Timestep k of the papers is t = (k + 1) / num_timesteps, so
+    that t = 0 is data.
+
+    Between the timesteps log alpha is linear in t, which gives the ODE samplers a velocity.
+    """
+
+    schedule: str = "linear"
+    num_timesteps: int = 1000
+
+    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)
+        position = (t.to(table.dtype) * self.num_timesteps).clamp(0, self.num_timesteps)
+        k = position.long().clamp(max=self.num_timesteps - 1)
+        rise = table[k + 1] - table[k]
+        return (table[k] + (position - k) * rise).to(t.dtype), (rise * self.num_timesteps).to(t.dtype)
+
+
+def velocity_field(model: Callable, path: Path, prediction: str) -> Callable:
+    """The velocity of a model that predicts x0, eps or the score, for the ODE samplers.
+
+    Give those samplers `time_grid(n, t_min=1e-3, t_max=1 - 1e-3)`: at the ends the conversion divides by
+    zero.
+    """
+
+    def velocity(x: Tensor, t: Tensor, *y: Tensor) -> Tensor:
+        return path.convert(model(x, t, *y), x, t, prediction, "v")
+
+    return velocity

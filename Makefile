@@ -1,0 +1,61 @@
+# make demo | test | lab | bench | clean;  `make help` says what each does.
+PYTHON ?= python3
+VENV   ?= .venv
+# Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
+TORCH_INDEX ?=
+RUN := $(VENV)/bin
+
+# A machine that already has a suitable torch keeps it: the virtual environment then sees the system's packages.
+HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lab bench lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@echo "  variables: PYTHON=python3.12, VENV=.venv, TORCH_INDEX=URL of PyTorch wheels (CPU or CUDA)"
+
+demo: $(VENV)/.notebooks  ## set up, run the main job headlessly, write runs/demo/report.html
+	$(RUN)/dispersive-kit demo --out runs/demo --resume
+
+lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
+	$(RUN)/jupyter lab notebooks
+
+test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
+	$(RUN)/python -m pytest -n 2 -m "not long"
+	DISPERSIVE_KIT_MODE=smoke $(RUN)/python -m pytest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
+
+test-long: $(VENV)/.test  ## the long kill and fuzz series
+	$(RUN)/python -m pytest -n 2 -m long
+
+bench: $(VENV)/.test  ## every benchmark: ratios against a named alternative
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN)/python $$script || exit 1; done
+
+lint: $(VENV)/.test  ## ruff, mypy, import-linter
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+clean:  ## remove the environment, caches and the demo run; other runs and data/ stay
+	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/constraints.txt: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@if $(HAS_TORCH); then \
+	  echo "keeping the torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -vE '^(torch|torchvision)==' constraints.txt > $@; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && cp constraints.txt $@ && \
+	  { [ -z "$(TORCH_INDEX)" ] || $(RUN)/pip install -q -c $@ --index-url "$(TORCH_INDEX)" torch torchvision; }; \
+	fi
+
+$(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
+	@echo "installing the kit and its notebooks extra into $(VENV) (some minutes, some GB: PyTorch is among it)"
+	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[notebooks]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.notebooks
+	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,15 @@
+"""Data: generated 2-D sets and small image sets, always as plain tensors."""
+
+from dispersive_kit.data.images import ImageSet, data_folder, load_images, to_float, to_uint8
+from dispersive_kit.data.toy import TOY_SETS, GaussianMixture, sample_toy
+
+__all__ = [
+    "TOY_SETS",
+    "GaussianMixture",
+    "ImageSet",
+    "data_folder",
+    "load_images",
+    "sample_toy",
+    "to_float",
+    "to_uint8",
+]

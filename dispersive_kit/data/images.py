@@ -1,0 +1,229 @@
+"""Small image sets held whole in memory as uint8: digits, MNIST, CIFAR-10, or any folder of images.
+
+The only conversions between uint8 and the network's [-1, 1] are `to_float` and `to_uint8`.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispersive_kit.errors import DataError
+
+DIGITS_HELD_OUT = 500  # of the 1,797 images; fixed, so that numbers from different runs can be compared
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of a data set.
+
+    Attributes:
+        images: uint8 (N, C, H, W). labels: int64 (N,). classes: name of each label.
+        source: where it was read from; sha256: of images and labels, so a number can name its data.
+    """
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"{self.source}: images must be uint8 (N, C, H, W), "
+                f"got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if len(self.images) != len(self.labels) or len(self.images) == 0:
+            raise DataError(
+                f"{self.source}: {len(self.images)} images and {len(self.labels)} labels; "
+                "there must be as many labels as images, and at least one"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(
+                f"{self.source}: labels run from {low} to {high} but there are {len(self.classes)} classes; "
+                f"labels must lie in 0..{len(self.classes) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def subset(self, index: Tensor) -> "ImageSet":
+        """The images at `index`, in that order."""
+        return ImageSet(
+            self.name, self.split, self.images[index], self.labels[index], self.classes, self.source
+        )
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The one rule of the kit."""
+    return (127.5 * x + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def data_folder() -> Path:
+    """Where data sets are looked for: $DISPERSIVE_KIT_DATA, else `data/` of a checkout, else the user cache."""
+    if folder := os.environ.get("DISPERSIVE_KIT_DATA"):
+        return Path(folder).expanduser()
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dispersive_kit" / "data"
+
+
+def load_images(
+    name: str, split: str = "train", *, data_dir: str | Path | None = None, download: bool = True, size: int = 32
+) -> ImageSet:
+    """Load one split of a data set by name, or a folder of images by path.
+
+    Args:
+        name: "digits" (8x8, inside scikit-learn), "mnist", "cifar10", or the path of a folder of images.
+        split: "train" or "test". A folder may hold `train/` and `test/`; otherwise every tenth image is held out.
+        data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
+            uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
+            then torchvision's own files.
+        download: let torchvision download what is missing.
+        size: side of the square to which images of a folder are resized and centre-cropped.
+
+    Raises:
+        DataError: unknown name or split; the set is not there and cannot be downloaded (the message says
+            where to put it); damaged file.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"unknown split {split!r}; there are: train, test")
+    if name == "digits":
+        return _digits(split)
+    folder = Path(data_dir) if data_dir else data_folder()
+    if name in TORCHVISION_SETS:
+        packed = folder / f"{name}.npz"
+        return _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
+    if Path(name).is_dir():
+        return _image_folder(Path(name), split, size)
+    known = ", ".join(["digits", *TORCHVISION_SETS])
+    raise DataError(f"unknown data set {name!r}: it is neither one of {known} nor a folder of images")
+
+
+def _digits(split: str) -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
+    bunch: Any = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    index = order[:DIGITS_HELD_OUT] if split == "test" else order[DIGITS_HELD_OUT:]
+    classes = tuple(str(i) for i in range(10))
+    return ImageSet("digits", split, images[index], labels[index], classes, "sklearn.datasets.load_digits")
+
+
+def _packed(name: str, split: str, file: Path) -> ImageSet:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            keep = arrays["split"] == (split == "test")
+            images = torch.from_numpy(arrays["images"][keep]).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(arrays["labels"][keep]).long()
+            classes = tuple(str(c) for c in arrays["classes"])
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, IndexError, BadZipFile) as error:
+        raise DataError(
+            f"{file} cannot be read ({error}); it must hold images (N, H, W, C), labels, split and classes. "
+            "Replace it, or delete it to use torchvision's own files"
+        ) from error
+    return ImageSet(name, split, images, labels, classes, str(file))
+
+
+def _mnist(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
+    from torchvision.datasets import MNIST
+
+    data = MNIST(root, train=train, download=download)
+    return data.data[:, None], data.targets, [str(i) for i in range(10)]
+
+
+def _cifar10(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(root, train=train, download=download)  # md5-checked before it is unpickled
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+
+
+TORCHVISION_SETS: dict[str, Callable[[Path, bool, bool], tuple[Tensor, Tensor, list[str]]]] = {
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+}
+
+
+def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSet:
+    load = TORCHVISION_SETS[name]
+    try:
+        images, labels, classes = load(folder, split == "train", False)
+    except RuntimeError as missing:
+        if not download:
+            raise DataError(_where_to_put(name, folder, "downloading was switched off")) from missing
+        try:
+            images, labels, classes = load(folder, split == "train", True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(_where_to_put(name, folder, f"the download failed: {error}")) from error
+    return ImageSet(name, split, images, labels.long(), tuple(classes), f"torchvision in {folder}")
+
+
+def _where_to_put(name: str, folder: Path, why: str) -> str:
+    own = {
+        "mnist": "MNIST/raw/ with the four *-ubyte files",
+        "cifar10": "cifar-10-batches-py/ (the unpacked cifar-10-python.tar.gz)",
+    }
+    return (
+        f"{name} is not in {folder}, and {why}. Put there either {own[name]}, or {name}.npz with arrays images "
+        "(N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder with "
+        "--data-dir or the variable DISPERSIVE_KIT_DATA"
+    )
+
+
+def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    has_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
+    root = folder / split if has_splits else folder
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
+    # The class of an image is the first folder below the root; a flat folder is one class.
+    names = [f.relative_to(root).parts[0] if f.parent != root else "image" for f in files]
+    classes = tuple(sorted(set(names)))
+    index = range(len(files)) if has_splits else [
+        i for i in range(len(files)) if (i % 10 == 9) == (split == "test")
+    ]
+    if not index:
+        raise DataError(f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/")
+    images = torch.stack([_read_square(files[i], size) for i in index])
+    labels = torch.tensor([classes.index(names[i]) for i in index])
+    return ImageSet(folder.name, split, images, labels, classes, str(root))
+
+
+def _read_square(file: Path, size: int) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2 import functional as tv
+
+    try:
+        image = decode_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 (3, H, W)
+    except RuntimeError as error:
+        raise DataError(f"{file} is not a readable image ({error}); repair or remove it") from error
+    return tv.center_crop(tv.resize(image, [size], antialias=True), [size, size])

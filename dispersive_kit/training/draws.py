@@ -1,0 +1,88 @@
+"""Everything random in training, as a function of (seed, step, global sample index).
+
+The whole global batch is drawn from one generator that is seeded by (seed, step), and each process takes its rows.
+So the numbers do not depend on how the batch is split, a run resumes without any generator state, and two arms
+that differ only in the regulariser see the same images, times, noise and label drops.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersive_kit.data import ImageSet, to_float
+
+
+def stream(seed: int, name: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for one purpose (`name`) at one step."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=stream(seed, "order", epoch))
+
+
+def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
+    """Indices (batch_size,) into a set of n that step `step` trains on: each epoch is one permutation."""
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epoch = position // n
+    orders = [
+        _epoch_order(seed, int(e), n)[position[epoch == e] % n] for e in range(int(epoch[0]), int(epoch[-1]) + 1)
+    ]
+    return torch.cat(orders)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images x0 in [-1, 1] (B, C, H, W), labels y (B,) with some dropped to the null class, objective's draws."""
+
+    x0: Tensor
+    y: Tensor
+    draws: Any
+
+    def rows(self, part: int, parts: int) -> "Batch":
+        """The `part`-th of `parts` equal slices."""
+        size = len(self.x0) // parts
+        keep = slice(part * size, (part + 1) * size)
+        return Batch(self.x0[keep], self.y[keep], self.draws[keep])
+
+
+@dataclass(frozen=True)
+class DeviceSet:
+    """A small image set held as uint8 on the device: no loader, no workers."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, data: ImageSet, device: torch.device | str) -> "DeviceSet":
+        return cls(data.images.to(device), data.labels.to(device))
+
+    def batch(
+        self,
+        objective: Any,
+        *,
+        seed: int,
+        step: int,
+        size: int,
+        null_label: int | None,
+        drop_prob: float,
+        flip: bool = False,
+    ) -> Batch:
+        """The global batch of one step; the same whatever device count, arm or accumulation asks for it."""
+        device = self.images.device
+        index = sample_index(seed, step, size, len(self.images)).to(device)
+        generator = stream(seed, "batch", step, device)
+        x0, y = to_float(self.images[index]), self.labels[index]
+        if flip:
+            mirrored = torch.rand(size, generator=generator, device=device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        if null_label is not None:
+            dropped = torch.rand(size, generator=generator, device=device) < drop_prob
+            y = torch.where(dropped, null_label, y)
+        return Batch(x0, y, objective.draw(x0, generator))

@@ -1,0 +1,131 @@
+"""The training loop: a generator of step records.
+
+    for record in train(config, "runs/mine"):
+        ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
+
+Each step draws its batch from (seed, step), adds Dispersive Loss if the configuration asks for it, and yields.
+Nothing is read back from the device but at the steps that are logged.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersive_kit.errors import KitError
+from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.interrupt import StopRequest
+from dispersive_kit.training.session import Session, begin, held_out_loss
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: its number counted from 1, and what was measured. `values` is empty between logged steps."""
+
+    step: int
+    steps: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Iterator[StepRecord]:
+    """Train as `config` says, in the folder `run_dir`; yields a `StepRecord` after each step.
+
+    The folder gets config.json, run.json, metrics.jsonl and checkpoints/. With `resume`, the newest whole
+    checkpoint is taken up, and the result is the same bits as that of a run that was never stopped. Ctrl-C and
+    SIGTERM end the run after the step in hand, with a checkpoint.
+
+    Raises:
+        CheckpointError: the folder holds a run already, or one of another configuration; a checkpoint could not be
+            written. DataError: the data set is missing. KitError: the loss became NaN or infinite.
+    """
+    run = begin(config, Path(run_dir), resume=resume)
+    finite = torch.ones((), dtype=torch.bool, device=run.accelerator.device)
+    with StopRequest() as stop, contextlib.ExitStack() as cleanup:
+        cleanup.callback(run.regularizer.remove)
+        for step in range(run.done, config.steps):
+            last = step + 1 == config.steps
+            logs = last or (step + 1) % config.log_every == 0
+            values = _update(run, step, measure=logs)
+            finite &= torch.isfinite(values["grad_norm"])
+            if last or (step + 1) % config.eval_every == 0:
+                values |= held_out_loss(run.ema.model, run.objective, run.frozen)
+                logs = True
+            record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
+            if logs:
+                _require_finite(finite, run, step + 1)
+                run.log(step + 1, record.values)
+            if last or stop.signal_number or (step + 1) % config.checkpoint_every == 0:
+                _require_finite(finite, run, step + 1)
+                run.save(step + 1)
+            yield record
+            stop.raise_if_asked()
+
+
+def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
+    """One optimizer step on the global batch of `step`; returns what was measured, still on the device."""
+    config, accelerator = run.config, run.accelerator
+    batch, parts = run.batch(step), accelerator.num_processes * config.accumulation
+    values: dict[str, Any] = {}
+    for micro in range(config.accumulation):
+        rows = batch.rows(accelerator.process_index * config.accumulation + micro, parts)
+        more_to_come = micro + 1 < config.accumulation
+        with accelerator.no_sync(run.network) if more_to_come else contextlib.nullcontext():
+            loss, values = _losses(run, rows, step, measure=measure)
+            accelerator.backward(loss / config.accumulation)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    values["grad_norm"] = accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.ema.update(run.model)
+    return values
+
+
+def _losses(run: Session, rows: Any, step: int, *, measure: bool) -> tuple[Tensor, dict[str, Any]]:
+    """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
+    if not (run.regularised or measure):
+        loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
+        return loss, {"loss": loss.detach()}
+    regularizer = run.regularizer
+    with regularizer, run.accelerator.autocast():
+        loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
+    taps = regularizer.captured
+    dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step)
+    values: dict[str, Any] = {"loss": loss.detach()}
+    if measure:
+        values |= regularizer.stats.read()
+        values["gradient_ratio"] = gradient_ratio(dispersive, loss, taps)
+    return (loss + dispersive if run.regularised else loss), values
+
+
+def gradient_ratio(dispersive: Tensor, loss: Tensor, taps: list[Tensor]) -> Tensor:
+    """|d dispersive / dz| over |d loss / dz| at the tapped activations: how hard the regulariser pulls.
+
+    `dispersive` is weighted, as it enters the total.
+    """
+    pull, push = (
+        torch.stack([g.norm() for g in torch.autograd.grad(value, taps, retain_graph=True)]).norm()
+        for value in (dispersive, loss)
+    )
+    return pull / push
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to zero."""
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    progress = step / config.steps
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
+    return config.learning_rate * warmup * decay
+
+
+def _require_finite(finite: Tensor, run: Session, step: int) -> None:
+    if not bool(finite):
+        raise KitError(
+            f"the gradient became NaN or infinite in one of the steps up to {step}; the newest checkpoint in "
+            f"{run.run_dir / 'checkpoints'} is from before. Lower the learning rate or the regulariser's weight"
+        )

@@ -4,15 +4,17 @@ Every random number is in `draws`, so a training loop can draw the global batch 
 its slice. The model is any callable `model(x_t, t, y)`; labels are dropped by whoever calls the objective.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ConfigError
-from .paths import LinearPath, Path, check_prediction, expand
+from .paths import DDPM_LINEAR, LINEAR, DDPMPath, Path, check_prediction, expand
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,39 @@ def mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def given_or_drawn(
-    objective: Any, x0: Tensor, draws: Draws | None, generator: torch.Generator | None
-) -> Draws:
-    if draws is None and generator is None:
-        raise ConfigError("an objective draws nothing from the global generator: give draws= or generator=")
-    return objective.draw(x0, generator) if draws is None else draws
+class Objective:
+    """`draw(x0, generator)` gives the random numbers of a batch, and the call is a function of them."""
+
+    def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
+        raise ConfigError("Objective is abstract: use FlowMatching, DDPM or MeanFlow")
+
+    def loss(
+        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
+    ) -> tuple[Tensor, Aux]:
+        raise ConfigError("Objective is abstract: use FlowMatching, DDPM or MeanFlow")
+
+    def __call__(
+        self,
+        model: Callable,
+        x0: Tensor,
+        y: Tensor | None = None,
+        *,
+        draws: Draws | None = None,
+        generator: torch.Generator | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Aux]:
+        """The scalar loss and its `Aux`; taps are block indices for models that return them (x0 (B, ...), y
+        (B,)).
+        """
+        if draws is None:
+            if generator is None:
+                raise ConfigError("an objective never uses the global generator: give draws= or generator=")
+            draws = self.draw(x0, generator)
+        return self.loss(model, x0, y, draws, taps)
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """Mean squared error of a prediction about x_t. "v" on the linear path is SiT's and rectified flow's
     objective.
 
@@ -103,7 +128,7 @@ class FlowMatching:
     t_sampling: "uniform" or "logit_normal" with `logit_mean`, `logit_std`.
     """
 
-    path: Path = field(default_factory=LinearPath)
+    path: Path = LINEAR
     prediction: str = "v"
     t_sampling: str = "uniform"
     logit_mean: float = 0.0
@@ -116,17 +141,9 @@ class FlowMatching:
         t = draw_times(x0, generator, self.t_sampling, self.path.t_min, self.logit_mean, self.logit_std)
         return Draws(t=t, eps=noise_like(x0, generator))
 
-    def __call__(
-        self,
-        model: Callable,
-        x0: Tensor,
-        y: Tensor | None = None,
-        *,
-        draws: Draws | None = None,
-        generator: torch.Generator | None = None,
-        taps: Sequence[int] = (),
+    def loss(
+        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
     ) -> tuple[Tensor, Aux]:
-        draws = given_or_drawn(self, x0, draws, generator)
         t, eps = draws.t, draws.eps
         pred, kept = predict(model, self.path.x_t(x0, eps, t), t, y, taps, x0.shape[1])
         per_sample = mean_flat((self.scaled(pred, t) - self.target(x0, eps, t)) ** 2)  # (B,)
@@ -139,3 +156,140 @@ class FlowMatching:
 
     def scaled(self, pred: Tensor, t: Tensor) -> Tensor:
         return pred * self.path.sigma(expand(t, pred)) if self.prediction == "score" else pred.to(t.dtype)
+
+
+@dataclass(frozen=True)
+class DDPM(Objective):
+    """Ho et al. (arXiv 2006.11239, equation 14), the "simple" loss on eps; with learn_sigma Nichol &
+    Dhariwal's hybrid.
+
+    learn_sigma: the model gives 2C channels, the second half in [-1, 1] choosing the log variance between
+    its bounds, and the variational bound, in bits per dimension, trains that half alone (arXiv 2102.09672,
+    equations 15 and 16; the weight 0.001 there times T = 1000 timesteps is 1 here, as in DiT).
+    min_snr: the gamma of arXiv 2303.09556: weight min(SNR, gamma) / SNR.
+    """
+
+    path: DDPMPath = DDPM_LINEAR
+    learn_sigma: bool = False
+    min_snr: float | None = None
+
+    def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
+        T = self.path.num_timesteps
+        k = torch.randint(T, (x0.shape[0],), generator=generator, device=generator.device)
+        return Draws(t=((k + 1) / T).to(x0), eps=noise_like(x0, generator))
+
+    def loss(
+        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
+    ) -> tuple[Tensor, Aux]:
+        t, eps, C = draws.t, draws.eps, x0.shape[1]
+        x = self.path.x_t(x0, eps, t)
+        out, kept = predict(model, x, t, y, taps, 2 * C if self.learn_sigma else C)
+        out = out.to(x.dtype)
+        per_sample = mean_flat((out[:, :C] - eps) ** 2)  # (B,)
+        loss = per_sample
+        if self.min_snr is not None:
+            loss = loss * (self.min_snr / self.path.log_snr(t).exp()).clamp(max=1.0)
+        if self.learn_sigma:
+            loss = loss + self.variational_bound(x0, x, t, out[:, :C].detach(), out[:, C:])
+        return loss.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
+
+    def variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, share: Tensor) -> Tensor:
+        """One term of the bound (B,) in bits per dimension: KL of the two Gaussians, at the last timestep
+        the likelihood.
+        """
+        T = self.path.num_timesteps
+        t = expand(t, x)
+        a, b, _, step_var = self.path.posterior(t, t - 1 / T)
+        # Next to the data the posterior variance is 0: its neighbour stands in (arXiv 2102.09672, 3.1).
+        late = t.clamp(min=2 / T)
+        low = self.path.posterior(late, late - 1 / T)[2].log()
+        log_var = (share + 1) / 2 * step_var.log() + (1 - share) / 2 * low
+        x0_pred, _ = self.path.x0_and_eps(eps, x, t, "eps")
+        mean = a * x + b * x0_pred
+        kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + (b * (x0 - x0_pred)) ** 2 * (-log_var).exp())
+        nll = -discretized_log_likelihood(x0, mean, (0.5 * log_var).exp())
+        return mean_flat(torch.where(t < 1.5 / T, nll, kl)) / math.log(2)
+
+
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log of the Gaussian mass in the grey level of x0, pixels in [-1, 1] with 256 levels (DDPM's equation
+    13).
+    """
+    upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
+    lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)
+    upper = torch.where(x0 > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x0 < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+@dataclass(frozen=True)
+class MeanFlow(Objective):
+    """u(x_t, r, t) = 1/(t - r) times the integral of v from r to t, from the identity u = v - (t - r)
+    du/dt.
+
+    The model is called as model(x, t, y, r=r). The time derivative is a Jacobian-vector product, so the
+    model must allow forward-mode differentiation (no activation checkpointing); the taps leave it through
+    has_aux, with their gradient. Under DDP give the wrapped model: the forward pass goes through it.
+
+    equal_share: part of the samples with r = t. power, offset: weight 1 / (|error|^2 + offset)^power, the
+    error summed over the dimensions. cfg_scale, cfg_mix: omega and kappa of the guided target (equation
+    19); they need `null_label`, and samples whose y is the null class keep the plain target.
+    """
+
+    path: Path = LINEAR
+    equal_share: float = 0.75
+    t_sampling: str = "logit_normal"
+    logit_mean: float = -0.4
+    logit_std: float = 1.0
+    power: float = 1.0
+    offset: float = 1e-3
+    cfg_scale: float = 1.0
+    cfg_mix: float = 0.0
+    null_label: int | None = None
+
+    def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
+        pair = [
+            draw_times(x0, generator, self.t_sampling, self.path.t_min, self.logit_mean, self.logit_std)
+            for _ in range(2)
+        ]
+        t, r = torch.maximum(pair[0], pair[1]), torch.minimum(pair[0], pair[1])
+        equal = (
+            torch.rand(t.shape, generator=generator, device=generator.device).to(t.device) < self.equal_share
+        )
+        return Draws(t=t, r=torch.where(equal, t, r), eps=noise_like(x0, generator))
+
+    def loss(
+        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
+    ) -> tuple[Tensor, Aux]:
+        t, r, eps = draws.t, draws.r, draws.eps
+        if r is None:
+            raise ConfigError("MeanFlow needs draws of its own, with r: use MeanFlow.draw")
+        x = self.path.x_t(x0, eps, t)
+        v = self.guided(model, x, t, y, self.path.velocity(x0, eps, t))
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return predict(model, x, t, y, taps, x.shape[1], r=r)
+
+        # The fused attention kernels have no forward-mode derivative; the plain mathematics has.
+        with sdpa_kernel(SDPBackend.MATH):
+            tangents = (v, torch.ones_like(t), torch.zeros_like(r))
+            out, du_dt, kept = torch.func.jvp(u, (x, t, r), tangents, has_aux=True)  # type: ignore[misc]
+        target = (v - expand(t - r, x) * du_dt).detach()
+        error = (out.to(x.dtype) - target).square().flatten(1)  # (B, dim)
+        squared = error.sum(1)
+        weight = (squared.detach() + self.offset) ** -self.power
+        return (weight * squared).mean(), Aux(t=t, per_sample=error.mean(1).detach(), taps=kept)
+
+    @torch.no_grad()
+    def guided(self, model: Callable, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
+        """The velocity the target is built from: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t |
+        null).
+        """
+        if self.cfg_scale == 1.0 and self.cfg_mix == 0.0:
+            return v
+        if y is None or self.null_label is None:
+            raise ConfigError("a guided MeanFlow target (cfg_scale, cfg_mix) needs y and null_label")
+        null, _ = predict(model, x, t, torch.full_like(y, self.null_label), (), x.shape[1], r=t)
+        given = predict(model, x, t, y, (), x.shape[1], r=t)[0] if self.cfg_mix else 0.0
+        guided = self.cfg_scale * v + self.cfg_mix * given + (1 - self.cfg_scale - self.cfg_mix) * null
+        return torch.where(expand(y == self.null_label, x), v, guided)

@@ -24,32 +24,41 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
 
 
 class Path:
-    """A pair (alpha, sigma) of functions of t (any shape); everything else follows. Subclasses give the
-    four functions.
-    """
+    """alpha, sigma and their derivatives as functions of t (any shape); everything else follows from them."""
 
     t_min = 0.0  # smallest time at which the velocity is finite
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(alpha, sigma, d_alpha, d_sigma) at t; the one method of a subclass."""
         raise ConfigError("Path is abstract: use LinearPath, GVPPath, VPPath or DDPMPath")
 
-    sigma = d_alpha = d_sigma = alpha
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[1]
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[2]
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[3]
 
     def log_snr(self, t: Tensor) -> Tensor:
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def x_t(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        t = expand(t, x0)
-        return self.alpha(t) * x0 + self.sigma(t) * eps
+        alpha, sigma, _, _ = self.coefficients(expand(t, x0))
+        return alpha * x0 + sigma * eps
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        t = expand(t, x0)
-        return self.d_alpha(t) * x0 + self.d_sigma(t) * eps
+        _, _, d_alpha, d_sigma = self.coefficients(expand(t, x0))
+        return d_alpha * x0 + d_sigma * eps
 
     def x0_and_eps(self, pred: Tensor, x: Tensor, t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-        """Solve x = alpha x0 + sigma eps together with what the prediction says."""
-        t = expand(t, x)
-        alpha, sigma = self.alpha(t), self.sigma(t)
+        """Solve x = alpha x0 + sigma eps with what the prediction says; a learned variance is dropped."""
+        t, pred = expand(t, x), pred[:, : x.shape[1]]
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
         if prediction == "x0":
             return pred, (x - alpha * pred) / sigma
         if prediction == "eps":
@@ -57,9 +66,18 @@ class Path:
         if prediction == "score":
             return (x + sigma**2 * pred) / alpha, -sigma * pred
         check_prediction(prediction)
-        d_alpha, d_sigma = self.d_alpha(t), self.d_sigma(t)
         det = alpha * d_sigma - d_alpha * sigma
         return (d_sigma * x - sigma * pred) / det, (alpha * pred - d_alpha * x) / det
+
+    def posterior(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q(x_s | x_t, x0) for s < t: mean = a x_t + b x0 and var; (a, b, var, var of x_t given x_s).
+
+        DDPM's equations 6 and 7 (arXiv 2006.11239), for any path and any two times.
+        """
+        ratio = self.alpha(t) / self.alpha(s)
+        step_var = self.sigma(t) ** 2 - ratio**2 * self.sigma(s) ** 2
+        keep = self.sigma(s) ** 2 / self.sigma(t) ** 2
+        return ratio * keep, self.alpha(s) * step_var / self.sigma(t) ** 2, step_var * keep, step_var
 
     def convert(self, pred: Tensor, x: Tensor, t: Tensor, prediction: str, to: str) -> Tensor:
         """A prediction about x (B, ...) at t (B,), as another: both of "x0", "eps", "v", "score".
@@ -88,70 +106,38 @@ def check_prediction(prediction: str) -> None:
 class LinearPath(Path):
     """alpha = 1 - t, sigma = t: rectified flow, the default of SiT."""
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return t
-
-    def d_alpha(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t)
-
-    def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
 
 @dataclass(frozen=True)
 class GVPPath(Path):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): variance preserving, the generalised VP path of SiT."""
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): the generalised variance-preserving path of SiT."""
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(t * math.pi / 2)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(t * math.pi / 2)
-
-    def d_alpha(self, t: Tensor) -> Tensor:
-        return -torch.sin(t * math.pi / 2) * (math.pi / 2)
-
-    def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(t * math.pi / 2) * (math.pi / 2)
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cos, sin = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+        return cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos
 
 
-class VariancePreserving(Path):
-    """alpha = exp(log_alpha(t)), sigma^2 = 1 - alpha^2; subclasses give log_alpha and its derivative."""
-
-    t_min = 1e-5  # sigma grows like a square root: its derivative is infinite at 0
-
-    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        raise ConfigError("VariancePreserving is abstract: use VPPath or DDPMPath")
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return self.log_alpha(t)[0].exp()
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(2 * self.log_alpha(t)[0])).sqrt()
-
-    def d_alpha(self, t: Tensor) -> Tensor:
-        log_alpha, slope = self.log_alpha(t)
-        return slope * log_alpha.exp()
-
-    def d_sigma(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+def variance_preserving(log_alpha: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The coefficients with sigma^2 = 1 - alpha^2, from log alpha and its derivative."""
+    alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+    return alpha, sigma, slope * alpha, -slope * alpha**2 / sigma
 
 
 @dataclass(frozen=True)
-class VPPath(VariancePreserving):
-    """The continuous VP path of Song et al. (arXiv 2011.13456, equation 33): beta rises linearly over [0,
-    1].
-    """
+class VPPath(Path):
+    """The continuous VP path of Song et al. (arXiv 2011.13456, equation 33): beta rises linearly in t."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+    t_min = 1e-5  # sigma grows like a square root: its derivative is infinite at 0
 
-    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        spread = self.beta_max - self.beta_min
-        return -(t**2) * spread / 4 - t * self.beta_min / 2, -t * spread / 2 - self.beta_min / 2
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rise = self.beta_max - self.beta_min
+        return variance_preserving(
+            -(t**2) * rise / 4 - t * self.beta_min / 2, -t * rise / 2 - self.beta_min / 2
+        )
 
 
 @lru_cache
@@ -175,22 +161,23 @@ def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> T
 
 
 @dataclass(frozen=True)
-class DDPMPath(VariancePreserving):
-    """The discrete schedule of DDPM and DiT. Timestep k of the papers is t = (k + 1) / num_timesteps, so
-    that t = 0 is data.
+class DDPMPath(Path):
+    """The discrete schedule of DDPM and DiT; timestep k of the papers is t = (k + 1) / num_timesteps.
 
-    Between the timesteps log alpha is linear in t, which gives the ODE samplers a velocity.
+    So t = 0 is data. Between the timesteps log alpha is linear in t, which gives the ODE samplers a velocity.
     """
 
     schedule: str = "linear"
     num_timesteps: int = 1000
+    t_min = 1e-5
 
-    def log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table = ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)
         position = (t.to(table.dtype) * self.num_timesteps).clamp(0, self.num_timesteps)
         k = position.long().clamp(max=self.num_timesteps - 1)
         rise = table[k + 1] - table[k]
-        return (table[k] + (position - k) * rise).to(t.dtype), (rise * self.num_timesteps).to(t.dtype)
+        log_alpha = (table[k] + (position - k) * rise).to(t.dtype)
+        return variance_preserving(log_alpha, (rise * self.num_timesteps).to(t.dtype))
 
 
 def velocity_field(model: Callable, path: Path, prediction: str) -> Callable:
@@ -204,3 +191,6 @@ def velocity_field(model: Callable, path: Path, prediction: str) -> Callable:
         return path.convert(model(x, t, *y), x, t, prediction, "v")
 
     return velocity
+
+
+LINEAR, DDPM_LINEAR = LinearPath(), DDPMPath()  # the defaults of objectives and samplers

@@ -205,7 +205,8 @@ class DiT(nn.Module):
     learn_sigma: twice the channels out, the second half for the variance (public SiTs have and drop them).
     time_scale: the embedder sees t * time_scale (1000 for DiT, 1 for SiT).
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
-    checkpointing: recomputes each block in backward (non-reentrant); `taps` are outside it and need no care.
+    checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
+    with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
     Raises ConfigError: size not a multiple of the patch, width not of the heads, label outside the table,
     y missing or unwanted.
     """
@@ -237,7 +238,7 @@ class DiT(nn.Module):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.null_label = num_classes if num_classes and class_dropout_prob > 0 else None
-        self.time_scale, self.checkpointing = time_scale, checkpointing
+        self.num_heads, self.time_scale, self.checkpointing = num_heads, time_scale, checkpointing
         grid = input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -290,7 +291,7 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)
         kept = {}
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and r is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)

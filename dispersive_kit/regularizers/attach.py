@@ -88,6 +88,11 @@ class Dispersive:
         for tap in self.taps:
             tap.armed = False
 
+    @property
+    def captured(self) -> list[Tensor]:
+        """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
+        return [pick(tap.output, self.select) for tap in self.taps if tap.output is not None]
+
     def loss(
         self,
         *,

@@ -1,0 +1,80 @@
+"""EfficientNet-Lite0: the right network for its weights, and only for those."""
+
+import pytest
+import skimage.data
+import torch
+
+from dispersive_kit.errors import CheckpointError, DataError
+from dispersive_kit.models.efficientnet import (
+    WEIGHTS_NAME,
+    EfficientNetLite0,
+    efficientnet_lite0,
+    find_weights,
+    preprocess,
+)
+
+EGYPTIAN_CAT, ESPRESSO = 285, 967
+
+
+@pytest.fixture(scope="module")
+def model():
+    return efficientnet_lite0()
+
+
+def square(name):
+    image = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)
+    side = min(image.shape[1:])
+    top, left = ((n - side) // 2 for n in image.shape[1:])
+    return image[None, :, top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize(("name", "label"), [("chelsea", EGYPTIAN_CAT), ("coffee", ESPRESSO)])
+def test_knows_photographs(model, name, label):
+    assert model(preprocess(square(name))).argmax(1).item() == label
+
+
+def test_padding_is_the_one_of_training(model):
+    # With symmetric padding the probability of espresso is .924, with TensorFlow's .937.
+    assert model(preprocess(square("coffee"))).softmax(1)[0, ESPRESSO] > 0.93
+
+
+def test_is_frozen_and_gives_pooled_features(model):
+    x = preprocess(torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8), size=64)
+    assert x.shape == (2, 3, 64, 64) and model.features(x).shape == (2, 1280)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(model(x), model._fc(model.features(x)))
+
+
+def test_preprocess_is_the_scaling_of_training():
+    images = torch.tensor([0, 127, 255], dtype=torch.uint8).expand(1, 3, 3, 3).contiguous()
+    assert preprocess(images, size=3)[0, 0, 0].tolist() == [-127 / 128, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 2, 8, 8)])
+def test_preprocess_refuses_other_shapes(shape):
+    with pytest.raises(DataError, match="uint8 images"):
+        preprocess(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_preprocess_refuses_floats():
+    with pytest.raises(DataError, match="float32"):
+        preprocess(torch.zeros(1, 3, 8, 8))
+
+
+def test_damaged_weights_are_refused_by_hash(tmp_path):
+    damaged = tmp_path / WEIGHTS_NAME
+    content = bytearray(find_weights().read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match="sha256"):
+        efficientnet_lite0(damaged)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pth"):
+        efficientnet_lite0(tmp_path / "none.pth")
+
+
+def test_loading_is_strict():
+    state = torch.load(find_weights(), weights_only=True)
+    assert set(state) == set(EfficientNetLite0().state_dict())

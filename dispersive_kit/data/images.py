@@ -91,7 +91,12 @@ def data_folder() -> Path:
 
 
 def load_images(
-    name: str, split: str = "train", *, data_dir: str | Path | None = None, download: bool = True, size: int = 32
+    name: str,
+    split: str = "train",
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = True,
+    size: int = 32,
 ) -> ImageSet:
     """Load one split of a data set by name, or a folder of images by path.
 
@@ -115,7 +120,9 @@ def load_images(
     folder = Path(data_dir) if data_dir else data_folder()
     if name in TORCHVISION_SETS:
         packed = folder / f"{name}.npz"
-        return _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
+        return (
+            _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
+        )
     if Path(name).is_dir():
         return _image_folder(Path(name), split, size)
     known = ", ".join(["digits", *TORCHVISION_SETS])
@@ -126,7 +133,9 @@ def _digits(split: str) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
+        raise DataError(
+            "'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'"
+        ) from error
     bunch: Any = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
     labels = torch.from_numpy(bunch.target).long()
@@ -162,7 +171,11 @@ def _cifar10(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, l
     from torchvision.datasets import CIFAR10
 
     data = CIFAR10(root, train=train, download=download)  # md5-checked before it is unpickled
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+    return (
+        torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor(data.targets),
+        data.classes,
+    )
 
 
 TORCHVISION_SETS: dict[str, Callable[[Path, bool, bool], tuple[Tensor, Tensor, list[str]]]] = {
@@ -208,11 +221,15 @@ def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
     # The class of an image is the first folder below the root; a flat folder is one class.
     names = [f.relative_to(root).parts[0] if f.parent != root else "image" for f in files]
     classes = tuple(sorted(set(names)))
-    index = range(len(files)) if has_splits else [
-        i for i in range(len(files)) if (i % 10 == 9) == (split == "test")
-    ]
+    index = (
+        range(len(files))
+        if has_splits
+        else [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
+    )
     if not index:
-        raise DataError(f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/")
+        raise DataError(
+            f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/"
+        )
     images = torch.stack([_read_square(files[i], size) for i in index])
     labels = torch.tensor([classes.index(names[i]) for i in index])
     return ImageSet(folder.name, split, images, labels, classes, str(root))

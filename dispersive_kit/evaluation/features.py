@@ -48,7 +48,9 @@ class FeatureExtractor:
 def pixels(images: Tensor) -> FeatureExtractor:
     """Raw pixels in [-1, 1] of images shaped like `images` (N, C, H, W)."""
     dim = images[0].numel()
-    return FeatureExtractor("pixels", "1", dim, "uint8 / 127.5 - 1, flattened", lambda x: to_float(x).flatten(1))
+    return FeatureExtractor(
+        "pixels", "1", dim, "uint8 / 127.5 - 1, flattened", lambda x: to_float(x).flatten(1)
+    )
 
 
 def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtractor:
@@ -57,7 +59,9 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
     Low-dimensional on purpose: the bias of a Frechet distance at N samples grows as k^2 / N.
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
-        raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
+        raise ConfigError(
+            f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible"
+        )
     features = torch.from_numpy(base(train_images)).double()
     mean = features.mean(0)
     _, _, components = torch.linalg.svd(features - mean, full_matrices=False)

@@ -49,7 +49,9 @@ class NotebookRun:
         self.checks.append({"promise": promise, "detail": detail})
         print(f"✓ {promise}" + (f"  ({detail})" if detail else ""))
 
-    def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
+    def record(
+        self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None
+    ) -> None:
         """Keep a measured number for the report, with the record of how it was measured."""
         self.numbers.append({"name": name, "value": float(value), "note": note, "record": record})
 

@@ -83,7 +83,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         groups = {}
         for file_name, expected in manifest["sha256"].items():
             if _sha256(path / file_name) != expected:
-                raise CheckpointError(f"{path / file_name} is damaged: its sha256 is not the one in manifest.json")
+                raise CheckpointError(
+                    f"{path / file_name} is damaged: its sha256 is not the one in manifest.json"
+                )
             groups[file_name.removesuffix(".safetensors")] = load_file(path / file_name)
         return Checkpoint(manifest["step"], groups, manifest["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -33,10 +33,10 @@ class TrainConfig:
     image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
     flip: bool = False  # random horizontal flips
     model: str = "DiT-T/2"
-    steps: int = 1000
-    batch_size: int = 128
+    steps: int = 600
+    batch_size: int = 64
     accumulation: int = 1  # micro-batches per step; each is one batch to Dispersive Loss
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 50
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -94,8 +94,10 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {
-    "smoke": TrainConfig(steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10),
-    "digits": TrainConfig(),
+    "smoke": TrainConfig(
+        steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10
+    ),
+    "digits": TrainConfig(),  # base arm: FD[digits-classifier48, N=500] = MEASURE
 }
 
 

@@ -32,7 +32,8 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch = position // n
     orders = [
-        _epoch_order(seed, int(e), n)[position[epoch == e] % n] for e in range(int(epoch[0]), int(epoch[-1]) + 1)
+        _epoch_order(seed, int(e), n)[position[epoch == e] % n]
+        for e in range(int(epoch[0]), int(epoch[-1]) + 1)
     ]
     return torch.cat(orders)
 

@@ -22,6 +22,8 @@ from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.interrupt import StopRequest
 from dispersive_kit.training.session import Session, begin, held_out_loss
 
+LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -98,7 +100,8 @@ def _losses(run: Session, rows: Any, step: int, *, measure: bool) -> tuple[Tenso
     dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step)
     values: dict[str, Any] = {"loss": loss.detach()}
     if measure:
-        values |= regularizer.stats.read()
+        stats = regularizer.stats
+        values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
         values["gradient_ratio"] = gradient_ratio(dispersive, loss, taps)
     return (loss + dispersive if run.regularised else loss), values
 

@@ -75,7 +75,9 @@ def describe_data(data: ImageSet) -> dict[str, Any]:
     }
 
 
-def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[DiT, dict[str, Any]]:
+def load_run(
+    run_dir: str | Path, *, weights: str = "ema", step: int | None = None
+) -> tuple[DiT, dict[str, Any]]:
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
     Args:

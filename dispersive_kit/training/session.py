@@ -149,9 +149,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
 
 
-def _restore(
-    checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
-) -> int:
+def _restore(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     groups, state = checkpoint.groups, checkpoint.state
     model.load_state_dict(groups["model"])
     ema.model.load_state_dict(groups["ema"])
@@ -180,7 +178,9 @@ def _frozen_batch(held_out: DeviceSet, objective: FlowMatching) -> Batch:
     return held_out.batch(objective, seed=0, step=0, size=size, null_label=None, drop_prob=0.0)
 
 
-def held_out_loss(model: nn.Module, objective: FlowMatching, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
+def held_out_loss(
+    model: nn.Module, objective: FlowMatching, frozen: Batch, bins: int = 4
+) -> dict[str, Tensor]:
     """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t."""
     with torch.no_grad():
         _, aux = objective(model, frozen.x0, frozen.y, draws=frozen.draws)

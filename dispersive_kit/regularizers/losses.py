@@ -5,6 +5,7 @@ Wang & He, "Diffuse and Disperse", arXiv 2506.09027. No positive pairs, no param
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Kind(NamedTuple):
     tau: float | None  # default of the one scale; None: the kind has none
     diagonal: bool  # default
     unit: bool = False  # rows are put on the unit sphere
-    log: bool = False  # log-mean-exp of -D / tau, rather than a mean
+    log: bool = False  # a log-mean-exp of -D / tau, rather than a mean
 
 
 KINDS = {
@@ -38,15 +39,15 @@ KINDS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4},  # JAX, local batch 16
     "official-pytorch": {"kind": "infonce_l2", "weight": 0.25, "tau": 1.0, "depth": 1.0},  # local batch 32
-    # For small models and short runs: the setting that harmed least in our pilot on 8 x 8 digits (Frechet
-    # distance 22.5 against 21.3 and 23.7 without the loss; `paper` 226). Not better than none.
+    # For small models and short runs: what harmed least in our pilot on 8 x 8 digits, not better than no loss
+    # (Frechet distance 22.5; 21.3 and 23.7 without the loss, two seeds; 226 with `paper`).
     "small": {"kind": "infonce_cosine", "weight": 0.05, "tau": 0.5, "pool": "mean", "depth": 1 / 4},
 }
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `dispersive_loss`, checked; see there."""
+    """The options of `dispersive_loss`, checked. Raises DispersiveError: unknown, out of range, or at odds."""
 
     kind: str = "infonce_l2"
     tau: float | str | None = None
@@ -59,36 +60,32 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(KINDS))
+        check_choice("diagonal", self.diagonal, (True, False, None))
         check_choice("pool", self.pool, ("none", "mean", "tokens"))
         check_choice("normalize", self.normalize, ("none", "layer", "unit"))
-        self._check_tau()
+        check_choice("ignore_same_class", self.ignore_same_class, (True, False))
         check_number("norm_penalty", self.norm_penalty, at_least=0.0)
         if self.t_window is not None:
             check_number("t_window", self.t_window, above=0.0)
-        if self.kind in ("covariance", "vicreg") and (self.t_window is not None or self.ignore_same_class):
-            raise DispersiveError(
-                f"kind {self.kind!r} compares features, not pairs of images: t_window and "
-                "ignore_same_class have "
-                "no meaning for it; leave them out or take a pairwise kind such as 'infonce_l2'"
-            )
-        for name in ("diagonal", "ignore_same_class"):
-            if getattr(self, name) not in (True, False, None):
-                raise DispersiveError(f"{name} is {getattr(self, name)!r}: give True or False")
+        if self.tau is not None and (self.tau != "auto" or self.kind == "vicreg"):
+            check_number("tau", self.tau, above=0.0)
+        self._check_fit()
 
-    def _check_tau(self) -> None:
-        if self.tau is None:
-            return
-        if KINDS[self.kind].tau is None:
-            raise DispersiveError(f"kind {self.kind!r} has no scale: leave tau out (it was {self.tau!r})")
-        if self.tau == "auto" and self.kind != "vicreg":
-            return
-        check_number("tau", self.tau, above=0.0, words="" if self.kind == "vicreg" else " or 'auto'")
+    def _check_fit(self) -> None:
+        kind, why = KINDS[self.kind], ""
+        if kind.tau is None and self.tau is not None:
+            why = f"has no scale: leave out tau (it was {self.tau!r})"
+        elif self.kind in ("covariance", "vicreg") and (self.t_window or self.ignore_same_class):
+            why = "compares channels, not pairs of images: leave out t_window and ignore_same_class"
+        elif self.norm_penalty and (kind.unit or self.normalize != "none"):
+            why = "sees normalised rows here, whose norm needs no penalty: leave out norm_penalty"
+        if why:
+            raise DispersiveError(f"kind {self.kind!r} {why}")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "LossOptions":
-        known = [f.name for f in fields(cls)]
         for name in options:
-            check_choice("option", name, known)
+            check_choice("option", name, [f.name for f in fields(cls)])
         return cls(**options)
 
     @property
@@ -100,132 +97,171 @@ class LossOptions:
         return KINDS[self.kind].diagonal if self.diagonal is None else self.diagonal
 
 
-def check_choice(what: str, value: Any, known: Any) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DispersiveError(f"unknown {what} {value!r}{hint} Choose from {', '.join(known)}.")
+def check_choice(what: str, value: Any, known: Sequence[Any]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        near = difflib.get_close_matches(str(value), map(str, known), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DispersiveError(f"{what} {value!r} is unknown: {hint}choose from {', '.join(map(str, known))}")
 
 
-def check_number(
-    what: str, value: Any, above: float | None = None, at_least: float | None = None, words: str = ""
-) -> None:
+def check_number(what: str, value: Any, above: float = -math.inf, at_least: float = -math.inf) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (above is None or value > above) and (at_least is None or value >= at_least):
-        return
-    bound = f"above {above:g}" if above is not None else f"of at least {at_least:g}"
-    raise DispersiveError(f"{what} is {value!r}: give a finite number {bound}{words}")
+    if not number or value <= above or value < at_least:
+        bound = f"above {above:g}" if math.isfinite(above) else f"of at least {at_least:g}"
+        raise DispersiveError(f"{what} is {value!r}: give a finite number {bound}")
+
+
+def dispersive_loss(
+    z: Tensor,
+    *,
+    kind: str = "infonce_l2",
+    tau: float | str | None = None,
+    diagonal: bool | None = None,
+    pool: str = "none",
+    normalize: str = "none",
+    norm_penalty: float = 0.0,
+    t_window: float | None = None,
+    ignore_same_class: bool = False,
+    t: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Dispersive Loss of features z (B, ...): a 0-d tensor to be minimised, float32 (float64 for float64 z).
+
+    z_i (dim,) is row i, flattened or pooled; u_i = z_i / |z_i|; E is the mean over pairs i, j of the batch, with
+    the diagonal i = j (D_ii = 0, no gradient) or without. Each line: formula; range; floor; gradient; source.
+
+    infonce_l2      log E exp(-D / tau), D = |z_i - z_j|^2 / dim; (-inf, 0]; -log B with the diagonal, else none;
+                    dL/dz_i = -(2 / (tau dim)) sum_j (p_ij + p_ji) (z_i - z_j), p = softmax of -D / tau over all
+                    pairs: it always pushes norms up, and vanishes at the floor; arXiv 2506.09027.
+    infonce_cosine  log E exp(-D / tau), D = -cos(z_i, z_j); [-1 / tau, 1 / tau]; at the simplex,
+                    cos = -1 / (B - 1); orthogonal to z_i, of size 1 / |z_i|; arXiv 2506.09027.
+    sphere          log E exp(-|u_i - u_j|^2 / tau); [-4 / tau, 0]; simplex; orthogonal to z_i; the uniformity
+                    of Wang & Isola, arXiv 2005.10242, t = 1 / tau. Equals infonce_cosine(tau / 2) - 2 / tau.
+    angular         log E exp(-D / tau), D = angle(z_i, z_j) / pi; [-1 / tau, 0]; half the pairs opposite;
+                    orthogonal to z_i, does not fade at small angles; after LM-Dispersion, arXiv 2602.00217.
+    hinge           E max(0, tau - D)^2, D as infonce_l2; [0, tau^2]; 0 without the diagonal, tau^2 / B with;
+                    zero beyond the margin tau. Our reading: the paper's margin is not known.
+    covariance      sum_mn C_mn^2 / dim^2, C the correlation of channels over the batch; [1 / dim, 1];
+                    1 / min(B - 1, dim); blind to scale. 1 / L is the participation ratio. Our reading: the
+                    paper's normalisation is not known, and without one, collapse minimises the sum.
+    vicreg          mean_m max(0, tau - std_m) + sum_{m != n} Cov_mn^2 / (25 dim); [0, inf); 0; the first term
+                    stops collapse; VICReg's variance and covariance, 25 : 1, arXiv 2105.04906.
+
+    tau: the one scale: temperature, margin (hinge) or target deviation (vicreg); "auto" is the median D of the
+        pairs, held constant (1 - cos for infonce_cosine). None: the kind's own. Not comparable across kinds.
+    diagonal: count i = j (m = n for covariance and vicreg). None: as published, in for infonce and covariance.
+    pool: "none" flattens, "mean" averages tokens, "tokens" makes each a row. Tokens are axis 1 of (B, N, D),
+        pixels of (B, C, H, W).
+    normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so |u - u'|^2, without / dim).
+    norm_penalty: adds norm_penalty * E |z_i|^2 / dim; the l2 form without diagonal has no minimum otherwise.
+    t_window: only pairs with |t_i - t_j| <= t_window. ignore_same_class: only pairs with y_i != y_j.
+    t, y: (B,), for these two. Where no pair is left the loss is 0.
+
+    Computed in float32, or float64 where z is or that is cheap, whatever the autocast; differentiable once.
+    Raises DispersiveError: shapes, types, options; a single row for covariance or vicreg.
+    """
+    options = LossOptions(
+        kind, tau, diagonal, pool, normalize, norm_penalty, t_window=t_window, ignore_same_class=ignore_same_class
+    )
+    return measure(z, options, t=t, y=y).loss
 
 
 class Measured(NamedTuple):
-    """The loss (0-d, differentiable) and, detached, what `Stats` shows."""
+    """The loss (0-d, differentiable) and what else came out; `mass` and `tau` are nan where there is none."""
 
     loss: Tensor
-    pairs: Tensor  # pairs in the mean, the diagonal included if it counts
-    off_diagonal_mass: Tensor  # share of sum exp(-D / tau) that pairs i != j hold; nan where there is no exp
+    dropped: Tensor  # pairs i != j that did not count
+    mass: Tensor  # share of sum exp(-D / tau) that the pairs i != j hold
     tau: Tensor
-    feature_rms: Tensor
-    gram: Tensor  # of the rows the loss saw, or of the first of them where the batch is large
+    gram: Tensor  # of the rows the loss saw, or of the first of them where they are many
     rows: int
     dim: int
 
 
-def dispersive_loss(z: Tensor, *, t: Tensor | None = None, y: Tensor | None = None, **options: Any) -> Tensor:
-    """Dispersive Loss of features z (B, ...), a 0-d tensor, float32 (float64 for float64 z), to be minimised."""
-    return measure(z, LossOptions.of(options), t=t, y=y).loss
-
-
 def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tensor | None = None) -> Measured:
-    """`dispersive_loss` with what came out on the way."""
+    """`dispersive_loss` and what came out on the way."""
     check_features(z, t, y)
-    out_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     with full_precision(z.device):
-        rms = torch.linalg.vector_norm(z.detach(), dtype=out_dtype) / math.sqrt(z.numel())
-        x = rows_of(z, options)  # (R, D)
-        pairs = select_pairs(options, t, y, len(x) // len(z))
-        if options.kind in ("covariance", "vicreg"):
-            loss, gram = decorrelation(x, options)
-            nan = torch.full((), math.nan, device=z.device)
-            count, mass, tau = torch.tensor(len(x), device=z.device), nan, nan
-        else:
-            tau = temperature(x, options)
-            loss, count, mass, gram = pairwise(x, options, tau, pairs)
+        x = rows_of(z, options)  # (R, dim)
+        pairs = select_pairs(options, t, y, x)
+        loss, dropped, mass, tau, gram = (
+            decorrelation(x, options)
+            if options.kind in ("covariance", "vicreg")
+            else pairwise(x, options, temperature(x, options), pairs)
+        )
         if options.norm_penalty:
             loss = loss + options.norm_penalty * x.square().mean()
-    return Measured(loss.to(out_dtype), count, mass.detach(), tau, rms, gram, rows=len(x), dim=x.shape[1])
+    loss = loss.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return Measured(loss, dropped, mass.detach(), tau, gram, rows=len(x), dim=x.shape[1])
 
 
 def check_features(z: Any, t: Any, y: Any) -> None:
     if not isinstance(z, Tensor) or not z.is_floating_point() or z.layout != torch.strided:
         kind = f"{z.dtype} {z.layout} tensor" if isinstance(z, Tensor) else type(z).__name__
-        raise DispersiveError(f"features must be a dense tensor of floating point, not a {kind}")
+        raise DispersiveError(f"the features are a {kind}: give a dense tensor of floating point")
     if z.ndim < 2 or z.numel() == 0:
-        raise DispersiveError(
-            f"features of shape {tuple(z.shape)}: expected (B, ...) with B and the rest not 0"
-        )
+        raise DispersiveError(f"the features are {tuple(z.shape)}: give (B, ...) with no axis of size 0")
     for name, label in (("t", t), ("y", y)):
         if label is not None and (not isinstance(label, Tensor) or label.shape != z.shape[:1]):
-            given = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
+            given = tuple(label.shape) if isinstance(label, Tensor) else f"a {type(label).__name__}"
             raise DispersiveError(
-                f"{name} is {given} beside features {tuple(z.shape)}: expected a tensor ({len(z)},). If "
+                f"{name} is {given} beside features {tuple(z.shape)}: give a tensor ({len(z)},), or, where "
                 "the first "
                 "axis of the features is not the batch, turn it with select="
             )
 
 
 def rows_of(z: Tensor, options: LossOptions) -> Tensor:
-    """Rows (R, D) for the pairs: pooled over tokens and normalised, in the precision of the computation."""
+    """Rows (R, dim) that the pairs are made of: pooled, normalised, in the precision of the computation."""
     if options.pool != "none" or options.normalize == "layer":
         z = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z.reshape(len(z), -1, z.shape[-1])  # (B, N, C)
-    dtype = compute_dtype(z.flatten(1))
+    dtype = compute_dtype(z)
     if options.normalize == "layer":
         z = F.layer_norm(z.to(dtype), z.shape[-1:], eps=1e-6)
     if options.pool == "mean":
         z = z.mean(1, dtype=dtype)
-    x = (z.flatten(0, 1) if options.pool == "tokens" else z.flatten(1)).to(dtype)  # (R, D)
-    if options.normalize == "unit":  # RMS 1, so that the /dim of the l2 kinds leaves 2 - 2 cos
+    x = (z.flatten(0, 1) if options.pool == "tokens" else z.flatten(1)).to(dtype)
+    if options.normalize == "unit":
         x = F.normalize(x, dim=1, eps=EPS) * math.sqrt(x.shape[1])
     return F.normalize(x, dim=1, eps=EPS) if KINDS[options.kind].unit else x
 
 
-def select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, tokens: int) -> Pairs:
-    for option, label, name in ((options.ignore_same_class, y, "y"), (options.t_window, t, "t")):
-        if option and label is None:
-            raise DispersiveError(
-                f"{'ignore_same_class' if name == 'y' else 't_window'} needs {name}: pass {name}= with the "
-                "features"
-            )
-    return Pairs(
-        y=y.repeat_interleave(tokens) if options.ignore_same_class and y is not None else None,
-        t=t.repeat_interleave(tokens) if options.t_window and t is not None else None,
-        t_window=options.t_window or 0.0,
-    )
+def select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
+    y = per_row(x, y, "ignore_same_class needs y: pass y= (B,)") if options.ignore_same_class else None
+    t = per_row(x, t, "t_window needs t: pass t= (B,)") if options.t_window else None
+    return Pairs(y, t, options.t_window or 0.0)
+
+
+def per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
+    """A label (B,) for every row (R,), also where tokens are rows."""
+    if label is None:
+        raise DispersiveError(missing)
+    return label.detach().to(x.device).repeat_interleave(len(x) // len(label))
 
 
 def temperature(x: Tensor, options: LossOptions) -> Tensor:
-    """tau as a tensor; "auto" is the median distance of the pairs (of the first 512 rows), held constant."""
+    """tau (0-d); "auto" is the median D over the pairs of the first 512 rows."""
     if options.scale != "auto":
         return torch.tensor(options.scale, dtype=x.dtype, device=x.device)
     rows = x.detach()[:512]
     rows = rows - rows.mean(0)
     gram = rows @ rows.T
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)
-    squared = (gram.diagonal()[i] + gram.diagonal()[j] - 2 * gram[i, j]).clamp(min=0)
-    return distance(squared, options.kind, x.shape[1]).nanmedian().nan_to_num(1.0).clamp(min=EPS)
+    u = (gram.diagonal()[i] + gram.diagonal()[j] - 2 * gram[i, j]).clamp(min=0)
+    return distance(u, options.kind, x.shape[1]).nanmedian().nan_to_num(1.0).clamp(min=EPS)
 
 
 def distance(u: Tensor, kind: str, dim: int) -> Tensor:
-    """D >= 0 of the kind, from the squared l2 distance u of two rows; for infonce_cosine it is 1 - cos."""
-    if kind == "infonce_cosine":
-        return u / 2
+    """D from u = |x_i - x_j|^2; for infonce_cosine 1 - cos, which is not negative."""
     if kind == "angular":
-        return half_chord(u).asin() * (2 / math.pi)
-    return u if kind == "sphere" else u / dim
+        return (u / 4).clamp(max=1).sqrt().asin() * (2 / math.pi)
+    return u / {"infonce_cosine": 2, "sphere": 1}.get(kind, dim)
 
 
-def half_chord(u: Tensor) -> Tensor:
-    """sin(theta / 2) of two unit rows, kept off 0 and 1, where the angle has no derivative."""
-    return u.clamp(min=1e-12).sqrt().div(2).clamp(max=1 - 1e-7)
+def angular_slope(u: Tensor, tau: Tensor) -> Tensor:
+    """d(-D / tau) / du; sin(angle / 2) is kept off 0 and 1, where the angle has no derivative."""
+    s = (u / 4).clamp(min=1e-12, max=1 - 1e-7).sqrt()
+    return (s * (1 - s.square()).sqrt()).mul_(-4 * math.pi * tau).reciprocal_()
 
 
 def kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
@@ -236,54 +272,50 @@ def kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
             log=False,
         )
     if kind == "angular":
-        return Kernel(lambda u: distance(u, kind, dim) / -tau, lambda u: angular_slope(u) / -tau)
-    slope = distance(torch.ones((), dtype=tau.dtype, device=tau.device), kind, dim) / -tau
-    shift = 1 / tau if kind == "infonce_cosine" else torch.zeros_like(tau)  # D = -cos = |u - u'|^2 / 2 - 1
+        return Kernel(lambda u: distance(u, kind, dim) / -tau, lambda u: angular_slope(u, tau))
+    slope = distance(torch.ones_like(tau), kind, dim) / -tau
+    shift = 1 / tau if kind == "infonce_cosine" else 0.0  # D = -cos = |u_i - u_j|^2 / 2 - 1
     return Kernel(lambda u: u * slope + shift, lambda u: slope.expand_as(u).clone())
 
 
-def angular_slope(u: Tensor) -> Tensor:
-    s = half_chord(u)  # theta = 2 asin s, s^2 = u / 4
-    return 1 / (4 * math.pi * s * (1 - s.square()).sqrt())
-
-
-def pairwise(
-    x: Tensor, options: LossOptions, tau: Tensor, pairs: Pairs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, pairs, off-diagonal mass, Gram). The diagonal, where D = 0 exactly, is added in closed form."""
+def pairwise(x: Tensor, options: LossOptions, tau: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
+    """(loss, dropped, mass, tau, Gram); the diagonal, where D is 0 exactly, is added in closed form."""
     kernel = kernel_of(options.kind, tau, x.shape[1])
-    total, off, gram = PairSum.apply(x, kernel, pairs)
+    total, dropped, gram = PairSum.apply(x, kernel, pairs)
     own = len(x) if options.with_diagonal else 0
-    count = off + own
-    at_zero = kernel.value(torch.zeros((), dtype=x.dtype, device=x.device))
+    count = (len(x) * (len(x) - 1) + own - dropped).to(x.dtype)
+    at_zero = kernel.value(torch.zeros_like(tau))
     if not kernel.log:
-        nan = torch.full((), math.nan, device=x.device)
-        return (total + own * at_zero) / count.clamp(min=1), count, nan, gram
-    mass = torch.ones((), dtype=x.dtype, device=x.device)
-    if own:  # exp(L_incl) = 1/B + (1 - 1/B) exp(L_excl)
+        return (total + own * at_zero) / count.clamp(min=1), dropped, torch.full_like(tau, math.nan), tau, gram
+    mass = torch.ones_like(tau)
+    if own:  # exp(L) = 1 / B + (1 - 1 / B) exp(L without the diagonal)
         diagonal = at_zero + math.log(own)
         mass = torch.sigmoid(total - diagonal)
         total = torch.logaddexp(total, diagonal)
-    loss = total - count.clamp(min=1).to(total.dtype).log()
-    return torch.where(count > 0, loss, 0.0 * total), count, mass, gram
+    loss = torch.where(count > 0, total - count.clamp(min=1).log(), 0 * total)
+    return loss, dropped, mass, tau, gram
 
 
-def decorrelation(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """(loss, Gram) of the covariance and vicreg kinds."""
+def decorrelation(x: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
+    """As `pairwise`, for the covariance and vicreg kinds."""
     B, dim = x.shape
+    if B < 2:
+        raise DispersiveError(f"kind {options.kind!r} needs a batch of at least 2")
     x = x - x.mean(0)
-    x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice: the first mean is rounded by a large offset
-    variance = x.square().sum(0)  # (D,)
+    x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice: the first mean is rounded where the offset is large
+    variance = x.square().sum(0)  # (dim,)
     if options.kind == "covariance":
         x = x / (variance + EPS).sqrt()
-    square = Kernel(lambda g: g.square(), lambda g: 2 * g, log=False, inner=True)
-    total, _count, gram = PairSum.apply(x, square, Pairs())  # ||X X^T||_F^2 = ||X^T X||_F^2 = sum_mn C_mn^2
+    square = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
+    total, dropped, gram = PairSum.apply(x, square, Pairs())  # |X X^T|_F^2 = |X^T X|_F^2 = sum_mn C_mn^2
     if not options.with_diagonal:
         total = total - x.square().sum(0).square().sum()
+    nan = torch.full_like(total, math.nan).detach()
     if options.kind == "covariance":
-        return total / dim**2, gram
-    spread = (options.scale - (variance + 1e-4).sqrt()).clamp(min=0).mean()  # type: ignore[operator]
-    return spread + total / (25 * dim), gram
+        return total / dim**2, dropped, nan, nan, gram
+    tau = torch.full_like(nan, float(options.scale))  # type: ignore[arg-type]
+    spread = (tau - (variance + 1e-4).sqrt()).clamp(min=0).mean()
+    return spread + total / (25 * dim), dropped, nan, tau, gram
 
 
 def floor(
@@ -293,34 +325,35 @@ def floor(
     *,
     diagonal: bool | None = None,
     dim: int | None = None,
-    pairs: int | None = None,
+    dropped: int = 0,
 ) -> float:
-    """Greatest known lower bound of the loss for a batch; -inf where there is none.
+    """Lower bound of the loss of `batch` rows, -inf where there is none; reached where `dispersive_loss` says.
 
-    `pairs`, where some were ignored, is the number left, the diagonal included if it counts; `dim` sharpens
-    the covariance kind.
+    dim: that of the rows, for covariance. dropped: pairs i != j that do not count, of batch (batch - 1).
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)
-    scale = float(options.scale or 0.0)
     own = batch if options.with_diagonal else 0
-    masked = pairs is not None and pairs != batch * (batch - 1) + own
-    total = max(1, pairs if masked and pairs is not None else batch * (batch - 1) + own)
-    share = own / total  # of the diagonal
-    if kind in ("vicreg", "hinge"):
-        return share * scale**2 if kind == "hinge" else 0.0
     if kind == "covariance":
-        rank = min(batch - 1, dim) if dim else batch - 1
-        return 1 / rank - (0 if options.with_diagonal else 1 / (dim or math.inf))
-    if kind == "infonce_l2":
-        return math.log(share) if share else -math.inf
-    largest = largest_distance(kind, 2 if masked else batch)
-    at_zero = 1 / scale if kind == "infonce_cosine" else 0.0
-    return math.log(share * math.exp(at_zero) + (1 - share) * math.exp(-largest / scale))
+        trace = 0.0 if own else 1 / dim if dim else 1 / (batch - 1)
+        return 1 / max(1, min(batch - 1, dim or batch)) - trace
+    scale = float(options.scale or math.nan)
+    share = own / max(1, batch * (batch - 1) - dropped + own)  # of the diagonal among the pairs that count
+    if not KINDS[kind].log:
+        return share * scale**2 if kind == "hinge" else 0.0
+    near = (1 / scale if kind == "infonce_cosine" else 0.0) + log(share)
+    bounded = kind != "infonce_l2" and share < 1
+    far = log(1 - share) - largest_mean(kind, 2 if dropped else batch) / scale if bounded else -math.inf
+    top = max(near, far)
+    return top + math.log1p(math.exp(-abs(near - far))) if top > -math.inf else top
 
 
-def largest_distance(kind: str, B: int) -> float:
-    """Of all mean distances over the pairs i != j, by Jensen the bound of the log-mean-exp."""
+def log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def largest_mean(kind: str, B: int) -> float:
+    """Largest mean of D over the pairs i != j: by Jensen it bounds the log-mean-exp."""
     if kind == "angular":  # a random plane parts at most floor(B^2 / 4) of the B (B - 1) / 2 pairs
         return (B * B // 4) / (B * (B - 1) / 2)
-    mean_cosine = -1 / (B - 1)  # the simplex
-    return -mean_cosine if kind == "infonce_cosine" else 2 - 2 * mean_cosine
+    cosine = -1 / (B - 1)  # the simplex
+    return -cosine if kind == "infonce_cosine" else 2 - 2 * cosine

@@ -1,10 +1,9 @@
-"""What the regulariser saw, without waiting for the device."""
+"""What the regulariser saw, told without making the device wait."""
 
 import math
 import warnings
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,83 +11,75 @@ from torch import Tensor
 from ..errors import DispersiveError
 from .losses import KINDS, LossOptions, Measured, floor
 
-AT_FLOOR = 1e-3  # share of sum exp(-D / tau) held by pairs i != j under which the gradient has all but gone
+AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
+VITALS = 5
 
 
-@dataclass(frozen=True)
-class Record:
-    """One tap's measurement; tensors stay on their device."""
+class Record(NamedTuple):
+    """One tap's measurement, detached, on its device."""
 
     path: str
-    measured: Measured
     options: LossOptions
+    vitals: Tensor  # (5,): loss, dropped, mass, tau, feature RMS
+    gram: Tensor
+    batch: int
+    rows: int
+    dim: int
     weight: float
 
-    @property
-    def loss(self) -> Tensor:
-        return self.measured.loss
+    @classmethod
+    def of(cls, path: str, z: Tensor, m: Measured, options: LossOptions, weight: float) -> "Record":
+        rms = torch.linalg.vector_norm(z.detach(), dtype=m.loss.dtype) / math.sqrt(z.numel())
+        numbers = [value.detach().to(m.gram.dtype) for value in (m.loss, m.dropped, m.mass, m.tau, rms)]
+        return cls(path, options, torch.stack(numbers), m.gram, len(z), m.rows, m.dim, weight)
 
-    @property
-    def vitals(self) -> Tensor:
-        m = self.measured
-        return torch.stack(
-            [m.loss.detach(), m.pairs, m.off_diagonal_mass, m.tau, m.feature_rms]
-        ).float()  # (5,)
-
-    def numbers(self, vitals: list[float]) -> dict[str, float]:
-        loss, pairs, mass, tau, rms = vitals
-        B, dim = self.measured.rows, self.measured.dim
-        scale = None if self.options.kind == "covariance" else tau
-        if self.options.kind == "vicreg":
-            scale = self.options.scale  # type: ignore[assignment]
-        low = (
-            floor(
-                self.options.kind, B, scale, diagonal=self.options.with_diagonal, dim=dim, pairs=round(pairs)
-            )
-            if B > 1
-            else loss
-        )
-        low += 0.0
+    def numbers(self, flat: list[float]) -> dict[str, float]:
+        loss, dropped, mass, tau, rms = flat[:VITALS]
+        R, diagonal = self.rows, self.options.with_diagonal
+        scale = None if math.isnan(tau) else tau
+        low = floor(self.options.kind, R, scale, diagonal=diagonal, dim=self.dim, dropped=round(dropped))
         return {
             "loss": loss,
             "floor": low,
             "gap": loss - low,
             "off_diagonal_mass": mass,
             "feature_rms": rms,
-            "effective_rank": effective_rank(self.measured.gram),
-            "batch_size": B,
-            "pairs": pairs,
+            "effective_rank": effective_rank(torch.tensor(flat[VITALS:])),
+            "batch_size": float(self.batch),
+            "pairs": R * (R - 1) + R * diagonal - dropped,
             "tau": tau,
             "weight": self.weight,
         }
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp of the entropy of the singular values, normalised to sum 1, of the centred rows."""
-    gram = gram.double().cpu()
+    """exp of the entropy of the centred rows' singular values, scaled to sum 1 (Roy & Vetterli, 2007)."""
+    gram = gram.double().view(math.isqrt(gram.numel()), -1)
     gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = singular / singular.sum().clamp(min=1e-300)
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    noise = 1e-7 * len(gram) * eigenvalues[-1]  # of a Gram product in float32
+    p = torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
+    p = p / p.sum().clamp(min=1e-300)
     return math.exp(-float(torch.special.xlogy(p, p).sum()))
 
 
 class Stats:
-    """Unweighted loss, floor, gap = loss - floor, off-diagonal mass, RMS of the raw features, effective rank,
-    batch size, pairs, tau and weight, as attributes: the mean over taps.
+    """Of the last `loss()`, as attributes, the mean over taps: unweighted loss, floor, gap (loss - floor),
+    off_diagonal_mass, feature_rms (of the raw features), effective_rank (of the rows the loss saw, the first
+    1,024 of them), batch_size (the dispersion batch), pairs, tau, weight (lambda times schedule).
 
-    `read()` gives all as floats with one synchronisation; `by_tap()` the same for each path.
+    Nothing is copied from the device until the first number is read, and then all, once. `read()` gives them
+    as a dict, `by_tap()` one for each path.
     """
 
     def __init__(self, records: list[Record]) -> None:
-        self._detached = [
-            Record(r.path, r.measured._replace(loss=r.loss.detach()), r.options, r.weight) for r in records
-        ]
-        self._vitals = torch.stack([record.vitals for record in self._detached])  # (taps, 5)
+        self._records = records
 
     @cached_property
     def _numbers(self) -> dict[str, dict[str, float]]:
-        rows = self._vitals.tolist()
-        return {r.path: r.numbers(row) for r, row in zip(self._detached, rows, strict=True)}
+        parts = [torch.cat([record.vitals, record.gram.flatten()]) for record in self._records]
+        flat = torch.cat(parts).cpu().split([len(part) for part in parts])
+        return {r.path: r.numbers(part.tolist()) for r, part in zip(self._records, flat, strict=True)}
 
     def by_tap(self) -> dict[str, dict[str, float]]:
         return self._numbers
@@ -98,54 +89,50 @@ class Stats:
         return {name: sum(tap[name] for tap in taps) / len(taps) for name in taps[0]}
 
     def __getattr__(self, name: str) -> float:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        try:
-            return self.read()[name]
-        except KeyError:
-            raise AttributeError(f"Stats has no {name!r}; it has {', '.join(self.read())}") from None
+        if name.startswith("_") or name not in self.read():
+            raise AttributeError(f"Stats has no {name!r}")
+        return self.read()[name]
 
 
 class Watch:
-    """Raises on NaN and warns at the floor: at once on a CPU, elsewhere one step later, not waiting."""
+    """Raises on NaN and warns once at the floor: at once on a CPU, elsewhere a step later, without waiting."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, Any, list[str]] | None = None
+        self._pending: tuple[Tensor, Any, list[Record]] | None = None
         self._warned = False
 
     def look(self, records: list[Record]) -> None:
-        vitals = torch.stack([record.vitals for record in records])
-        paths = [record.path for record in records]
+        vitals = torch.stack([record.vitals for record in records])  # (taps, 5)
         if vitals.device.type == "cpu":
-            return self._judge(vitals, paths, records)
+            self._judge(vitals, records)
+            return
         if self._pending is not None and self._pending[1].query():
-            self._judge(self._pending[0], self._pending[2], records)
+            self._judge(self._pending[0], self._pending[2])
             self._pending = None
         if self._pending is None:
-            host, done = vitals.to("cpu", non_blocking=True), torch.Event(vitals.device)
-            done.record()
-            self._pending = host, done, paths
-        return None
+            host, arrived = vitals.to("cpu", non_blocking=True), torch.Event(vitals.device)
+            arrived.record()
+            self._pending = host, arrived, [record._replace(gram=record.vitals) for record in records]
 
-    def _judge(self, vitals: Tensor, paths: list[str], records: list[Record]) -> None:
-        for (loss, pairs, mass, *_), path, record in zip(vitals.tolist(), paths, records, strict=True):
+    def _judge(self, vitals: Tensor, records: list[Record]) -> None:
+        for (loss, dropped, mass, *_), record in zip(vitals.tolist(), records, strict=True):
             if not math.isfinite(loss):
                 raise DispersiveError(
-                    f"tap {path!r}: the loss is {loss}: the features hold NaN or infinity. Lower the "
-                    "learning rate "
-                    "or the precision of this block's inputs, or tap an earlier block"
+                    f"tap {record.path!r}: the loss is {loss}, so the features hold NaN, infinity, or "
+                    "values whose "
+                    "square overflows: lower the learning rate, or tap an earlier block"
                 )
-            if not self._warned and (pairs == 0 or (mass < AT_FLOOR and KINDS[record.options.kind].log)):
-                self._warned = True
-                warnings.warn(self._why(path, pairs), stacklevel=4)
+            self._warn(record, dropped, mass)
 
-    @staticmethod
-    def _why(path: str, pairs: float) -> str:
-        if pairs == 0:
-            return f"tap {path!r}: ignore_same_class and t_window leave no pair; the loss is 0 for this batch"
-        return (
-            f"tap {path!r}: Dispersive Loss is at its floor and its gradient is all but zero. The features "
-            "have "
-            "grown apart beyond what tau sees: diagonal=False, tau='auto', or a scale-free kind "
-            "(infonce_cosine)"
+    def _warn(self, record: Record, dropped: float, mass: float) -> None:
+        empty = dropped >= record.rows * (record.rows - 1)
+        if self._warned or not (empty or (KINDS[record.options.kind].log and mass < AT_FLOOR)):
+            return
+        self._warned = True
+        why = (
+            "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
+            if empty
+            else "the loss is at its floor and its gradient all but zero; the features have grown apart beyond "
+            "what tau sees: diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
         )
+        warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=5)

@@ -1,24 +1,29 @@
-"""Finding modules by path and hooking them."""
+"""Modules found by path, hooked, and read: what every regulariser on inner activations needs."""
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DispersiveError
+from .losses import check_number
+from .schedules import Schedule
+
+At = str | nn.Module | Sequence[str | nn.Module] | None
+Select = Callable[[Any], Tensor] | int | str | None
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
-WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")  # of torch.compile, DDP and FSDP1
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 
 
 class Tap:
-    """A forward hook that keeps the first output of its module while armed.
+    """A forward hook that keeps the first output of its module while armed, and never raises.
 
-    A copy of the model (an EMA by deepcopy) carries the same hook: `__deepcopy__` and the check of the
-    module's identity keep the copy from writing here.
+    A copy of the model (an EMA by deepcopy) carries the same hook: the check of the module's identity keeps
+    the copy from writing here.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
@@ -27,13 +32,13 @@ class Tap:
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
-        if not self.armed or module is not self.module or self.output is not None:
+        if not self.armed or self.output is not None or module is not self.module:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint's recomputation inside backward
+            return  # a checkpoint recomputes this module inside backward
         self.output = output
 
-    def __deepcopy__(self, _memo: Any) -> "Tap":
+    def __deepcopy__(self, _memo: Any) -> Self:
         return self
 
     def take(self) -> Any:
@@ -41,16 +46,130 @@ class Tap:
         return output
 
 
+class Attached:
+    """Taps on a model: armed by `with`, read once a call, taken off by `remove()`."""
+
+    def __init__(
+        self, model: nn.Module, at: At, depth: float, select: Select, weight: float, schedule: Schedule | None
+    ) -> None:
+        check_number("weight", weight, at_least=0.0)
+        if not isinstance(schedule, Schedule | None):
+            raise DispersiveError(f"schedule is a {type(schedule).__name__}: give a Schedule, or None")
+        self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
+        self.taps = find_taps(model, at, depth)
+        self._state = "has captured nothing: call the model inside `with` before loss()"
+
+    @property
+    def paths(self) -> list[str]:
+        return [tap.path for tap in self.taps]
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
+        return [pick(tap.output, self.select) for tap in self.taps if tap.output is not None]
+
+    def __enter__(self) -> Self:
+        self._require_hooks()
+        for tap in self.taps:
+            tap.output, tap.armed = None, self.model.training
+        self._state = (
+            "has captured nothing since the last loss(): the model was not called in training mode inside "
+            "`with`, "
+            "or does not call this module, or torch.compile had compiled it before the hook was set, which "
+            "it "
+            "then does not see. Cure for the last: attach before the first call, or torch.compiler.reset() "
+            "after "
+            "attaching, or compile block by block"
+        )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for tap in self.taps:
+            tap.armed = False
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for tap in self.taps:
+            tap.armed, tap.output = False, None
+            tap.handle.remove()
+        self._state = ""
+
+    def _require_hooks(self) -> None:
+        if not self._state:
+            raise DispersiveError(f"the taps {', '.join(self.paths)} were removed: attach anew")
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
+
+    def _take(self, taps: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """One z (B, ...) a tap, with gradient, captured or given."""
+        self._require_hooks()
+        outputs = [tap.take() for tap in self.taps]
+        if taps is None:
+            return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
+        if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
+            raise DispersiveError(
+                "taps= is a "
+                f"{type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
+                f"give a list of one tensor each for {', '.join(self.paths)}"
+            )
+        return [self._checked(tap, z, None) for tap, z in zip(self.taps, taps, strict=True)]
+
+    def _checked(self, tap: Tap, output: Any, select: Select) -> Tensor:
+        why = self._state if output is None else ""
+        if not why:
+            try:
+                z = pick(output, select)
+            except DispersiveError as error:
+                raise DispersiveError(f"tap {tap.path!r}: {error}") from error
+            if torch._C._functorch.is_functorch_wrapped_tensor(z):
+                why = (
+                    "was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
+                    "outside: "
+                    "return the features from the function (has_aux=True) and pass them as loss(taps=...)"
+                )
+            elif self.weight and not z.requires_grad:
+                why = (
+                    "carries no gradient, so the loss would do nothing: it was computed under no_grad, or "
+                    "inside a "
+                    "reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
+                    "later "
+                    "block). weight=0 measures without a gradient"
+                )
+        if why:
+            raise DispersiveError(f"tap {tap.path!r} {why}")
+        return z
+
+
+def pick(output: Any, select: Select) -> Tensor:
+    """z of a module's output: the tensor, the only tensor of a tuple, or what `select` says."""
+    kind = type(output).__name__
+    if isinstance(select, int | str) and isinstance(output, Tensor):
+        raise DispersiveError(f"select={select!r} would cut into the output, a tensor already: leave select out")
+    try:
+        z = select(output) if callable(select) else output if select is None else output[select]
+    except Exception as error:
+        raise DispersiveError(f"select={select!r} fails on its output, a {kind}: {error!r}; correct select") from error
+    if select is None and isinstance(output, tuple | list):
+        tensors = [part for part in output if isinstance(part, Tensor)]
+        z = tensors[0] if len(tensors) == 1 else output
+    if not isinstance(z, Tensor):
+        raise DispersiveError(
+            f"its output, a {kind}, gave a {type(z).__name__}: say which tensor is meant with select= (an "
+            "index, a "
+            "key, or a function of the output)"
+        )
+    return z
+
+
 def find_taps(model: Any, at: Any, depth: float) -> list[Tap]:
     """Hooks every module that `at` names, once; all names are checked before the first hook is set."""
     if not isinstance(model, nn.Module):
         raise DispersiveError(f"model is a {type(model).__name__}: give the nn.Module to attach to")
-    modules = {bare(name): module for name, module in model.named_modules(remove_duplicate=False) if name}
-    if at is None:
-        at = block_at(modules, depth)
-    wanted = [at] if isinstance(at, str | nn.Module) or not isinstance(at, Sequence) else at
+    modules = {bare(name): module for name, module in model.named_modules(remove_duplicate=False) if bare(name)}
+    wanted = [block_at(modules, depth)] if at is None else at
     found: dict[nn.Module, str] = {}
-    for one in wanted:
+    for one in wanted if isinstance(wanted, list | tuple) else [wanted]:
         for path in resolve(one, modules):
             found.setdefault(modules[path], path)
     if not found:
@@ -58,28 +177,27 @@ def find_taps(model: Any, at: Any, depth: float) -> list[Tap]:
     for module, path in found.items():
         if isinstance(module, CONTAINERS):
             raise DispersiveError(
-                f"{path!r} is a {type(module).__name__}, which is never called itself: tap one of its "
-                "parts, such "
-                f"as {path + '.0'!r}, or all with {path + '.*'!r}"
+                f"{path!r} is a {type(module).__name__}, which is never called itself: tap a part of it "
+                f"({path + '.0'!r}), or all ({path + '.*'!r})"
             )
     return [Tap(path, module) for module, path in found.items()]
 
 
 def bare(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = f".{name}".replace(f".{wrapper}", ".")[1:]
-    return name
+    """A path without the names that wrappers put in: 'module.blocks.2' is 'blocks.2'."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
+    names = ", ".join(list(modules)[:8])
     if isinstance(one, nn.Module):
         paths = [path for path, module in modules.items() if module is one][:1]
-        hint = f"the module {type(one).__name__} is not a part of this model: take it from the model itself"
+        hint = f"at= is a {type(one).__name__} that is not inside the model: take a module from it ({names}, ...)"
     elif isinstance(one, str):
-        segments = bare(one).split(".")
-        paths = [path for path in modules if matches(path.split("."), segments)]
-        near = difflib.get_close_matches(one, list(modules), 3) or list(modules)[:8]
-        hint = f"the model has no module {one!r}; it has {', '.join(near)}"
+        patterns = bare(one).split(".")
+        paths = [path for path in modules if matches(path.split("."), patterns)]
+        near = difflib.get_close_matches(one, list(modules), 3)
+        hint = f"the model has no module {one!r}: choose from {', '.join(near) or names}, ..."
     else:
         paths, hint = [], f"at= holds a {type(one).__name__}: give paths such as 'blocks.2', or modules"
     if not paths:
@@ -92,15 +210,14 @@ def matches(names: list[str], patterns: list[str]) -> bool:
 
 
 def block_at(modules: dict[str, nn.Module], depth: float) -> str:
-    """depth 1/4 of 12 blocks is the third: `blocks.2`."""
-    if not isinstance(depth, int | float) or not 0 < depth <= 1:
-        raise DispersiveError(f"depth is {depth!r}: give a share of the blocks, above 0 and up to 1")
+    """depth 1/4 of 12 blocks is the third, `blocks.2`."""
+    check_number("depth", depth, above=0.0)
     lists = [p for p, m in modules.items() if p.split(".")[-1] == "blocks" and isinstance(m, nn.ModuleList)]
-    if len(lists) != 1:
+    if len(lists) != 1 or depth > 1:
         raise DispersiveError(
-            f"the model has {len(lists) or 'no'} lists named 'blocks', so depth cannot pick one: name the "
-            "module with "
-            f"at=; the model has {', '.join(list(modules)[:8])}, ..."
+            f"depth {depth!r} (above 0, up to 1) is a share of the blocks, and the model has {len(lists)} "
+            "lists "
+            f"named 'blocks': name the module with at=, from {', '.join(list(modules)[:8])}, ..."
         )
-    n = len(modules[lists[0]])  # type: ignore[arg-type]
-    return f"{lists[0]}.{max(1, int(depth * n)) - 1}"
+    blocks = [p for p in modules if p.rpartition(".")[0] == lists[0]]
+    return blocks[max(1, int(depth * len(blocks))) - 1]

@@ -1,0 +1,152 @@
+"""What Dispersive Loss is compared with: its contrastive counterparts, LayerSync, REPA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DispersiveError
+from .losses import LossOptions, check_choice, check_number, distance, dispersive_loss, rows_of, temperature
+from .pairwise import full_precision
+from .schedules import Schedule
+from .taps import Attached, Select
+
+VIEWS = ("noise", "time", "both")
+
+
+def second_view(t: Tensor, eps: Tensor, view: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(t, eps) of another look at the same images: fresh noise, a fresh uniform time, or both.
+
+    t (B,), eps (B, ...); feed the model x_t of these for the positive of `contrastive_loss`.
+    """
+    check_choice("view", view, VIEWS)
+    device = generator.device
+    if view != "time":
+        eps = torch.randn(eps.shape, generator=generator, device=device, dtype=eps.dtype).to(eps.device)
+    if view != "noise":
+        t = torch.rand(t.shape, generator=generator, device=device, dtype=t.dtype).to(t.device)
+    return t, eps
+
+
+def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **options: Any) -> Tensor:
+    """alpha * (term of the positive pairs) + `dispersive_loss(z, **options)`; 0-d. z, positive (B, ...).
+
+    The term is E_i D(z_i, z+_i) / tau for the InfoNCE kinds, E_i D^2 for hinge, mean_m (1 - C_mm)^2 with C
+    the correlation between the views for covariance (Barlow Twins, arXiv 2103.03230), and E_i |z_i - z+_i|^2
+    / dim for vicreg. alpha = 0 is Dispersive Loss, alpha = 1 the contrastive counterpart.
+
+    Raises DispersiveError: alpha outside [0, 1], views of different shape, or as `dispersive_loss`.
+    """
+    check_number("alpha", alpha, at_least=0.0)
+    if alpha > 1 or getattr(positive, "shape", None) != z.shape:
+        raise DispersiveError(
+            f"alpha {alpha} and a second view {tuple(getattr(positive, 'shape', ()))} beside "
+            f"{tuple(z.shape)}: give "
+            "alpha in [0, 1] and views of one shape"
+        )
+    loss = dispersive_loss(z, **options)
+    pull = {k: v for k, v in options.items() if k not in ("t", "y")}
+    with full_precision(z.device):
+        return loss + alpha * positive_term(z, positive, LossOptions.of(pull)).to(loss.dtype)
+
+
+def positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
+    a, b = rows_of(z, options), rows_of(positive, options)  # (R, dim)
+    u = (a - b).square().sum(1).clamp(min=1e-12)  # (R,)
+    if options.kind == "covariance":
+        a, b = ((v - v.mean(0)) / (v.var(0, correction=0) + 1e-12).sqrt() for v in (a, b))
+        return (1 - (a * b).mean(0)).square().mean()
+    D = distance(u, options.kind, a.shape[1]) - float(options.kind == "infonce_cosine")  # -cos
+    if options.kind == "vicreg":
+        return D.mean()
+    return D.square().mean() if options.kind == "hinge" else D.mean() / temperature(a, options)
+
+
+class LayerSync(Attached):
+    """weight * -E cos(shallow token, deep token without gradient): a deeper block teaches an earlier one.
+
+    Used as `Dispersive` is: `with sync: ...`, then `sync.loss(step=step)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shallow: str | nn.Module,
+        deep: str | nn.Module,
+        *,
+        weight: float = 0.5,
+        select: Select = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(model, [shallow, deep], 1 / 4, select, weight, schedule)
+        if len(self.taps) != 2:
+            self.remove()
+            raise DispersiveError(f"LayerSync needs one shallow and one deep module, not {', '.join(self.paths)}")
+
+    def loss(self, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
+        """Weighted loss (0-d), zero in eval. Raises DispersiveError: as `Dispersive.loss`; unequal shapes."""
+        if not self.model.training:
+            return self._zero()
+        shallow, deep = self._take(taps)
+        return self.schedule.factor(step) * self.weight * alignment(shallow, deep.detach(), self.paths[0])
+
+
+class REPA(Attached):
+    """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
+
+    encoder: any callable of the clean images, giving (B, E), aligned with the mean of the tokens, or (B, N, E),
+    token by token. projector: an nn.Module from the block's width to E (`make_projector`), whose parameters
+    belong into the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        at: str | nn.Module | None = None,
+        *,
+        encoder: Callable[[Tensor], Tensor],
+        projector: nn.Module,
+        weight: float = 0.5,
+        depth: float = 1 / 4,
+        select: Select = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(model, at, depth, select, weight, schedule)
+        self.encoder, self.projector = encoder, projector
+
+    def loss(self, x0: Tensor, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
+        """Weighted loss (0-d) for the clean images x0 (B, ...) of the batch, zero in eval.
+
+        Raises DispersiveError: as `Dispersive.loss`; features of another shape than the projected tokens.
+        """
+        if not self.model.training:
+            return self._zero()
+        terms = []
+        with torch.no_grad():
+            target = self.encoder(x0)
+        for path, z in zip(self.paths, self._take(taps), strict=True):
+            tokens = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z  # (B, N, C)
+            if target.ndim == 2 and tokens.ndim == 3:
+                tokens = tokens.mean(1)
+            terms.append(alignment(self.projector(tokens), target.detach(), path))
+        return self.schedule.factor(step) * self.weight * torch.stack(terms).mean()
+
+
+def alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
+    """-E cos over the last axis."""
+    if z.shape != target.shape:
+        raise DispersiveError(
+            f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}: the "
+            "projector, the "
+            "encoder or the choice of blocks must make the two shapes equal"
+        )
+    return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
+
+
+def make_projector(width: int, target: int, hidden: int = 2048) -> nn.Sequential:
+    """REPA's three layers with SiLU."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, target)
+    )

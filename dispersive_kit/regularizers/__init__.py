@@ -2,7 +2,8 @@
 
 from .attach import Dispersive
 from .baselines import REPA, LayerSync, contrastive_loss
-from .losses import KINDS, PRESETS, LossOptions, dispersive_loss, floor
+from .losses import dispersive_loss, floor
+from .options import KINDS, PRESETS, LossOptions
 from .schedules import Schedule
 from .stats import Stats
 

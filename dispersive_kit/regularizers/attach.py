@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import DispersiveError
 from .gather import all_gather
-from .losses import PRESETS, LossOptions, check_choice, check_number, measure
+from .losses import measure
+from .options import PRESETS, LossOptions, check_choice, check_number
 from .schedules import Schedule
 from .stats import Record, Stats, Watch
 from .taps import At, Attached, Select

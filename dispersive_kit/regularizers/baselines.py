@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DispersiveError
-from .losses import LossOptions, check_choice, check_number, distance, dispersive_loss, rows_of, temperature
+from .losses import dispersive_loss, distance, rows_of, temperature
+from .options import LossOptions, check_choice, check_number
 from .pairwise import full_precision
 from .schedules import Schedule
 from .taps import Attached, Select

@@ -57,13 +57,17 @@ def compute_dtype(z: Tensor) -> torch.dtype:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, and no TF32 or bf16 inside float32 products: distances are differences of large numbers."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    settings = [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 class PairSum(torch.autograd.Function):

@@ -5,7 +5,7 @@ import operator
 from dataclasses import dataclass
 
 from ..errors import DispersiveError
-from .losses import check_choice
+from .options import check_choice
 
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DispersiveError
-from .losses import KINDS, LossOptions, Measured, floor
+from .losses import Measured, floor
+from .options import KINDS, LossOptions
 
 AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
 VITALS = 5

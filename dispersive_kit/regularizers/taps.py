@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DispersiveError
-from .losses import check_number
+from .options import check_number
 from .schedules import Schedule
 
 At = str | nn.Module | Sequence[str | nn.Module] | None

@@ -56,9 +56,7 @@ class ClassifierFree:
 
     def weak_and_strong(self, model: Callable, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         if self.y is None or self.null_label is None:
-            raise ConfigError(
-                "classifier-free guidance needs y and a null class: train with class dropout, or scale=1"
-            )
+            raise ConfigError("classifier-free guidance needs y and a null class: train with class dropout, or scale=1")
         y = torch.cat([torch.full_like(self.y, self.null_label), self.y])
         return model(torch.cat([x, x]), torch.cat([t, t]), y).chunk(2)
 

@@ -46,9 +46,7 @@ def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
 
 
-def draw_times(
-    x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float, std: float
-) -> Tensor:
+def draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float, std: float) -> Tensor:
     """(B,) times: uniform on [t_min, 1], or the logistic of a Gaussian (arXiv 2403.03206, section 3.1)."""
     if how == "uniform":
         t = torch.rand(x0.shape[0], generator=generator, device=generator.device, dtype=x0.dtype)
@@ -176,7 +174,7 @@ class DDPM(Objective):
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
         T = self.path.num_timesteps
         k = torch.randint(T, (x0.shape[0],), generator=generator, device=generator.device)
-        return Draws(t=((k + 1) / T).to(x0), eps=noise_like(x0, generator))
+        return Draws(t=(k + 1).to(x0) / T, eps=noise_like(x0, generator))
 
     def loss(
         self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
@@ -253,9 +251,7 @@ class MeanFlow(Objective):
             for _ in range(2)
         ]
         t, r = torch.maximum(pair[0], pair[1]), torch.minimum(pair[0], pair[1])
-        equal = (
-            torch.rand(t.shape, generator=generator, device=generator.device).to(t.device) < self.equal_share
-        )
+        equal = torch.rand(t.shape, generator=generator, device=generator.device).to(t.device) < self.equal_share
         return Draws(t=t, r=torch.where(equal, t, r), eps=noise_like(x0, generator))
 
     def loss(

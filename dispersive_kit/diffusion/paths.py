@@ -135,9 +135,7 @@ class VPPath(Path):
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rise = self.beta_max - self.beta_min
-        return variance_preserving(
-            -(t**2) * rise / 4 - t * self.beta_min / 2, -t * rise / 2 - self.beta_min / 2
-        )
+        return variance_preserving(-(t**2) * rise / 4 - t * self.beta_min / 2, -t * rise / 2 - self.beta_min / 2)
 
 
 @lru_cache
@@ -145,9 +143,7 @@ def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> T
     """log alpha (num_timesteps + 1,) at t = 0, 1/T, ..., 1: half the log of DDPM's cumulative product, a 0
     in front.
     """
-    if (
-        schedule == "linear"
-    ):  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
+    if schedule == "linear":  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
         scale = 1000 / num_timesteps
         beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
     elif schedule == "cosine":  # Nichol & Dhariwal, arXiv 2102.09672, equation 17

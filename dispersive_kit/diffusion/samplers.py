@@ -269,8 +269,6 @@ def dopri5(f: Evaluator, rtol: float = 1e-5, atol: float = 1e-5, max_steps: int 
             if bool((t <= end).all()):
                 return x
             h = h * (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 10.0)
-        raise ConfigError(
-            f"dopri5 is at t = {float(t.max()):.3g} after {max_steps} steps: raise rtol or max_steps"
-        )
+        raise ConfigError(f"dopri5 is at t = {float(t.max()):.3g} after {max_steps} steps: raise rtol or max_steps")
 
     return step

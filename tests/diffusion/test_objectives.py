@@ -1,0 +1,254 @@
+"""Objectives: their minimisers on a Gaussian target, what they draw, and the terms of DDPM."""
+
+import math
+
+import pytest
+import torch
+
+from dispersive_kit.diffusion.objectives import DDPM, Draws, FlowMatching, MeanFlow, Objective
+from dispersive_kit.diffusion.paths import PREDICTIONS, DDPMPath, VPPath, expand
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.models.dit import build_dit
+from dispersive_kit.models.mlp import MLP
+
+OBJECTIVES = [FlowMatching(), FlowMatching(t_sampling="logit_normal"), DDPM(), MeanFlow(t_sampling="uniform")]
+
+
+def mean_and_error(values):
+    return values.mean(), values.std() / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_conditional_mean_minimises_flow_matching(gaussian, generator, prediction):
+    """At the closed-form mean m x, d loss / d scale = E[2 w (m x - target) m x] vanishes, within three
+    standard errors.
+    """
+    x0 = gaussian.data_std * torch.randn(200_000, 1, generator=generator, dtype=torch.float64)
+    objective = FlowMatching(gaussian.path, prediction)
+    draws = objective.draw(x0, generator)
+    draws = Draws(t=0.02 + 0.96 * draws.t, eps=draws.eps)  # the ends have infinite variance for some predictions
+    losses = [objective(self_scaled(gaussian, prediction, c), x0, draws=draws)[1].per_sample for c in (0.9, 1, 1.1)]
+    gradient, error = mean_and_error((losses[2] - losses[0]) / 0.2)
+    assert abs(gradient) < 3 * error
+    assert losses[1].mean() < min(losses[0].mean(), losses[2].mean())
+
+
+def self_scaled(gaussian, prediction, scale):
+    model = gaussian.model(prediction)
+    return lambda x, t: scale * model(x, t)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_conditional_mean_minimises_ddpm(gaussian_of, generator, schedule):
+    gaussian = gaussian_of(DDPMPath(schedule))
+    x0 = gaussian.data_std * torch.randn(200_000, 1, generator=generator, dtype=torch.float64)
+    draws = DDPM(gaussian.path).draw(x0, generator)
+    for min_snr in (None, 5.0):
+        objective = DDPM(gaussian.path, min_snr=min_snr)
+        low, best, high = (objective(self_scaled(gaussian, "eps", c), x0, draws=draws)[0] for c in (0.9, 1, 1.1))
+        assert best < min(low, high) and abs(high - low) < 0.02 * (high - best)
+
+
+def test_the_average_velocity_minimises_meanflow(gaussian_of, generator):
+    """u = (x_t - x_r) / (t - r) along the exact flow is a fixed point: its gradient vanishes within three
+    standard errors.
+    """
+    gaussian = gaussian_of(FlowMatching().path)
+
+    def model(x, t, r):
+        t, r = expand(t, x), expand(r, x)
+        s2 = gaussian.data_std**2
+        std_t, std_r = (((1 - u) ** 2 * s2 + u**2).sqrt() for u in (t, r))
+        return scale * x * (1 - std_r / std_t) / (t - r)
+
+    x0 = gaussian.data_std * torch.randn(100_000, 1, generator=generator, dtype=torch.float64)
+    objective = MeanFlow(equal_share=0.0, power=0.0, t_sampling="uniform")
+    draws = objective.draw(x0, generator)
+    keep = draws.t - draws.r > 0.05
+    x0, draws = x0[keep], draws[keep]
+    gradients = []
+    for part in range(50):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        rows = slice(part * len(x0) // 50, (part + 1) * len(x0) // 50)
+        objective(model, x0[rows], draws=draws[rows])[0].backward()
+        gradients.append(scale.grad)
+    gradient, error = mean_and_error(torch.stack(gradients))
+    assert abs(gradient) < 3 * error
+    scale = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+    objective(model, x0, draws=draws)[0].backward()
+    assert scale.grad > 20 * error
+
+
+def test_meanflow_target_has_the_total_derivative_of_the_network():
+    """The same loss from central differences along (v, 1) in place of forward-mode differentiation."""
+    torch.manual_seed(0)
+    model = build_dit("DiT-T/2", input_size=4, num_classes=3, interval=True, depth=2, time_scale=1.0).double()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x0, y = torch.randn(4, 4, 4, 4).double(), torch.tensor([0, 1, 2, 3])
+    objective = MeanFlow(equal_share=0.25)
+    draws = objective.draw(x0, torch.Generator().manual_seed(3))
+    loss, aux = objective(model, x0, y, draws=draws, taps=(0, 1))
+    t, r, h = draws.t, draws.r, 1e-5
+    x, v = objective.path.x_t(x0, draws.eps, t), draws.eps - x0
+    with torch.no_grad():
+        u, taps = model(x, t, y, r=r, taps=(0, 1))
+        du_dt = (model(x + h * v, t + h, y, r=r) - model(x - h * v, t - h, y, r=r)) / (2 * h)
+        error = (u - (v - expand(t - r, x) * du_dt)).square().flatten(1)
+    torch.testing.assert_close(aux.per_sample, error.mean(1), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(loss, (error.sum(1) / (error.sum(1) + 1e-3)).mean(), atol=1e-7, rtol=1e-6)
+    for ours, theirs in zip(aux.taps, taps, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_meanflow_taps_carry_the_gradient_of_an_ordinary_forward_pass():
+    torch.manual_seed(0)
+    model, x0 = MLP(interval=True), torch.randn(16, 2)
+    objective = MeanFlow()
+    draws = objective.draw(x0, torch.Generator().manual_seed(0))
+    x_t, weight = objective.path.x_t(x0, draws.eps, draws.t), model.blocks[1].fc1.weight
+    ours = objective(model, x0, draws=draws, taps=(1,))[1].taps
+    _, ordinary = model(x_t, draws.t, r=draws.r, taps=(1,))
+    gradients = [torch.autograd.grad(taps[0].square().mean(), weight)[0] for taps in (ours, ordinary)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
+def test_meanflow_guided_target_is_the_published_mixture(generator):
+    """Equation 19: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t | null); null-labelled samples
+    keep v.
+    """
+    torch.manual_seed(0)
+    model, x0 = MLP(num_classes=3, interval=True).double(), torch.randn(6, 2).double()
+    y = torch.tensor([0, 1, 2, 3, 3, 0])
+    draws = MeanFlow().draw(x0, generator)
+    draws = Draws(t=draws.t, r=draws.t, eps=draws.eps)  # r = t: the target is the guided velocity itself
+    _, aux = MeanFlow(cfg_scale=2.0, cfg_mix=0.3, null_label=3)(model, x0, y, draws=draws)
+    x, v = (1 - draws.t)[:, None] * x0 + draws.t[:, None] * draws.eps, draws.eps - x0
+    given, null = model(x, draws.t, y), model(x, draws.t, torch.full_like(y, 3))
+    target = torch.where((y == 3)[:, None], v, 2 * v + 0.3 * given + (1 - 2.3) * null)
+    torch.testing.assert_close(aux.per_sample, (given - target).square().mean(1).detach())
+    with pytest.raises(ConfigError, match="needs y and null_label"):
+        MeanFlow(cfg_scale=2.0)(model, x0, y, draws=draws)
+
+
+def test_meanflow_trains_with_checkpointing_asked_for(generator):
+    model = build_dit("DiT-T/2", input_size=4, num_classes=0, depth=2, interval=True, checkpointing=True)
+    loss, aux = MeanFlow()(model, torch.randn(2, 4, 4, 4), generator=generator, taps=(1,))
+    (loss + aux.taps[0].mean()).backward()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_slices_of_the_draws_give_the_losses_of_the_whole(objective, generator):
+    model, x0 = MLP(interval=True), torch.randn(8, 2, generator=generator)
+    draws = objective.draw(x0, generator)
+    _, whole = objective(model, x0, draws=draws)
+    parts = [objective(model, x0[a : a + 2], draws=draws[a : a + 2])[1] for a in range(0, 8, 2)]
+    torch.testing.assert_close(torch.cat([p.per_sample for p in parts]), whole.per_sample)
+    torch.testing.assert_close(torch.cat([p.t for p in parts]), whole.t)
+    assert whole.per_sample.requires_grad is False and whole.t.shape == (8,)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_objectives_leave_the_global_generator_alone(objective, generator):
+    model, x0 = MLP(interval=True), torch.randn(8, 2, generator=generator)
+    before = torch.get_rng_state()
+    first = objective(model, x0, generator=torch.Generator().manual_seed(7))[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, objective(model, x0, generator=torch.Generator().manual_seed(7))[0])
+    with pytest.raises(ConfigError, match="give draws= or generator="):
+        objective(model, x0)
+
+
+def test_times_are_drawn_from_the_named_distributions(generator):
+    x0 = torch.zeros(40_000, 1, dtype=torch.float64)
+    uniform = FlowMatching(VPPath()).draw(x0, generator).t
+    assert uniform.min() >= 1e-5 and abs(uniform.mean() - 0.5) < 3 * 0.2887 / 200
+    logit = FlowMatching(t_sampling="logit_normal", logit_mean=-0.4).draw(x0, generator).t.logit()
+    assert abs(logit.mean() + 0.4) < 3 / 200 and abs(logit.std() - 1) < 3 / 200
+    draws = MeanFlow().draw(x0, generator)
+    assert (draws.r <= draws.t).all()
+    assert abs((draws.r == draws.t).double().mean() - 0.75) < 3 * 0.433 / 200
+    steps = DDPM().draw(x0, generator).t * 1000
+    torch.testing.assert_close(steps, steps.round())
+    assert steps.round().min() == 1 and steps.round().max() == 1000
+    with pytest.raises(ConfigError, match="'uniform' or 'logit_normal'"):
+        FlowMatching(t_sampling="beta").draw(x0, generator)
+
+
+def hybrid(model_out, x0, k, eps, T=1000):
+    """DDPM with learned sigma, restated with torch.distributions from the betas; k are the papers'
+    timesteps.
+    """
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    before = torch.cat([torch.ones(1).double(), alpha_bar[:-1]])
+    posterior = beta * (1 - before) / (1 - alpha_bar)
+    low = torch.cat([posterior[1:2], posterior[1:]])
+    terms = []
+    for i, j in enumerate(k.tolist()):
+        x = alpha_bar[j].sqrt() * x0[i] + (1 - alpha_bar[j]).sqrt() * eps[i]
+        pred, share = model_out[i].chunk(2)
+        x0_pred = (x - (1 - alpha_bar[j]).sqrt() * pred) / alpha_bar[j].sqrt()
+        b = before[j].sqrt() * beta[j] / (1 - alpha_bar[j])
+        a = (1 - beta[j]).sqrt() * (1 - before[j]) / (1 - alpha_bar[j])
+        variance = ((share + 1) / 2 * beta[j].log() + (1 - share) / 2 * low[j].log()).exp()
+        ours = torch.distributions.Normal(b * x0_pred + a * x, variance.sqrt())
+        if j == 0:
+            level = ((x0[i] + 1) * 127.5).round()
+            upper = torch.where(level == 255, 1.0, ours.cdf(x0[i] + 1 / 255))
+            bound = -(upper - torch.where(level == 0, 0.0, ours.cdf(x0[i] - 1 / 255))).log()
+        else:
+            truth = torch.distributions.Normal(b * x0[i] + a * x, low[j].sqrt())
+            bound = torch.distributions.kl_divergence(truth, ours)
+        terms.append((pred - eps[i]).square().mean() + bound.mean() / math.log(2))
+    return torch.stack(terms).mean()
+
+
+def test_learned_sigma_is_the_hybrid_loss_of_the_paper(generator):
+    x0 = torch.randint(256, (6, 3, 2, 2), generator=generator).double() / 127.5 - 1
+    x0[0, 0], x0[1, 0] = -1.0, 1.0
+    k = torch.tensor([0, 0, 1, 17, 500, 999])
+    eps = torch.randn(6, 3, 2, 2, generator=generator, dtype=torch.float64)
+    out = torch.randn(6, 6, 2, 2, generator=generator, dtype=torch.float64) * 0.5
+    out.requires_grad_()
+    loss, aux = DDPM(learn_sigma=True)(lambda x, t: out, x0, draws=Draws(t=(k + 1) / 1000.0, eps=eps))
+    torch.testing.assert_close(loss, hybrid(out, x0, k, eps), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(aux.per_sample, (out[:, :3] - eps).square().flatten(1).mean(1).detach())
+    (gradient,) = torch.autograd.grad(loss, out)
+    simple = 2 * (out[:, :3] - eps) / (6 * 12)
+    torch.testing.assert_close(gradient[:, :3], simple.detach())  # the bound trains the variance alone
+    assert (gradient[:, 3:].abs() > 0).any()
+
+
+def test_grey_levels_share_the_whole_mass():
+    from dispersive_kit.diffusion.objectives import discretized_log_likelihood
+
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in ((0.2, 0.05), (-0.99, 0.3), (1.4, 0.2)):
+        mass = discretized_log_likelihood(levels, torch.tensor(mean).double(), torch.tensor(std).double()).exp()
+        assert mass.sum().item() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_min_snr_weight_is_the_published_one(generator):
+    x0 = torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    draws = Draws(t=torch.tensor([0.01, 0.2, 0.5, 1.0]).double(), eps=torch.zeros_like(x0))
+    loss, aux = DDPM(min_snr=5.0)(lambda x, t: torch.ones_like(x), x0, draws=draws)
+    snr = DDPMPath().log_snr(draws.t).exp()
+    torch.testing.assert_close(loss, (torch.minimum(snr, torch.tensor(5.0)) / snr).mean())
+    assert torch.equal(aux.per_sample, torch.ones(4).double())
+
+
+def test_disagreement_about_learned_sigma_is_named(generator):
+    x0 = torch.zeros(2, 4, 4, 4)
+    with_variance = build_dit("DiT-T/2", input_size=4, num_classes=0, depth=1, learn_sigma=True)
+    with pytest.raises(ConfigError, match=r"expects 4 channels .* returned \(2, 8, 4, 4\)"):
+        FlowMatching()(with_variance, x0, generator=generator)
+    with pytest.raises(ConfigError, match="expects 8 channels"):
+        DDPM(learn_sigma=True)(lambda x, t: x, x0, generator=generator)
+    with pytest.raises(ConfigError, match="with r"):
+        MeanFlow()(lambda x, t, r: x, x0, draws=FlowMatching().draw(x0, generator))
+    with pytest.raises(ConfigError, match="is unknown"):
+        FlowMatching(prediction="u")
+    with pytest.raises(ConfigError, match="abstract"):
+        Objective()(None, x0, generator=generator)

@@ -28,7 +28,8 @@ class Tap:
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
-        self.armed, self.output = False, None
+        self.armed = False
+        self.output: tuple[Any] | None = None  # an output may itself be None
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
@@ -36,12 +37,12 @@ class Tap:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes this module inside backward
-        self.output = output
+        self.output = (output,)
 
     def __deepcopy__(self, _memo: Any) -> Self:
         return self
 
-    def take(self) -> Any:
+    def take(self) -> tuple[Any] | None:
         output, self.output = self.output, None
         return output
 
@@ -66,7 +67,7 @@ class Attached:
     @property
     def captured(self) -> list[Tensor]:
         """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
-        return [pick(tap.output, self.select) for tap in self.taps if tap.output is not None]
+        return [pick(tap.output[0], self.select) for tap in self.taps if tap.output is not None]
 
     def __enter__(self) -> Self:
         self._require_hooks()
@@ -113,31 +114,26 @@ class Attached:
                 f"{type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
                 f"give a list of one tensor each for {', '.join(self.paths)}"
             )
-        return [self._checked(tap, z, None) for tap, z in zip(self.taps, taps, strict=True)]
+        return [self._checked(tap, (z,), None) for tap, z in zip(self.taps, taps, strict=True)]
 
-    def _checked(self, tap: Tap, output: Any, select: Select) -> Tensor:
-        why = self._state if output is None else ""
-        if not why:
-            try:
-                z = pick(output, select)
-            except DispersiveError as error:
-                raise DispersiveError(f"tap {tap.path!r}: {error}") from error
-            if torch._C._functorch.is_functorch_wrapped_tensor(z):
-                why = (
-                    "was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
-                    "outside: "
-                    "return the features from the function (has_aux=True) and pass them as loss(taps=...)"
-                )
-            elif self.weight and not z.requires_grad:
-                why = (
-                    "carries no gradient, so the loss would do nothing: it was computed under no_grad, or "
-                    "inside a "
-                    "reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
-                    "later "
-                    "block). weight=0 measures without a gradient"
-                )
-        if why:
-            raise DispersiveError(f"tap {tap.path!r} {why}")
+    def _checked(self, tap: Tap, output: tuple[Any] | None, select: Select) -> Tensor:
+        if output is None:
+            raise DispersiveError(f"tap {tap.path!r} {self._state}")
+        try:
+            z = pick(output[0], select)
+        except DispersiveError as error:
+            raise DispersiveError(f"tap {tap.path!r}: {error}") from error
+        if torch._C._functorch.is_functorch_wrapped_tensor(z):
+            raise DispersiveError(
+                f"tap {tap.path!r} was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
+                "outside: return the features from the function (has_aux=True) and pass them as loss(taps=...)"
+            )
+        if self.weight and not z.requires_grad:
+            raise DispersiveError(
+                f"tap {tap.path!r} carries no gradient, so the loss would do nothing: it was computed under no_grad, "
+                "or inside a reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
+                "later block). weight=0 measures without a gradient"
+            )
         return z
 
 

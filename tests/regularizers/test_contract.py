@@ -1,0 +1,522 @@
+"""The plug-in's contract on the kit's own DiT, line by line. A `mutation` was tried and fails the test."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dispersive_kit.diffusion.objectives import FlowMatching, MeanFlow
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.models import MLP, build_dit
+from dispersive_kit.regularizers import Dispersive, Schedule, dispersive_loss
+
+X = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+T = torch.linspace(0.1, 0.9, 6)
+
+
+def make_model(**overrides):
+    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=0, **overrides)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:  # the published initialisation makes every block the identity
+            nn.init.normal_(p, std=0.05, generator=generator)
+    return model.train()
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def step(model, reg, call=None, **labels):
+    model.zero_grad()
+    with reg:
+        out = (model if call is None else call)(X, T)
+    loss = reg.loss(**labels)
+    (out.square().mean() + loss).backward()
+    return loss.detach(), gradient(model)
+
+
+def expected(at=1, **options):
+    """The same by hand: the block's output caught without Dispersive."""
+    model, seen = make_model(), []
+    model.get_submodule(f"blocks.{at}" if isinstance(at, int) else at).register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
+    out = model(X, T)
+    loss = 0.5 * dispersive_loss(seen[0], **options)
+    (out.square().mean() + loss).backward()
+    return loss.detach(), gradient(model)
+
+
+def assert_same(got, want, rtol=1e-5):
+    torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=1e-7)
+    assert (got[1] - want[1]).norm() <= rtol * want[1].norm()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_loss_and_gradient_are_those_of_the_blocks_output():
+    # mutation: `self.output = output.detach()`
+    model = make_model()
+    assert_same(step(model, Dispersive(model, "blocks.1")), expected())
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+def test_compile_of_the_whole_model_attached_before_the_first_call():
+    model = make_model()
+    reg, call = Dispersive(model, "blocks.1"), compiled(model)
+    for _ in range(2):
+        assert_same(step(model, reg, call), expected())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compile_of_the_whole_model_attached_after_the_first_call_raises_with_the_cure(in_place):
+    # mutation: `_checked` returns a zero where nothing was captured
+    model = make_model()
+    call = None if in_place else compiled(model)
+    if in_place:
+        model.compile(backend="aot_eager")
+    (model if in_place else call)(X, T)
+    reg = Dispersive(model, "blocks.1")
+    with pytest.raises(DispersiveError, match=r"blocks\.1.*torch\.compile.*reset\(\)"):
+        step(model, reg, call)
+    torch.compiler.reset()  # the cure that the message names
+    assert_same(step(model, reg, call), expected())
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_compile_block_by_block_works_in_either_order(attach_first):
+    model = make_model()
+    reg = Dispersive(model, "blocks.1") if attach_first else None
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    if reg is None:
+        model(X, T)
+        reg = Dispersive(model, "blocks.1")
+    assert_same(step(model, reg), expected())
+
+
+def test_fullgraph_with_checkpointing_works_through_taps():
+    # The untreated row: with the hook, Dynamo refuses the side effect inside the checkpoint.
+    model = make_model(checkpointing=True)
+    reg = Dispersive(model, "blocks.1")
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        step(model, reg, call)
+    model.zero_grad()
+    out, taps = call(X, T, taps=(1,))
+    loss = reg.loss(taps=taps)
+    (out.square().mean() + loss).backward()
+    assert_same((loss.detach(), gradient(model)), expected())
+
+
+# ---- checkpointing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
+def test_non_reentrant_checkpointing_with_backward_inside_the_with_block(path):
+    # mutation: no check of the graph task in `Tap.__call__`: the recomputation fills the slot of the next step
+    model = make_model(checkpointing=True)
+    reg = Dispersive(model, path)
+    with reg:
+        for _ in range(2):
+            model.zero_grad()
+            out = model(X, T)
+            loss = reg.loss()
+            (out.square().mean() + loss).backward()
+            assert not reg.captured
+            got = loss.detach(), gradient(model)
+            with torch.no_grad():
+                next(model.parameters()).add_(0)
+    assert_same(got, expected(1 if path == "blocks.1" else path))
+
+
+def test_a_stale_recomputation_is_never_taken_for_the_next_batch():
+    # mutation: as above; the second loss is then that of the first batch
+    model = make_model(checkpointing=True)
+    reg = Dispersive(model, "blocks.1.attn")
+    losses = []
+    with reg:
+        for scale in (1.0, 3.0):
+            out = model(scale * X, T)
+            loss = reg.loss()
+            (out.square().mean() + loss).backward()
+            losses.append(loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+class Reentrant(nn.Module):
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("path", ["net", "net.1"])
+def test_a_tap_inside_a_reentrant_checkpoint_raises_and_one_at_it_is_right(path, reentrant):
+    # mutation: no check of `requires_grad` in `_checked`; no check of the graph task in `Tap.__call__`
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+    x = torch.randn(4, 5, requires_grad=True)
+    model = Reentrant(net, reentrant).train()
+    reg = Dispersive(model, path)
+    with reg:
+        model(x)
+        if path == "net.1" and reentrant:
+            with pytest.raises(DispersiveError, match=r"'net\.1'.*use_reentrant=False"):
+                reg.loss()
+            return
+        reg.loss().backward()
+    assert not reg.captured
+    got = gradient(net)
+    net.zero_grad()
+    (0.5 * dispersive_loss(net(x) if path == "net" else net[:2](x))).backward()
+    torch.testing.assert_close(got, gradient(net))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_loss_under_no_grad_raises(context):
+    model = make_model()
+    reg = Dispersive(model, "blocks.0")
+    with context(), reg:
+        model(X, T)
+    with pytest.raises(DispersiveError, match=r"blocks\.0.*no gradient.*no_grad"):
+        reg.loss()
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+def test_autocast_captures_bf16_and_computes_in_float32():
+    # mutation: `measure` without `full_precision`
+    model = build_dit("DiT-T/4", input_size=32, depth=2, num_classes=0).train()
+    reg = Dispersive(model, "blocks.1.attn.proj")
+    nn.init.normal_(model.blocks[1].adaLN_modulation[-1].weight)
+    x, t = torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.rand(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), reg:
+        model(x, t)
+        z = reg.captured[0].detach()
+        got = reg.loss()
+    want = 0.5 * dispersive_loss(z.double())
+    assert z.dtype == torch.bfloat16 and got.dtype == torch.float32
+    assert abs(got.item() - want.item()) < 1e-6
+
+
+# ---- copies, modes, removal --------------------------------------------------------------------------------
+
+
+def test_ema_by_deepcopy_does_not_overwrite_the_capture():
+    # mutation: no `module is not self.module` in `Tap.__call__`
+    model = make_model()
+    reg = Dispersive(model, "blocks.1")
+    ema = copy.deepcopy(model)
+    model.zero_grad()
+    with reg:
+        ema(5 * X, T)
+        out = model(X, T)
+    loss = reg.loss()
+    (out.square().mean() + loss).backward()
+    assert_same((loss.detach(), gradient(model)), expected())
+
+
+def test_eval_captures_nothing_and_the_loss_is_zero():
+    # mutation: armed without `self.model.training`
+    model = make_model().eval()
+    reg = Dispersive(model, "blocks.1")
+    with reg:
+        model(X, T)
+    assert not reg.captured and reg.loss().item() == 0 and not reg.loss().requires_grad
+
+
+def test_state_dict_is_unchanged_and_remove_leaves_no_hook():
+    model = make_model()
+    before = list(model.state_dict())
+    reg = Dispersive(model, ["blocks.0", "blocks.1"])
+    assert list(model.state_dict()) == before
+    assert sum(len(m._forward_hooks) for m in model.modules()) == 2
+    reg.remove()
+    assert sum(len(m._forward_hooks) for m in model.modules()) == 0
+    for use in (reg.__enter__, reg.loss):
+        with pytest.raises(DispersiveError, match=r"blocks\.0, blocks\.1 were removed"):
+            use()
+
+
+def test_the_hook_costs_nothing_unarmed_and_only_the_first_call_is_captured():
+    # mutation: no `self.output is not None` in `Tap.__call__`
+    model = make_model()
+    reg = Dispersive(model, "blocks.1")
+    model(X, T)
+    assert not reg.captured
+    with reg:
+        model(X, T)
+        first = reg.captured[0]
+        model(2 * X, T)
+    assert reg.captured[0] is first
+
+
+def test_features_are_let_go_after_the_loss():
+    model = make_model()
+    reg = Dispersive(model, "blocks.1")
+    step(model, reg)
+    assert not reg.captured
+    with pytest.raises(DispersiveError, match=r"blocks\.1.*nothing since the last loss"):
+        reg.loss()
+
+
+def test_gradient_accumulation_sums_the_losses_of_the_micro_batches():
+    model = make_model()
+    reg = Dispersive(model, "blocks.1")
+    model.zero_grad()
+    for rows in (slice(0, 3), slice(3, 6)):
+        with reg:
+            out = model(X[rows], T[rows])
+        (reg.loss() + 0 * out.sum()).backward()
+    got, want = gradient(model), 0
+    for rows in (slice(0, 3), slice(3, 6)):
+        other = make_model()
+        _, (z,) = other(X[rows], T[rows], taps=(1,))
+        (0.5 * dispersive_loss(z)).backward()
+        filled = [p.grad if p.grad is not None else torch.zeros_like(p) for p in other.parameters() if p.requires_grad]
+        want = want + torch.cat([g.flatten() for g in filled])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_memory_makes_the_last_micro_batch_see_the_whole_batch():
+    # mutation: `_kept` never filled; never cleared
+    model = make_model()
+    reg = Dispersive(model, "blocks.1", memory=64)
+    whole = Dispersive(model, "blocks.1")
+    with whole:
+        model(X, T)
+    want = whole.loss()
+    for number in range(2):
+        for rows in (slice(0, 3), slice(3, 6)):
+            with reg:
+                model(X[rows], T[rows])
+            loss = reg.loss(step=number)
+            assert reg.stats.batch_size == (3 if rows.start == 0 else 6)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    with pytest.raises(DispersiveError, match="step is None"):
+        step(model, reg)
+
+
+# ---- outputs -----------------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A block with the output of a transformers or diffusers block."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.lin, self.form = nn.Linear(5, 5), form
+
+    def forward(self, x):
+        h = self.lin(x)
+        return self.form(h)
+
+
+@pytest.mark.parametrize(
+    ("form", "select"),
+    [
+        (lambda h: (h, None), None),
+        (lambda h: (h, (h, h)), None),
+        (lambda h: (h * 0, h), 1),
+        (lambda h: {"sample": h}, "sample"),
+        (lambda h: {"deep": [h]}, lambda output: output["deep"][0]),
+        (lambda h: h.view(4, 5, 1, 1), None),
+        (lambda h: h.view(4, 1, 1, 5, 1), None),
+    ],
+)
+def test_tuple_dict_and_channels_first_outputs(form, select):
+    block = Wrapped(form)
+    model = nn.Sequential(block).train()
+    reg = Dispersive(model, "0", select=select)
+    x = torch.randn(4, 5)
+    with reg:
+        model(x)
+    torch.testing.assert_close(reg.loss(), 0.5 * dispersive_loss(block.lin(x)))
+
+
+@pytest.mark.parametrize(
+    ("form", "select"),
+    [
+        (lambda h: (h, h), None),
+        (lambda h: {"sample": h}, None),
+        (lambda h: {"sample": h}, "simple"),
+        (lambda h: (h,), 3),
+        (lambda h: h, 0),
+        (lambda h: (h, None), 1),
+        (lambda h: None, None),
+    ],
+)
+def test_an_ambiguous_output_asks_for_select(form, select):
+    model = nn.Sequential(Wrapped(form)).train()
+    reg = Dispersive(model, "0", select=select)
+    with reg:
+        model(torch.randn(4, 5))
+    with pytest.raises(DispersiveError, match=r"tap '0'.*select"):
+        reg.loss()
+
+
+def test_several_taps_give_the_mean():
+    model = make_model()
+    reg = Dispersive(model, "blocks.*")
+    assert reg.paths == ["blocks.0", "blocks.1"]
+    got = step(model, reg)
+    _, taps = make_model()(X, T, taps=(0, 1))
+    assert got[0].item() == pytest.approx(0.5 * sum(dispersive_loss(z).item() for z in taps) / 2, rel=1e-6)
+    assert set(reg.stats.by_tap()) == {"blocks.0", "blocks.1"}
+
+
+# ---- paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks", "path"),
+    [
+        (1 / 4, 12, "blocks.2"),
+        (1 / 4, 28, "blocks.6"),
+        (1 / 4, 4, "blocks.0"),
+        (1 / 4, 2, "blocks.0"),
+        (1, 5, "blocks.4"),
+    ],
+)
+def test_depth_picks_the_published_block(depth, blocks, path):
+    assert Dispersive(MLP(depth=blocks, hidden_size=4), depth=depth).paths == [path]
+
+
+def test_a_module_or_a_wrapped_name_is_found():
+    model = make_model()
+    assert Dispersive(model, model.blocks[1]).paths == ["blocks.1"]
+    assert Dispersive(model, "module._orig_mod.blocks.1").paths == ["blocks.1"]
+    assert Dispersive(compiled(model), "blocks.1").paths == ["blocks.1"]
+    assert Dispersive(model, ["blocks.1", model.blocks[1]]).paths == ["blocks.1"]
+
+
+def test_a_model_without_blocks_needs_at():
+    with pytest.raises(DispersiveError, match="name the module with at="):
+        Dispersive(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_presets_attach_where_published():
+    model = MLP(depth=12, hidden_size=4)
+    assert Dispersive.from_preset(model, "paper").paths == ["blocks.2"]
+    assert Dispersive.from_preset(model, "official-pytorch").paths == ["blocks.11"]
+    small = Dispersive.from_preset(model, "small", kind="hinge", weight=0.1)
+    assert (small.options.kind, small.options.scale, small.weight) == ("hinge", 1.0, 0.1)
+
+
+# ---- batches and numbers -----------------------------------------------------------------------------------
+
+
+def test_a_batch_of_one_raises_in_training():
+    model = make_model()
+    reg = Dispersive(model, "blocks.1")
+    with reg:
+        model(X[:1], T[:1])
+    with pytest.raises(DispersiveError, match=r"blocks\.1.*at least 2"):
+        reg.loss()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_nan_or_infinity_raises_with_the_path(bad, weight):
+    # mutation: `Watch.look` not called
+    model = make_model()
+    reg = Dispersive(model, "blocks.1", weight=weight)
+    with reg:
+        model(X * bad, T)
+    with pytest.raises(DispersiveError, match=r"blocks\.1.*NaN"):
+        reg.loss()
+
+
+def test_it_warns_once_at_the_floor():
+    # mutation: `_warned` never set
+    model = nn.Sequential(nn.Linear(5, 5)).train()
+    reg = Dispersive(model, "0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            with reg:
+                model(1e3 * torch.randn(8, 5))
+            reg.loss()
+    assert len(caught) == 1 and "'0'" in str(caught[0].message) and "diagonal=False" in str(caught[0].message)
+
+
+# ---- func transforms ---------------------------------------------------------------------------------------
+
+
+def test_a_hook_inside_jvp_raises_and_names_has_aux():
+    # mutation: no `is_functorch_wrapped_tensor`
+    model = MLP(hidden_size=8).train()
+    reg = Dispersive(model, "blocks.1")
+    x, t = torch.randn(6, 2), torch.rand(6)
+    with reg:
+        torch.func.jvp(lambda x: model(x, t), (x,), (torch.ones_like(x),))
+    with pytest.raises(DispersiveError, match=r"blocks\.1.*has_aux"):
+        reg.loss()
+
+
+def test_meanflow_gives_its_taps_through_has_aux():
+    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=0, interval=True).train()
+    reg = Dispersive(model, "blocks.1")
+    with reg:
+        _, aux = MeanFlow()(model, X, generator=torch.Generator().manual_seed(0), taps=(1,))
+    total = reg.loss(t=aux.t, taps=aux.taps)
+    total.backward()
+    assert model.x_embedder.proj.weight.grad.norm() > 0
+    assert not reg.captured
+
+
+# ---- weight ------------------------------------------------------------------------------------------------
+
+
+def test_three_lines_with_an_objective():
+    model = make_model()
+    reg = Dispersive(model, "blocks.1", weight=0.5, tau=0.5, t_window=0.5)
+    with reg:
+        loss, aux = FlowMatching()(model, X, generator=torch.Generator().manual_seed(0))
+    (loss + reg.loss(t=aux.t, step=0)).backward()
+    assert reg.stats.pairs < 36
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (Schedule(), [1, 1, 1, 1]),
+        (Schedule("warmup", 4), [0.25, 0.5, 1, 1]),
+        (Schedule("cosine-to-zero", 8), [1, 0.9619397662556434, 0.5, 0]),
+        (Schedule("stop-at", 4), [1, 1, 0, 0]),
+    ],
+)
+def test_schedules_weigh_the_loss(schedule, factors):
+    model = make_model()
+    reg = Dispersive(model, "blocks.1", weight=0.5, schedule=schedule)
+    for number, factor in zip((0, 1, 4, 100), factors, strict=True):
+        loss, _ = step(model, reg, step=number)
+        assert loss.item() == pytest.approx(0.5 * factor * reg.stats.loss, abs=1e-7)
+        assert reg.stats.weight == pytest.approx(0.5 * factor)
+
+
+def test_weight_zero_measures_without_touching_the_gradient():
+    model, bare = make_model(), make_model()
+    _, got = step(model, Dispersive(model, "blocks.1", weight=0))
+    bare(X, T).square().mean().backward()
+    assert torch.equal(got, gradient(bare))

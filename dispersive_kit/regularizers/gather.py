@@ -10,7 +10,7 @@ from ..errors import DispersiveError
 
 
 class AllGather(torch.autograd.Function):
-    """Rows of all processes in the order of rank; the backward sums each process's gradient for my rows."""
+    """Rows of all processes in the order of rank; the backward sums every process's gradient for the own rows."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Every process computes the same loss, and DDP averages: the sum here makes the mean the gradient of
-        # one process with the whole batch. Keeping only the own slot's gradient would give 1 / W of it.
-        grad = grad.contiguous()
+        # Every process computes the same loss, and DDP and FSDP average: with the sum, the mean is the gradient
+        # of one process with the whole batch. The own slot's gradient alone would make 1 / W of it.
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         start = dist.get_rank() * ctx.rows
         return grad[start : start + ctx.rows]
@@ -32,12 +32,25 @@ class AllGather(torch.autograd.Function):
 def all_gather(z: Tensor) -> Tensor:
     """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
 
-    Raises DispersiveError: torch.distributed is not initialised.
+    Raises DispersiveError: torch.distributed is not initialised; on a CPU, where looking costs nothing, batches
+    of different size.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DispersiveError(
-            "gather=True outside a process group: call torch.distributed.init_process_group first "
-            "(accelerate and "
+            "gather=True outside a process group: call torch.distributed.init_process_group first (accelerate and "
             "torchrun scripts do), or leave gather=False"
         )
-    return AllGather.apply(z) if dist.get_world_size() > 1 else z
+    if dist.get_world_size() == 1:
+        return z
+    if z.device.type == "cpu":
+        check_even(z)
+    return AllGather.apply(z)
+
+
+def check_even(z: Tensor) -> None:
+    sizes = torch.empty(dist.get_world_size(), dtype=torch.long)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(z)]))
+    if sizes.unique().numel() > 1:
+        raise DispersiveError(
+            f"gather=True over processes with batches of {sizes.tolist()}: all need the same size; set drop_last=True"
+        )

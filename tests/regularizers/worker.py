@@ -1,0 +1,88 @@
+"""Run as `worker.py RANK WORLD FOLDER`: gradients with Dispersive Loss in a process group, saved by rank 0."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.models import build_dit
+from dispersive_kit.regularizers import Dispersive
+
+B = 6
+OPTIONS = {"at": "blocks.1", "weight": 0.5, "tau": 0.5, "ignore_same_class": True}
+
+
+def make_model() -> nn.Module:
+    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=4, class_dropout_prob=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.05, generator=generator)
+    return model.train()
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(B, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x, torch.linspace(0.1, 0.9, B), torch.arange(B) % 4
+
+
+def backward(model: nn.Module, reg: Dispersive, rows: slice) -> dict[str, torch.Tensor]:
+    """Mean-reduced denoising stand-in plus Dispersive Loss; full gradients by name."""
+    x, t, y = (part[rows] for part in make_batch())
+    with reg:
+        out = model(x, t, y)
+    (out.square().mean() + reg.loss(y=y)).backward()
+    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+
+
+def shard(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def uneven(rank: int) -> str:
+    reg = Dispersive(make_model(), "blocks.1", gather=True)
+    x, t, y = make_batch()
+    with reg:
+        reg.model(x[: 2 + rank], t[: 2 + rank], y[: 2 + rank])
+    try:
+        reg.loss()
+    except DispersiveError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    share = B // world
+    rows = slice(rank * share, (rank + 1) * share)
+    results = {}
+    for gather in (False, True):
+        model = make_model()
+        reg = Dispersive(model, **OPTIONS, gather=gather)
+        results[f"ddp gather={gather}"] = backward(DistributedDataParallel(model), reg, rows)
+        results[f"batch gather={gather}"] = reg.stats.batch_size
+    model = DistributedDataParallel(make_model())
+    results["ddp attached to the wrapper"] = backward(model, Dispersive(model, **OPTIONS, gather=True), rows)
+    model = make_model()
+    reg = Dispersive(model, **OPTIONS, gather=True)
+    results["fsdp hook before"] = backward(shard(model), reg, rows)
+    model = shard(make_model())
+    results["fsdp hook after"] = backward(model, Dispersive(model, **OPTIONS, gather=True), rows)
+    results["uneven"] = uneven(rank)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

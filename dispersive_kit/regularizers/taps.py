@@ -29,20 +29,24 @@ class Tap:
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self.armed = False
-        self.output: tuple[Any] | None = None  # an output may itself be None
+        self.output: tuple[Any, int | None] | None = None  # with its version: how often it was written to
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         if not self.armed or self.output is not None or module is not self.module:
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint recomputes this module inside backward
-        self.output = (output,)
+        version = None
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:
+                return  # a checkpoint recomputes this module inside backward
+            if isinstance(output, Tensor) and not output.is_inference():
+                version = output._version
+        self.output = output, version
 
     def __deepcopy__(self, _memo: Any) -> Self:
         return self
 
-    def take(self) -> tuple[Any] | None:
+    def take(self) -> tuple[Any, int | None] | None:
         output, self.output = self.output, None
         return output
 
@@ -114,9 +118,9 @@ class Attached:
                 f"{type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
                 f"give a list of one tensor each for {', '.join(self.paths)}"
             )
-        return [self._checked(tap, (z,), None) for tap, z in zip(self.taps, taps, strict=True)]
+        return [self._checked(tap, (z, None), None) for tap, z in zip(self.taps, taps, strict=True)]
 
-    def _checked(self, tap: Tap, output: tuple[Any] | None, select: Select) -> Tensor:
+    def _checked(self, tap: Tap, output: tuple[Any, int | None] | None, select: Select) -> Tensor:
         if output is None:
             raise DispersiveError(f"tap {tap.path!r} {self._state}")
         try:
@@ -133,6 +137,11 @@ class Attached:
                 f"tap {tap.path!r} carries no gradient, so the loss would do nothing: it was computed under no_grad, "
                 "or inside a reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
                 "later block). weight=0 measures without a gradient"
+            )
+        if output[1] is not None and output[0]._version != output[1]:
+            raise DispersiveError(
+                f"tap {tap.path!r}: its output was overwritten after it returned, as by ReLU(inplace=True): tap the "
+                "module that overwrites it, or set inplace=False there"
             )
         return z
 

@@ -39,8 +39,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise DataError(
-                f"{self.source}: images must be uint8 (N, C, H, W), "
-                f"got {self.images.dtype} {tuple(self.images.shape)}"
+                f"{self.source}: images must be uint8 (N, C, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
             )
         if len(self.images) != len(self.labels) or len(self.images) == 0:
             raise DataError(
@@ -65,9 +64,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at `index`, in that order."""
-        return ImageSet(
-            self.name, self.split, self.images[index], self.labels[index], self.classes, self.source
-        )
+        return ImageSet(self.name, self.split, self.images[index], self.labels[index], self.classes, self.source)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -120,9 +117,7 @@ def load_images(
     folder = Path(data_dir) if data_dir else data_folder()
     if name in TORCHVISION_SETS:
         packed = folder / f"{name}.npz"
-        return (
-            _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
-        )
+        return _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
     if Path(name).is_dir():
         return _image_folder(Path(name), split, size)
     known = ", ".join(["digits", *TORCHVISION_SETS])
@@ -133,9 +128,7 @@ def _digits(split: str) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            "'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'"
-        ) from error
+        raise DataError("'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
     bunch: Any = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
     labels = torch.from_numpy(bunch.target).long()
@@ -221,26 +214,21 @@ def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
     # The class of an image is the first folder below the root; a flat folder is one class.
     names = [f.relative_to(root).parts[0] if f.parent != root else "image" for f in files]
     classes = tuple(sorted(set(names)))
-    index = (
-        range(len(files))
-        if has_splits
-        else [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
-    )
+    index = range(len(files)) if has_splits else [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
     if not index:
-        raise DataError(
-            f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/"
-        )
+        raise DataError(f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/")
     images = torch.stack([_read_square(files[i], size) for i in index])
     labels = torch.tensor([classes.index(names[i]) for i in index])
     return ImageSet(folder.name, split, images, labels, classes, str(root))
 
 
 def _read_square(file: Path, size: int) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image
+    from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as tv
 
     try:
-        image = decode_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 (3, H, W)
-    except RuntimeError as error:
+        with Image.open(file) as opened:
+            image = tv.pil_to_tensor(ImageOps.exif_transpose(opened).convert("RGB"))  # uint8 (3, H, W)
+    except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{file} is not a readable image ({error}); repair or remove it") from error
     return tv.center_crop(tv.resize(image, [size], antialias=True), [size, size])

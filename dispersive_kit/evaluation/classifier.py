@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dispersive_kit.data import ImageSet, to_float
 
 WIDTH = 48  # features
-STEPS, BATCH, LEARNING_RATE = 600, 128, 3e-3
+STEPS, BATCH, LEARNING_RATE = 400, 128, 3e-3
 
 
 class SmallConvNet(nn.Module):

@@ -23,9 +23,7 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
     """
     x, y = _checked(x), _checked(y)
     if x.shape[1] != y.shape[1]:
-        raise ConfigError(
-            f"the two sets have {x.shape[1]} and {y.shape[1]} features; use one extractor for both"
-        )
+        raise ConfigError(f"the two sets have {x.shape[1]} and {y.shape[1]} features; use one extractor for both")
     mean_x, mean_y = x.mean(0), y.mean(0)
     a, b = _factor(x - mean_x), _factor(y - mean_y)
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()

@@ -32,10 +32,8 @@ def generate(
         ConfigError: a label outside the classes; guidance asked of a model without a null class.
     """
     num_classes = model.num_classes
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise ConfigError(
-            f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        raise ConfigError(f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     if cfg_scale != 1.0 and model.null_label is None:
         raise ConfigError("this model has no null class (class_dropout_prob was 0), so cfg_scale must be 1")
     device = next(model.parameters()).device

@@ -5,10 +5,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from dispersive_kit.data import ImageSet
 from dispersive_kit.evaluation.distances import frechet_distance, frechet_interval
 from dispersive_kit.evaluation.features import FeatureExtractor
-from torch import Tensor
 
 UINT8_RULE = "round(127.5 x + 127.5), clamped to 0..255"
 

@@ -86,7 +86,7 @@ class Measured(NamedTuple):
     dim: int
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch.compiler.disable, but does not import Dynamo (2 s) before something is compiled
 def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tensor | None = None) -> Measured:
     """`dispersive_loss` and what came out on the way."""
     check_features(z, t, y)

@@ -1,4 +1,4 @@
-"""The gate after every headless run: errors inside widgets and threads do not stop a notebook, but they fail it here."""
+"""The gate after every headless run: errors in widgets and threads do not stop a notebook, but they fail it here."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -21,7 +21,7 @@ from dispersive_kit.study.modes import MODES, settings_of
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 
 
-class CheckFailed(AssertionError):
+class CheckError(AssertionError):
     """A check of a notebook did not hold."""
 
 
@@ -42,16 +42,14 @@ class NotebookRun:
         """Print and keep a check.
 
         Raises:
-            CheckFailed: it does not hold.
+            CheckError: it does not hold.
         """
         if not holds:
-            raise CheckFailed(f"{promise}: does not hold ({detail})")
+            raise CheckError(f"{promise}: does not hold ({detail})")
         self.checks.append({"promise": promise, "detail": detail})
         print(f"✓ {promise}" + (f"  ({detail})" if detail else ""))
 
-    def record(
-        self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None
-    ) -> None:
+    def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
         """Keep a measured number for the report, with the record of how it was measured."""
         self.numbers.append({"name": name, "value": float(value), "note": note, "record": record})
 

@@ -64,9 +64,7 @@ def find_notebook(name: str) -> Path:
     known = sorted(notebooks_folder().glob("*.ipynb"))
     found = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(name)]
     if not name or len(found) != 1:
-        raise ConfigError(
-            f"{name!r} names {len(found)} notebooks; there are: {', '.join(p.stem for p in known)}"
-        )
+        raise ConfigError(f"{name!r} names {len(found)} notebooks; there are: {', '.join(p.stem for p in known)}")
     return found[0]
 
 
@@ -84,9 +82,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
             raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {', '.join(known)}")
         expected = known[name]["inferred_type_name"]
         if expected not in ("None", type(value).__name__) and (expected, type(value)) != ("float", int):
-            raise ConfigError(
-                f"{notebook.stem}: {name} is {expected}, got {value!r} ({type(value).__name__})"
-            )
+            raise ConfigError(f"{notebook.stem}: {name} is {expected}, got {value!r} ({type(value).__name__})")
 
 
 def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = None) -> StageResult:
@@ -119,6 +115,7 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
             progress_bar=sys.stderr.isatty(),
             cwd=str(folder),
             execution_timeout=CELL_TIMEOUT_S,
+            extra_arguments=["--log-level=ERROR"],  # of the kernel, which otherwise warns that it uses TCP
         )
     except papermill.PapermillExecutionError as failed:
         error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"
@@ -129,9 +126,7 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
         error = f"an error was hidden from the run: {hidden[0]}"
     if not error and not (folder / "result.json").is_file():
         error = "the notebook ended without writing result.json (its last cell calls nb.finish())"
-    result = StageResult(
-        notebook.stem, "failed" if error else "ok", time.perf_counter() - started, folder, error
-    )
+    result = StageResult(notebook.stem, "failed" if error else "ok", time.perf_counter() - started, folder, error)
     stage = {**asdict(result), "folder": folder.name, "key": key, "parameters": given}
     (folder / "stage.json").write_text(json.dumps(stage, indent=2))
     return result

@@ -2,6 +2,7 @@
 
 from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, TrainConfig, train_preset
 from dispersive_kit.training.loop import StepRecord, train
+from dispersive_kit.training.progress import progress
 from dispersive_kit.training.run import load_run
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "StepRecord",
     "TrainConfig",
     "load_run",
+    "progress",
     "train",
     "train_preset",
 ]

@@ -83,9 +83,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         groups = {}
         for file_name, expected in manifest["sha256"].items():
             if _sha256(path / file_name) != expected:
-                raise CheckpointError(
-                    f"{path / file_name} is damaged: its sha256 is not the one in manifest.json"
-                )
+                raise CheckpointError(f"{path / file_name} is damaged: its sha256 is not the one in manifest.json")
             groups[file_name.removesuffix(".safetensors")] = load_file(path / file_name)
         return Checkpoint(manifest["step"], groups, manifest["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -117,9 +115,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
 def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
     """Split an optimizer's state_dict into tensors (for safetensors) and parameter groups (for JSON)."""
     tensors = {
-        f"{index}.{name}": value
-        for index, entry in state_dict["state"].items()
-        for name, value in entry.items()
+        f"{index}.{name}": value for index, entry in state_dict["state"].items() for name, value in entry.items()
     }
     return tensors, state_dict["param_groups"]
 

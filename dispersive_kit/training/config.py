@@ -94,9 +94,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {
-    "smoke": TrainConfig(
-        steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10
-    ),
+    "smoke": TrainConfig(steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10),
     "digits": TrainConfig(),  # base arm: FD[digits-classifier48, N=500] = MEASURE
 }
 

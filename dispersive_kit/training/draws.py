@@ -31,10 +31,7 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     """Indices (batch_size,) into a set of n that step `step` trains on: each epoch is one permutation."""
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch = position // n
-    orders = [
-        _epoch_order(seed, int(e), n)[position[epoch == e] % n]
-        for e in range(int(epoch[0]), int(epoch[-1]) + 1)
-    ]
+    orders = [_epoch_order(seed, int(e), n)[position[epoch == e] % n] for e in range(int(epoch[0]), int(epoch[-1]) + 1)]
     return torch.cat(orders)
 
 

@@ -75,9 +75,7 @@ def describe_data(data: ImageSet) -> dict[str, Any]:
     }
 
 
-def load_run(
-    run_dir: str | Path, *, weights: str = "ema", step: int | None = None
-) -> tuple[DiT, dict[str, Any]]:
+def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[DiT, dict[str, Any]]:
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
     Args:
@@ -93,9 +91,7 @@ def load_run(
         data = json.loads((run_dir / "run.json").read_text())["data"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{run_dir / 'run.json'} cannot be read: {error}") from error
-    model = build_model(
-        config, channels=data["channels"], size=data["size"], num_classes=len(data["classes"])
-    )
+    model = build_model(config, channels=data["channels"], size=data["size"], num_classes=len(data["classes"]))
     model.load_state_dict(checkpoint.groups[weights])
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dispersive_kit.data import load_images
+from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers.attach import Dispersive
@@ -23,7 +23,7 @@ from dispersive_kit.training.checkpoint import (
     unflatten_optimizer,
 )
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
-from dispersive_kit.training.draws import Batch, DeviceSet, stream
+from dispersive_kit.training.draws import Batch, DeviceSet
 from dispersive_kit.training.ema import EMA
 from dispersive_kit.training.parallel import check_split, make_accelerator
 from dispersive_kit.training.run import build_model, claim_run_folder, describe_data
@@ -83,9 +83,7 @@ class Session:
         moments, groups = flatten_optimizer(self.optimizer.state_dict())
         tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": moments}
         state = {"param_groups": groups, "ema_updates": self.ema.updates}
-        save_checkpoint(
-            self.run_dir / "checkpoints", Checkpoint(step, tensors, state), keep_last=self.config.keep_last
-        )
+        save_checkpoint(self.run_dir / "checkpoints", Checkpoint(step, tensors, state), keep_last=self.config.keep_last)
 
 
 def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
@@ -93,8 +91,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     accelerator = make_accelerator()
     device, objective = accelerator.device, FlowMatching()
     data, held_out = (
-        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size)
-        for split in ("train", "test")
+        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
     dispersion_batch = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
     _, channels, size, _ = data.images.shape
@@ -132,7 +129,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
         prepared,
         regularizer,
         DeviceSet.of(data, device),
-        _frozen_batch(DeviceSet.of(held_out, device), objective),
+        held_out_batch(held_out, objective, device=device),
         done,
     )
 
@@ -172,15 +169,19 @@ def _logged_step(line: str) -> float:
         return float("inf")
 
 
-def _frozen_batch(held_out: DeviceSet, objective: FlowMatching) -> Batch:
-    """The same images, t and eps for every run, arm and step (seed 0 on purpose)."""
-    size = min(HELD_OUT_IMAGES, len(held_out.images))
-    return held_out.batch(objective, seed=0, step=0, size=size, null_label=None, drop_prob=0.0)
+def held_out_batch(
+    held_out: ImageSet,
+    objective: FlowMatching,
+    *,
+    size: int = HELD_OUT_IMAGES,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """At most `size` held-out images with their t and eps: the same for every run, arm and step."""
+    size = min(size, len(held_out))
+    return DeviceSet.of(held_out, device).batch(objective, seed=0, step=0, size=size, null_label=None, drop_prob=0.0)
 
 
-def held_out_loss(
-    model: nn.Module, objective: FlowMatching, frozen: Batch, bins: int = 4
-) -> dict[str, Tensor]:
+def held_out_loss(model: nn.Module, objective: FlowMatching, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
     """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t."""
     with torch.no_grad():
         _, aux = objective(model, frozen.x0, frozen.y, draws=frozen.draws)

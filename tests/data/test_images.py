@@ -1,0 +1,171 @@
+import gzip
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+
+from dispersive_kit.data import ImageSet, data_folder, load_images, to_float, to_uint8
+from dispersive_kit.errors import DataError
+
+
+def test_digits_split_is_fixed_disjoint_and_complete():
+    train, test = load_images("digits"), load_images("digits", "test")
+    assert len(train) == 1297 and len(test) == 500 and train.images.shape[1:] == (1, 8, 8)
+    assert len(test.labels.unique()) == 10
+    assert train.sha256 == load_images("digits").sha256 != test.sha256
+
+
+def test_uint8_survives_the_round_trip_and_out_of_range_is_clamped():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_missing_cifar_says_where_to_put_it(tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_images("cifar10", data_dir=tmp_path, download=False)
+    assert str(tmp_path) in str(caught.value) and "cifar-10-batches-py" in str(caught.value)
+    assert "cifar10.npz" in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_what_there_is(tmp_path):
+    with pytest.raises(DataError, match="cifar10"):
+        load_images("cifar100")
+    with pytest.raises(DataError, match="train, test"):
+        load_images("digits", "validation")
+    with pytest.raises(DataError, match="no image"):
+        load_images(str(tmp_path))
+
+
+def write_packed(file, labels=(0, 1, 2, 0), **changes):
+    arrays = {
+        "images": np.arange(4 * 5 * 5 * 3, dtype=np.uint8).reshape(4, 5, 5, 3),
+        "labels": np.array(labels),
+        "split": np.array([0, 0, 0, 1], dtype=np.uint8),
+        "classes": np.array(["a", "b", "c"]),
+    }
+    np.savez(file, **{**arrays, **changes})
+
+
+def test_packed_arrays_are_read_by_split(tmp_path):
+    write_packed(tmp_path / "cifar10.npz")
+    train = load_images("cifar10", data_dir=tmp_path)
+    assert (
+        train.images.shape == (3, 3, 5, 5) and train.labels.tolist() == [0, 1, 2] and train.classes == ("a", "b", "c")
+    )
+    assert train.images[0, :, 0, 0].tolist() == [0, 1, 2]
+    assert len(load_images("cifar10", "test", data_dir=tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:100]), "cannot be read"),
+        (lambda f: write_packed(f, labels=(0, 1, 3, 0)), "labels run from 0 to 3"),
+        (lambda f: write_packed(f, images=np.zeros((4, 5, 5, 3), dtype=np.float32)), "uint8"),
+        (lambda f: np.savez(f, images=np.zeros(1)), "split"),
+    ],
+    ids=["truncated", "label outside", "not uint8", "arrays missing"],
+)
+def test_a_bad_packed_file_is_refused_by_name(tmp_path, spoil, words):
+    file = tmp_path / "cifar10.npz"
+    write_packed(file)
+    spoil(file)
+    with pytest.raises(DataError, match=words) as caught:
+        load_images("cifar10", data_dir=tmp_path)
+    assert "cifar10.npz" in str(caught.value)
+
+
+def write_mnist(root, n=6):
+    """A small set in MNIST's own file format."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.arange(n * 28 * 28, dtype=np.uint32).astype(np.uint8)
+    for part in ("train", "t10k"):
+        for kind, magic, body in (
+            ("images-idx3", struct.pack(">iiii", 2051, n, 28, 28), images.tobytes()),
+            ("labels-idx1", struct.pack(">ii", 2049, n), bytes(range(n))),
+        ):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(magic + body)
+            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(magic + body))
+    return images.reshape(n, 28, 28)
+
+
+def test_mnist_in_its_own_format_is_read(tmp_path):
+    images = write_mnist(tmp_path)
+    data = load_images("mnist", data_dir=tmp_path, download=False)
+    assert np.array_equal(data.images[:, 0].numpy(), images) and data.labels.tolist() == list(range(6))
+
+
+def write_cifar(root, n=4):
+    """A small set in CIFAR-10's own file format; returns the md5 of each file."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    md5 = {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows = np.full((n, 3072), ord(name[-1]), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(n))}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    for file in folder.iterdir():
+        md5[file.name] = hashlib.md5(file.read_bytes()).hexdigest()
+    return md5
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    md5 = write_cifar(tmp_path)
+    cls = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cls, "train_list", [[n, md5[n]] for n, _ in cls.train_list])
+    monkeypatch.setattr(cls, "test_list", [[n, md5[n]] for n, _ in cls.test_list])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5["batches.meta"]})
+    return tmp_path
+
+
+def test_cifar_in_its_own_format_is_read(small_cifar):
+    data = load_images("cifar10", data_dir=small_cifar, download=False)
+    assert data.images.shape == (20, 3, 32, 32) and data.classes[3] == "class3"
+    assert data.images[0, 0, 0, 0] == ord("1") and data.images[-1, 0, 0, 0] == ord("5")
+
+
+def test_cifar_with_a_wrong_md5_is_never_unpickled(small_cifar):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(small_cifar / "sprung"), "w"))
+
+    (small_cifar / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(DataError, match="cifar10 is not in"):
+        load_images("cifar10", data_dir=small_cifar, download=False)
+    assert not (small_cifar / "sprung").exists()
+
+
+def test_a_folder_of_images_is_cropped_and_labelled_by_its_first_folder(tmp_path):
+    for name, mode, colour in (("cat", "RGB", (200, 10, 10)), ("dog", "L", 90)):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new(mode, (40 + i, 30), colour).save(tmp_path / name / f"{i}.png")
+    train, test = (load_images(str(tmp_path), split, size=16) for split in ("train", "test"))
+    assert train.images.shape == (18, 3, 16, 16) and len(test) == 2 and train.classes == ("cat", "dog")
+    assert train.images[0, :, 8, 8].tolist() == [200, 10, 10] and train.images[-1, :, 8, 8].tolist() == [90] * 3
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for i in range(10):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"3\.png"):
+        load_images(str(tmp_path))
+
+
+def test_labels_and_images_must_agree():
+    with pytest.raises(DataError, match="as many labels"):
+        ImageSet("x", "train", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), ("a",), "here")
+
+
+def test_the_data_folder_follows_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISPERSIVE_KIT_DATA", str(tmp_path))
+    assert data_folder() == tmp_path

@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dispersive_kit.cli import COMMANDS, main
+
+TRAIN = ["train", "--preset", "smoke", "--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main([*TRAIN, "--out", str(folder)])
+    return folder
+
+
+def refused(capsys, *args):
+    """Run a command that must end with status 2; returns what it said."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, args)))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_train_sample_evaluate_go_together(trained, tmp_path, capsys):
+    main(["sample", str(trained), "--out", str(tmp_path / "s"), "--num", "12", "--num-steps", "2", "--cfg-scale", "2"])
+    images = np.load(tmp_path / "s" / "samples.npz")["arr_0"]
+    assert images.shape == (12, 8, 8, 1) and images.dtype == np.uint8
+    assert Image.open(tmp_path / "s" / "grid.png").size == (91, 19)
+    main(["evaluate", str(trained), "--num", "40", "--num-steps", "2", "--extractor", "pixels-pca32"])
+    record = json.loads((trained / "evaluation-00000004.json").read_text())
+    assert record["name"] == "FD[pixels/pca32, N=40]" and record["protocol"]["step"] == 4
+    assert "real against real" in capsys.readouterr().out
+
+
+def test_a_sample_depends_on_its_own_seed_only(trained, tmp_path):
+    for name, options in {"a": ["--num", "5"], "b": ["--num", "3", "--seed", "2"]}.items():
+        command = ["sample", str(trained), "--out", str(tmp_path / name), "--num-steps", "3", "--label", "1"]
+        main([*command, *options])
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "ab")
+    assert np.abs(a[2:5] - b).max() <= 1  # one grey level: other batch shapes round differently
+
+
+def test_faults_are_one_clear_line(trained, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert "--resume" in refused(capsys, *TRAIN, "--out", trained)
+    assert "digits, mnist, cifar10" in refused(capsys, *TRAIN, "--data", "digitz", "--out", new)
+    assert "smoke, digits" in refused(capsys, "train", "--preset", "tiny", "--out", new)
+    assert "official-pytorch" in refused(capsys, *TRAIN, "--regularizer", "ours", "--out", new)
+    assert "blocks.9" in refused(capsys, *TRAIN, "--regularizer", "paper", "--at", "blocks.9", "--out", new)
+    assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)
+    assert "no run" in refused(capsys, "evaluate", tmp_path)
+    assert "has no parameter" in refused(capsys, "run", "06", "-p", "sed=3", "--out", new)
+    assert "is int" in refused(capsys, "run", "06", "-p", "seed=three", "--out", new)
+    assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)
+    assert "00_start_here" in refused(capsys, "run", "42", "--out", new)
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert COMMANDS[command].__doc__.splitlines()[0].split(":")[0][:30] in " ".join(text.split())
+
+
+def test_doctor_ends_well_here(capsys):
+    main(["doctor"])
+    assert "PyTorch" in capsys.readouterr().out
+
+
+def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--out", str(tmp_path / "r")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[-1].startswith("done") and sum(line.startswith("step") for line in lines) == 11

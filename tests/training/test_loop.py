@@ -1,0 +1,202 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dispersive_kit.data import load_images
+from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError, KitError
+from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset
+from dispersive_kit.training.draws import DeviceSet, sample_index, stream
+from dispersive_kit.training.loop import learning_rate
+from dispersive_kit.training.session import Session, begin
+
+SMOKE = train_preset("smoke", steps=6)
+PAPER = dataclasses.replace(SMOKE, regularizer=RegularizerConfig(preset="paper"))
+
+
+def run(config, folder):
+    return list(train(config, folder))
+
+
+def test_both_arms_start_from_the_same_bits(tmp_path):
+    base, paper = (begin(c, tmp_path / c.regularizer.preset, resume=False) for c in (SMOKE, PAPER))
+    a, b = base.model.state_dict(), paper.model.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_both_arms_are_fed_the_same_numbers_at_every_step(tmp_path, monkeypatch):
+    fed = {}
+    real = Session.batch
+
+    def noted(self, step):
+        batch = real(self, step)
+        fed.setdefault(self.config.regularizer.preset, []).append(batch)
+        return batch
+
+    monkeypatch.setattr(Session, "batch", noted)
+    for config in (SMOKE, PAPER):
+        run(config, tmp_path / config.regularizer.preset)
+    assert len(fed["none"]) == len(fed["paper"]) == SMOKE.steps
+    for a, b in zip(fed["none"], fed["paper"], strict=True):
+        assert torch.equal(a.x0, b.x0) and torch.equal(a.y, b.y)
+        assert torch.equal(a.draws.t, b.draws.t) and torch.equal(a.draws.eps, b.draws.eps)
+
+
+def test_training_leaves_the_global_generators_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run(PAPER, tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_measuring_dispersion_does_not_change_the_base_arm(tmp_path):
+    often = dataclasses.replace(SMOKE, log_every=1)
+    seldom = dataclasses.replace(SMOKE, log_every=1000)
+    run(often, tmp_path / "often")
+    run(seldom, tmp_path / "seldom")
+    a, b = (load_run(tmp_path / name, weights="model")[0].state_dict() for name in ("often", "seldom"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_regulariser_changes_the_result(tmp_path):
+    run(SMOKE, tmp_path / "base")
+    run(PAPER, tmp_path / "paper")
+    a, b = (load_run(tmp_path / name, weights="model")[0].state_dict() for name in ("base", "paper"))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_record_comes_for_each_step_and_values_at_logged_ones(tmp_path):
+    records = run(dataclasses.replace(PAPER, log_every=3, eval_every=4), tmp_path / "run")
+    assert [r.step for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [bool(r.values) for r in records] == [False, False, True, True, False, True]
+    assert {"loss", "gap", "feature_rms", "gradient_ratio", "grad_norm"} <= records[2].values.keys()
+    assert {"held_out", "held_out_t0", "held_out_t3"} <= records[3].values.keys()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 6] and lines[0]["gap"] >= -1e-5
+
+
+def test_no_hook_is_left_on_the_model_when_the_loop_is_left(tmp_path, monkeypatch):
+    seen = []
+    real = Session.batch
+    monkeypatch.setattr(Session, "batch", lambda self, step: seen.append(self.model) or real(self, step))
+    for _ in train(PAPER, tmp_path / "run"):
+        break
+    assert not any(module._forward_hooks for module in seen[0].modules())
+
+
+def test_accumulation_gives_the_same_denoising_gradient(tmp_path):
+    whole = dataclasses.replace(SMOKE, steps=1, batch_size=32)
+    parts = dataclasses.replace(whole, accumulation=4)
+    grads = {}
+    for name, config in (("whole", whole), ("parts", parts)):
+        [record] = run(config, tmp_path / name)
+        card = json.loads((tmp_path / name / "run.json").read_text())
+        grads[name] = record.values["grad_norm"], card["dispersion_batch"]
+    assert grads["whole"][0] == pytest.approx(grads["parts"][0], rel=1e-5)
+    assert (grads["whole"][1], grads["parts"][1]) == (32, 8)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    real = Session.batch
+
+    def poisoned(self, step):
+        batch = real(self, step)
+        return dataclasses.replace(batch, x0=batch.x0 * float("nan")) if step == 7 else batch
+
+    monkeypatch.setattr(Session, "batch", poisoned)
+    with pytest.raises(KitError, match="up to 10"):
+        run(dataclasses.replace(SMOKE, steps=20, log_every=5, checkpoint_every=5), tmp_path / "run")
+    model, card = load_run(tmp_path / "run", weights="model")
+    assert card["step"] == 5 and all(v.isfinite().all() for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        (dict(data="digit"), KitError, "digits, mnist, cifar10"),
+        (dict(model="DiT-Q/2"), ConfigError, "DiT-XL"),
+        (dict(model="DiT-T/16"), ConfigError, "patch"),
+        (dict(regularizer=RegularizerConfig(preset="papers")), DispersiveError, "official-pytorch"),
+        (dict(regularizer=RegularizerConfig(preset="paper", at="blocks.7")), DispersiveError, "blocks.7"),
+        (dict(regularizer=RegularizerConfig(preset="paper", kind="infonce")), DispersiveError, "infonce_l2"),
+        (dict(batch_size=1, regularizer=RegularizerConfig(preset="paper")), DispersiveError, "batch of one"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_cure(tmp_path, config, error, words):
+    with pytest.raises(error, match=words):
+        run(dataclasses.replace(SMOKE, **config), tmp_path / "run")
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path):
+    import numpy as np
+
+    np.savez(
+        tmp_path / "cifar10.npz",
+        images=np.zeros((20, 9, 9, 3), dtype=np.uint8),
+        labels=np.zeros(20, dtype=int),
+        split=np.arange(20) % 2,
+        classes=np.array(["a"]),
+    )
+    config = dataclasses.replace(SMOKE, data="cifar10", data_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="multiple of"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "keep_last"])
+def test_settings_that_make_no_sense_are_refused_by_name(field):
+    with pytest.raises(ConfigError, match=field):
+        train_preset("digits", **{field: 0})
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ConfigError, match="digits"):
+        train_preset("digit")
+
+
+def test_a_configuration_survives_json():
+    config = train_preset("digits", seed=4, regularizer=RegularizerConfig(preset="paper", tau=0.25))
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_a_run_that_is_not_there_or_has_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no run"):
+        load_run(tmp_path)
+    for _ in train(SMOKE, tmp_path / "run"):
+        break
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        load_run(tmp_path / "run")
+
+
+def test_each_epoch_is_one_permutation_across_uneven_batches():
+    drawn = torch.cat([sample_index(seed=1, step=s, batch_size=7, n=20) for s in range(20)])
+    for epoch in drawn.split(20):
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert not torch.equal(drawn[:20], drawn[20:40])
+
+
+def test_a_slice_of_the_global_batch_is_the_same_whoever_draws_it():
+    from dispersive_kit.diffusion.objectives import FlowMatching
+
+    data = DeviceSet.of(load_images("digits"), "cpu")
+    draw = dict(seed=0, step=3, size=24, null_label=10, drop_prob=0.5, flip=True)
+    one, two = (data.batch(FlowMatching(), **draw) for _ in range(2))
+    parts = [two.rows(i, 3) for i in range(3)]
+    assert torch.equal(one.x0, torch.cat([p.x0 for p in parts]))
+    assert torch.equal(one.y, torch.cat([p.y for p in parts])) and (one.y == 10).any() and (one.y != 10).any()
+    assert torch.equal(one.draws.eps, torch.cat([p.draws.eps for p in parts]))
+
+
+def test_streams_of_different_name_or_step_differ():
+    drawn = {
+        tuple(torch.randn(3, generator=stream(*key)).tolist())
+        for key in [(0, "batch", 0), (0, "batch", 1), (1, "batch", 0), (0, "order", 0)]
+    }
+    assert len(drawn) == 4
+
+
+def test_the_learning_rate_warms_up_and_decays_to_nothing():
+    config = train_preset("digits", steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, s) for s in range(100)]
+    assert rates[0] < 0.11 and max(rates) <= 1 and rates[-1] < 0.001 and rates.index(max(rates)) in range(8, 12)

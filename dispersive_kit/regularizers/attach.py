@@ -97,7 +97,7 @@ class Dispersive(Attached):
             self._require_hooks()
             return self._zero()
         features = self._take(taps)
-        weight = self.weight * self.schedule.factor(step)
+        weight = self._weight(step)
         if self.memory:
             self._forget(step)
         losses, self._records = [], []

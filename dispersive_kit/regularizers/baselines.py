@@ -91,7 +91,7 @@ class LayerSync(Attached):
         if not self.model.training:
             return self._zero()
         shallow, deep = self._take(taps)
-        return self.schedule.factor(step) * self.weight * alignment(shallow, deep.detach(), self.paths[0])
+        return self._weight(step) * alignment(shallow, deep.detach(), self.paths[0])
 
 
 class REPA(Attached):
@@ -132,7 +132,7 @@ class REPA(Attached):
             if target.ndim == 2 and tokens.ndim == 3:
                 tokens = tokens.mean(1)
             terms.append(alignment(self.projector(tokens), target.detach(), path))
-        return self.schedule.factor(step) * self.weight * torch.stack(terms).mean()
+        return self._weight(step) * torch.stack(terms).mean()
 
 
 def alignment(z: Tensor, target: Tensor, path: str) -> Tensor:

@@ -103,6 +103,13 @@ class Attached:
         if not self._state:
             raise DispersiveError(f"the taps {', '.join(self.paths)} were removed: attach anew")
 
+    def _weight(self, step: int | None) -> float:
+        """Weight times schedule."""
+        try:
+            return self.weight * self.schedule.factor(step)
+        except DispersiveError as error:
+            raise DispersiveError(f"taps {', '.join(self.paths)}: {error}") from error
+
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
 

@@ -6,7 +6,7 @@ Errors of the kit are printed without a traceback and end with status 2; Ctrl-C 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -269,7 +269,7 @@ def doctor() -> None:
         raise KitError(f"{faults} of {len(findings)} need attention")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
     "sample": sample,

@@ -33,7 +33,7 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
 def _factor(centred: Array) -> Array:
     """A matrix with at most D rows and the same Gram matrix A^T A = S as the scaled rows."""
     scaled = centred / np.sqrt(len(centred) - 1)
-    return np.linalg.qr(scaled, mode="r") if len(scaled) > scaled.shape[1] else scaled
+    return np.asarray(np.linalg.qr(scaled, mode="r")) if len(scaled) > scaled.shape[1] else scaled
 
 
 def _checked(x: NDArray) -> Array:

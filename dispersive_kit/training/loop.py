@@ -46,23 +46,25 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             written. DataError: the data set is missing. KitError: the loss became NaN or infinite.
     """
     run = begin(config, Path(run_dir), resume=resume)
-    finite = torch.ones((), dtype=torch.bool, device=run.accelerator.device)
+    broken_at = torch.zeros((), dtype=torch.long, device=run.accelerator.device)  # first step that was not finite
     with StopRequest() as stop, contextlib.ExitStack() as cleanup:
         cleanup.callback(run.regularizer.remove)
         for step in range(run.done, config.steps):
             last = step + 1 == config.steps
             logs = last or (step + 1) % config.log_every == 0
+            saves = last or (step + 1) % config.checkpoint_every == 0
+            if logs or saves:
+                _require_finite(broken_at, run)
             values = _update(run, step, measure=logs)
-            finite &= torch.isfinite(values["grad_norm"])
+            broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             if last or (step + 1) % config.eval_every == 0:
                 values |= held_out_loss(run.ema.model, run.objective, run.frozen)
                 logs = True
             record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
             if logs:
-                _require_finite(finite, run, step + 1)
                 run.log(step + 1, record.values)
-            if last or stop.signal_number or (step + 1) % config.checkpoint_every == 0:
-                _require_finite(finite, run, step + 1)
+            if saves or stop.signal_number:
+                _require_finite(broken_at, run)
                 run.save(step + 1)
             yield record
             stop.raise_if_asked()
@@ -126,9 +128,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warmup * decay
 
 
-def _require_finite(finite: Tensor, run: Session, step: int) -> None:
-    if not bool(finite):
+def _require_finite(broken_at: Tensor, run: Session) -> None:
+    if step := int(broken_at):
         raise KitError(
-            f"the gradient became NaN or infinite in one of the steps up to {step}; the newest checkpoint in "
+            f"the gradient became NaN or infinite at step {step}; the newest checkpoint in "
             f"{run.run_dir / 'checkpoints'} is from before. Lower the learning rate or the regulariser's weight"
         )

@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from torch import Tensor
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "font.size": 11,
@@ -88,12 +88,14 @@ def saturation_panel(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Fi
     return figure
 
 
-def same_noise_grid(rows: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
+def same_noise_grid(
+    rows: Mapping[str, Tensor], *, columns: int = 10, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """One row of images an arm; a column is one noise and one label. Rows: uint8 (N, C, H, W)."""
-    figure, axes = plt.subplots(
+    figure = figure or plt.figure(figsize=(columns, 1.02 * len(rows)))
+    axes = figure.subplots(
         len(rows),
         columns,
-        figsize=(columns, 1.02 * len(rows)),
         squeeze=False,
         gridspec_kw={"wspace": 0.05, "hspace": 0.05},
     )
@@ -143,9 +145,12 @@ def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def distance_panel(records: Sequence[Any], names: Sequence[str]) -> Figure:
+def distance_panel(
+    records: Sequence[Any], names: Sequence[str], *, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Values with their intervals against the real-against-real floor, on a log axis. Records as of evaluation."""
-    figure, axis = plt.subplots(figsize=(8, 0.6 * len(records) + 1.4))
+    figure = figure or plt.figure(figsize=(8, 0.6 * len(records) + 1.4))
+    axis = figure.subplots()
     for i, record in enumerate(records):
         low, high = max(record.value - record.low, 0), max(record.high - record.value, 0)
         axis.errorbar(record.value, i, xerr=[[low], [high]], color=OKABE_ITO[i % 7], marker=MARKERS[i % 7], capsize=4)
@@ -158,4 +163,21 @@ def distance_panel(records: Sequence[Any], names: Sequence[str]) -> Figure:
     )  # fmt: skip
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
+    return figure
+
+
+def summary(
+    images: Mapping[str, Tensor], records: Mapping[str, Any], metrics: Mapping[str, Sequence[Mapping[str, float]]]
+) -> Figure:
+    """The comparison on one page: same-noise images above, distances and the size of the features below."""
+    figure = plt.figure(figsize=(10, 1.02 * len(images) + 3.2))
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.02 * len(images), 3.2), width_ratios=(3, 2))
+    same_noise_grid(images, figure=figure.add_subfigure(grid[0, :]))
+    distance_panel(list(records.values()), list(records), figure=figure.add_subfigure(grid[1, 0]))
+    axis = figure.add_subfigure(grid[1, 1]).subplots()
+    for i, (arm, lines) in enumerate(metrics.items()):
+        steps, rms = zip(*((line["step"], line["feature_rms"]) for line in lines if "feature_rms" in line), strict=True)
+        axis.plot(steps, rms, label=arm, **_look(i, every=4))
+    axis.set(xlabel="training step", ylabel="feature RMS of the tapped block", ylim=(0, None))
+    axis.legend()
     return figure

@@ -20,7 +20,7 @@ def test_a_number_carries_its_name_interval_floor_and_record(digits):
     )
     read = json.loads(record.to_json())
     assert read["name"] == "FD[pixels/pca16, N=200]" and "FID" not in str(record)
-    assert read["low"] < read["value"] < read["high"] and 0 < read["floor"]
+    assert read["low"] < read["value"] < read["high"] and read["floor"] > 0
     assert read["protocol"]["reference"]["sha256"] == test.sha256 and read["protocol"]["seed"] == 3
 
 

@@ -1,7 +1,6 @@
 """A run that was stopped, however rudely, goes on to the same bits."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -116,7 +115,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("three years of work")
     with pytest.raises(CheckpointError, match="holds no run"):
         run(tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_changed_configuration_is_refused_with_the_difference(whole):

@@ -9,13 +9,14 @@ MODES = ("smoke", "class", "full")
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
     "02_denoiser_2d": {
-        "train_steps": (300, 3000, 20000),
-        "batch_size": (256, 512, 1024),
-        "points": (500, 2000, 5000),
+        "train_steps": (200, 1200, 20000),
+        "batch_size": (128, 256, 1024),
+        "points": (300, 1000, 2000),
+        "max_error": (0.35, 0.12, 0.08),  # share of |v|^2 that the learned field may miss
+        "max_w2": (0.8, 0.5, 0.5),  # distance of the samples to the data, in those of the untrained net
     },
     "04_dispersive_loss": {
-        "descent_steps": (100, 600, 2000),
-        "dim": (48, 384, 768),
+        "descent_steps": (60, 300, 2000),
     },
     "06_does_it_help": {
         "preset": ("smoke", "digits", "digits"),

@@ -9,7 +9,8 @@ from dispersive_kit.errors import ConfigError
 def make_accelerator() -> Accelerator:
     """bf16 autocast on a GPU that has it, float32 elsewhere; the number of processes comes from the launcher."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return Accelerator(mixed_precision="bf16" if bf16 else "no")
+    # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no")
 
 
 def check_split(batch_size: int, processes: int, accumulation: int) -> int:

@@ -1,5 +1,6 @@
 """Progress of a long training: a bar on a terminal, one line per tenth elsewhere (a saved bar freezes at 0 %)."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +12,10 @@ SHOWN = ("loss", "held_out")
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
-    """Pass step records through, and show how far they have come, with the newest logged losses."""
+    """Pass step records through, and show how far they have come; of several processes the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        yield from records
+        return
     bar, shown, tenths = None, "", -1
     for record in records:
         if record.values:

@@ -34,9 +34,7 @@ def build_dit(name: str, **overrides: Any) -> "DiT":
             f"unknown model {name!r}: the sizes are {', '.join(DIT_CONFIGS)}, each with a patch of "
             f"{', '.join(map(str, PATCH_SIZES))}, for example 'DiT-S/2'"
         )
-    return DiT(
-        **{"input_size": 32, "patch_size": int(patch), "in_channels": 4, **DIT_CONFIGS[size], **overrides}
-    )
+    return DiT(**{"input_size": 32, "patch_size": int(patch), "in_channels": 4, **DIT_CONFIGS[size], **overrides})
 
 
 def sincos_2d(dim: int, grid: int) -> Tensor:
@@ -78,21 +76,15 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.float64 else t.float()
         omega = torch.exp(
-            -math.log(10000.0)
-            / self.frequencies
-            * torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
+            -math.log(10000.0) / self.frequencies * torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
         )
         angle = t[:, None] * omega
-        return self.mlp(
-            torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.parameters()).dtype)
-        )  # (B, D)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.parameters()).dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -159,9 +151,7 @@ class SwiGLU(nn.Module):
 class DiTBlock(nn.Module):
     """Transformer block with adaptive layer norm; its gates start at zero, so it starts as the identity."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1, self.norm2 = make_norm(norm, dim), make_norm(norm, dim)
@@ -320,13 +310,9 @@ class DiT(nn.Module):
         return torch.einsum("bhwpqc->bchpwq", x).reshape(B, self.out_channels, grid * p, grid * p)
 
 
-def check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, num_heads: int, norm: str, mlp: str
-) -> None:
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, norm: str, mlp: str) -> None:
     if input_size % patch_size:
-        raise ConfigError(
-            f"input_size {input_size} is not a multiple of patch_size {patch_size}: change either"
-        )
+        raise ConfigError(f"input_size {input_size} is not a multiple of patch_size {patch_size}: change either")
     if hidden_size % num_heads or hidden_size % 4:
         raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
     if norm not in ("layer", "rms") or mlp not in ("gelu", "swiglu"):

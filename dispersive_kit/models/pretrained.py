@@ -98,9 +98,7 @@ def load_published(
         model = DiT(**config_of(state, num_heads, path), time_scale=1.0, checkpointing=checkpointing)
     differences = compare(state, model.state_dict())
     if differences:
-        raise CheckpointError(
-            f"{path} is no {family} of its first layer's shape:\n  " + "\n  ".join(differences)
-        )
+        raise CheckpointError(f"{path} is no {family} of its first layer's shape:\n  " + "\n  ".join(differences))
     model.load_state_dict(state, assign=True)
     model.pos_embed.requires_grad_(False)
     return PublishedSiT(model) if family == "SiT" else PublishedDiT(model)
@@ -137,9 +135,7 @@ def read_state(path: Path) -> State:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # training checkpoints carry their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}. Download it again") from error
@@ -162,9 +158,7 @@ def config_of(state: State, num_heads: int | None, path: Path) -> dict[str, Any]
     published = {(c["depth"], c["hidden_size"]): c["num_heads"] for c in DIT_CONFIGS.values()}
     num_heads = num_heads or published.get((depth, hidden_size))
     if num_heads is None:
-        raise ConfigError(
-            f"{path} has depth {depth} and width {hidden_size}, no published size: say num_heads="
-        )
+        raise ConfigError(f"{path} has depth {depth} and width {hidden_size}, no published size: say num_heads=")
     return {
         "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
@@ -202,13 +196,9 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], int]:
     with one.
     """
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    weights = [
-        f for f in sorted(folder.glob("diffusion_pytorch_model.*")) if f.suffix in (".safetensors", ".bin")
-    ]
+    weights = [f for f in sorted(folder.glob("diffusion_pytorch_model.*")) if f.suffix in (".safetensors", ".bin")]
     if not weights or not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is no diffusers folder: it needs config.json and diffusion_pytorch_model.*"
-        )
+        raise CheckpointError(f"{folder} is no diffusers folder: it needs config.json and diffusion_pytorch_model.*")
     config, theirs = json.loads((folder / "config.json").read_text()), dict(read_state(weights[-1]))
     if not config.items() >= DIFFUSERS_CONFIG.items():
         raise CheckpointError(f"{folder}/config.json is not a DiT's: it lacks one of {DIFFUSERS_CONFIG}")

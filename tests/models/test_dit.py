@@ -167,13 +167,9 @@ def test_checkpointing_changes_no_bit_of_output_gradient_or_taps():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_as_one_graph_with_taps(checkpointing):
-    model = randomised(
-        build_dit("DiT-T/2", input_size=8, num_classes=5, depth=2, checkpointing=checkpointing)
-    )
+    model = randomised(build_dit("DiT-T/2", input_size=8, num_classes=5, depth=2, checkpointing=checkpointing))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for value, expected in zip(
-        compiled(*batch(model), taps=(1,)), model(*batch(model), taps=(1,)), strict=True
-    ):
+    for value, expected in zip(compiled(*batch(model), taps=(1,)), model(*batch(model), taps=(1,)), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -95,7 +95,7 @@ def test_wrong_state_is_refused_with_the_list_of_what_differs(tmp_path):
 
 def test_files_that_are_no_dit_are_refused_by_name(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "DiT-other.pt")
-    with pytest.raises(CheckpointError, match="lacks x_embedder.proj.weight, pos_embed"):
+    with pytest.raises(CheckpointError, match=r"lacks x_embedder.proj.weight, pos_embed"):
         load_published(tmp_path / "DiT-other.pt")
     (tmp_path / "DiT-broken.pt").write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match=r"DiT-broken\.pt cannot be read"):

@@ -1,0 +1,288 @@
+"""Samplers against closed forms and other libraries: order, marginals, and one seed per image."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from dispersive_kit.diffusion import samplers
+from dispersive_kit.diffusion.guidance import ClassifierFree
+from dispersive_kit.diffusion.paths import PREDICTIONS, DDPMPath, LinearPath
+from dispersive_kit.diffusion.samplers import (
+    ddim,
+    ddpm,
+    dopri5,
+    dpm_solver_2m,
+    euler,
+    euler_maruyama,
+    heun,
+    initial_noise,
+    meanflow,
+    rk4,
+    time_grid,
+)
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.models.dit import build_dit
+
+ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "ddim": 1, "dpm_solver_2m": 2}
+
+
+def measured_order(run, exact, steps):
+    """Slope of log error against log step, by least squares."""
+    errors = torch.tensor([(run(n) - exact).abs().max() for n in steps], dtype=torch.float64)
+    x = -torch.tensor(steps).double().log()
+    x, y = x - x.mean(), errors.log() - errors.log().mean()
+    return float((x * y).sum() / (x * x).sum()), float(errors[-1])
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_measured_order_on_the_closed_form_flow(path, gaussian_of, name, capsys):
+    # A discrete schedule is a table: between 0.1 and 0.9 the steps below are multiples of its timesteps.
+    discrete = isinstance(path, DDPMPath)
+    low, high, steps = (0.1, 0.9, (80, 160, 320)) if discrete else (0.02, 0.98, (80, 160, 320))
+    gaussian = gaussian_of(path, 2.0 if discrete else 0.5)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    options = {"path": gaussian.path, "prediction": "x0"} if name in ("ddim", "dpm_solver_2m") else {}
+    model = gaussian.model(options.get("prediction", "v"))
+    exact = gaussian.flow(x, high, low)
+
+    def run(n):
+        return getattr(samplers, name)(model, x, time_grid(n, low, high), **options)
+
+    order, error = measured_order(run, exact, steps)
+    with capsys.disabled():
+        print(f"\n  {name:14s} {gaussian.path}: order {order:.2f}, error {error:.1e} at {steps[-1]} steps", end="")
+    if discrete and name == "rk4":
+        assert error < 1e-7  # the cubics of the table have a jump in the second derivative: no order 4 can be seen
+    else:
+        assert order == pytest.approx(ORDERS[name], abs=0.2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_gives_the_same_samples(gaussian, prediction):
+    x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ts = time_grid(10, 0.01, 0.99)
+    for sampler in (ddim, dpm_solver_2m, partial(ddpm, seeds=range(5)), partial(euler_maruyama, seeds=range(5))):
+        by = [sampler(gaussian.model(kind), x, ts, path=gaussian.path, prediction=kind) for kind in (prediction, "x0")]
+        torch.testing.assert_close(*by, atol=1e-8, rtol=1e-8)
+
+
+def variance_within_three_errors(x, std):
+    n = x.numel()
+    assert abs(x.mean()) < 3 * std / math.sqrt(n)
+    assert abs(x.var() / std**2 - 1) < 3 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize(
+    "sampler,options,steps",
+    [(ddpm, {}, 800), (ddpm, {"variance": "step"}, 800), (ddim, {"eta": 1.0}, 800), (ddim, {"eta": 0.5}, 400),
+     (euler_maruyama, {}, 500), (euler_maruyama, {"churn": 0.3}, 500)],
+)  # fmt: skip
+def test_marginals_of_the_stochastic_samplers(gaussian, sampler, options, steps):
+    """20,000 samples of each at half way and at the data: mean and variance within three standard errors."""
+    low, high, n = 0.0, 0.98, 20_000
+    x = gaussian.std(high) * initial_noise([0], (n,), dtype=torch.float64)
+    seen = {}
+    ts = time_grid(steps, low, high)
+    prediction = "x0" if isinstance(gaussian.path, DDPMPath) or sampler is ddim else "v"
+    out = sampler(
+        gaussian.model(prediction), x, ts, path=gaussian.path, prediction=prediction, seeds=[1],
+        callback=lambda i, t, x: seen.__setitem__(i, (t, x)), **options,
+    )  # fmt: skip
+    t, middle = seen[steps // 2]
+    variance_within_three_errors(middle, float(gaussian.std(t)))
+    variance_within_three_errors(out, gaussian.data_std)
+
+
+def tanh_field(x, t):
+    return torch.tanh(3 * x) * (1 + 2 * t[:, None]) - x.roll(1, 1) * torch.cos(5 * t)[:, None]
+
+
+def test_adaptive_solver_equals_torchdiffeq():
+    from torchdiffeq import odeint
+
+    x = initial_noise(range(6), (3,), dtype=torch.float64)
+    expected = odeint(
+        lambda t, x: tanh_field(x, t.expand(6)), x, torch.tensor([1.0, 0.0]).double(), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(dopri5(tanh_field, x, [1, 0], rtol=1e-7, atol=1e-7), expected[-1], atol=1e-5, rtol=0)
+
+
+def test_adaptive_solver_follows_the_closed_form_flow(gaussian):
+    x = initial_noise(range(6), (3,), dtype=torch.float64)
+    out = dopri5(gaussian.model("v"), x, [0.98, 0.02], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(out, gaussian.flow(x, 0.98, 0.02), atol=1e-5, rtol=0)
+
+
+def test_adaptive_solver_controls_the_error_of_each_sample_by_itself():
+    x = initial_noise(range(6), (3,), dtype=torch.float64) * torch.tensor([[1.0], [1], [1], [1], [1], [40]])
+    stiff = lambda x, t: tanh_field(x, t) * (1 + x.abs().mean(1, keepdim=True))  # noqa: E731
+    together = dopri5(stiff, x, [1, 0])
+    alone = torch.cat([dopri5(stiff, row, [1, 0]) for row in x.split(1)])
+    torch.testing.assert_close(together, alone, atol=1e-9, rtol=1e-9)
+    with pytest.raises(ConfigError, match="after 3 steps"):
+        dopri5(stiff, x, [1, 0], max_steps=3)
+
+
+def toy_eps(x, t):
+    """A noise model that is no Gaussian's, so that no error cancels."""
+    return torch.tanh(x.roll(1, -1) * (1 + t.reshape(-1, 1, 1, 1))) + 0.3 * x
+
+
+def diffusers_samples(scheduler, x, seeds, steps, last=None, **options):
+    generators = [torch.Generator().manual_seed(s ^ samplers.NOISE_STREAM) for s in seeds]
+    scheduler.set_timesteps(steps)
+    for k in scheduler.timesteps[:last]:
+        eps = toy_eps(x, ((k + 1) / 1000).expand(len(x)).to(x))
+        x = scheduler.step(eps, k, x, **options, **({"generator": generators} if seeds else {})).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("schedule,beta", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddpm_ddim_and_dpm_solver_equal_diffusers_with_the_same_noise(schedule, beta, steps):
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    seeds, path, ts = [3, 4], DDPMPath(schedule), time_grid(steps)
+    x = initial_noise(seeds, (2, 4, 4))
+    common = {"beta_schedule": beta, "timestep_spacing": "trailing"}
+    clip = {"clip_sample": True, "clip_sample_range": 1.0}
+    pairs = [
+        (ddpm(toy_eps, x, ts, path=path, seeds=seeds, clip=1.0), DDPMScheduler(**common, **clip), seeds, {}),
+        (
+            ddpm(toy_eps, x, ts[:-1], path=path, seeds=seeds, variance="step", clip=1.0),
+            DDPMScheduler(**common, **clip, variance_type="fixed_large"),
+            seeds,
+            {"last": -1},  # with this variance diffusers adds noise to the finished image
+        ),
+        (ddim(toy_eps, x, ts, path=path), DDIMScheduler(**common, clip_sample=False), [], {}),
+        (
+            ddim(toy_eps, x, ts, path=path, seeds=seeds, eta=0.7),
+            DDIMScheduler(**common, clip_sample=False),
+            seeds,
+            {"eta": 0.7},
+        ),
+        (
+            dpm_solver_2m(toy_eps, x, ts, path=path),
+            DPMSolverMultistepScheduler(**common, final_sigmas_type="zero"),
+            [],
+            {},
+        ),
+    ]
+    for ours, scheduler, noise, options in pairs:
+        expected = diffusers_samples(scheduler, x, noise, steps, **options)
+        scale = expected.abs().max()
+        torch.testing.assert_close(
+            ours / scale, expected / scale, atol=1e-5, rtol=0, msg=lambda m, s=scheduler: f"{s}{m}"
+        )
+
+
+def test_learned_variance_interpolates_its_bounds():
+    x, ts, seeds = initial_noise([1, 2], (1, 2, 2)), time_grid(20), [1, 2]
+
+    def with_share(value):
+        return lambda x, t: torch.cat([toy_eps(x, t), torch.full_like(x, value)], 1)
+
+    for value, bound in ((-1.0, "posterior"), (1.0, "step")):
+        learned = ddpm(with_share(value), x, ts, seeds=seeds, variance="learned", clip=1.0)
+        torch.testing.assert_close(learned, ddpm(toy_eps, x, ts, seeds=seeds, variance=bound, clip=1.0))
+    a, b, low, high = DDPMPath().posterior(samplers.at(0.5), samplers.at(0.4))
+    one = ddpm(with_share(0.0), x, [0.5, 0.4], seeds=seeds, variance="learned")
+    x0, _ = DDPMPath().x0_and_eps(toy_eps(x, torch.full((2,), 0.5)), x, samplers.at(0.5), "eps")
+    noise = samplers.Evaluator(toy_eps, None, seeds).noise(x)
+    torch.testing.assert_close(one, a * x + b * x0 + (low * high) ** 0.25 * noise)
+
+
+def test_meanflow_is_exact_in_any_number_of_steps_on_the_closed_form(gaussian_of):
+    gaussian = gaussian_of(LinearPath())
+
+    def u(x, t, r):
+        return x * (1 - gaussian.std(r) / gaussian.std(t))[:, None] / (t - r)[:, None]
+
+    x = initial_noise(range(4), (3,), dtype=torch.float64)
+    for steps in (1, 2, 7):
+        torch.testing.assert_close(meanflow(u, x, time_grid(steps)), gaussian.flow(x, 1.0, 0.0))
+
+
+# One image, one seed ------------------------------------------------------------------------------------------------
+
+SHAPE = (4, 8, 8)
+SAMPLERS = {
+    "euler": euler,
+    "heun": heun,
+    "rk4": rk4,
+    "dopri5": partial(dopri5, rtol=1e-3, atol=1e-3),
+    "ddpm": partial(ddpm, path=LinearPath(), prediction="v"),
+    "ddim": partial(ddim, path=LinearPath(), prediction="v", eta=0.5),
+    "dpm_solver_2m": partial(dpm_solver_2m, path=LinearPath(), prediction="v"),
+    "euler_maruyama": euler_maruyama,
+    "meanflow": meanflow,
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = build_dit("DiT-T/4", input_size=8, num_classes=5, depth=2, interval=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def images(network, sampler, seeds, batch_size, dtype):
+    parts = []
+    for start in range(0, len(seeds), batch_size):
+        part = list(seeds[start : start + batch_size])
+        y = torch.tensor([s % 5 for s in part])
+        guidance = ClassifierFree(y, 5, scale=1.5, low=0.2, high=0.9)
+        x = initial_noise(part, SHAPE, dtype=dtype)
+        parts.append(sampler(network, x, time_grid(4), guidance=guidance, seeds=part))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_image_for_the_same_seed_at_batch_1_7_and_64(network, name):
+    # MeanFlow's network runs with r, and the adaptive solver passes a time for each sample: guidance handles both.
+    sampler = SAMPLERS[name]
+    seeds = list(range(40, 104))
+    count = {1: 2, 7: 14}
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1 / 127.5)):
+        model = network.to(dtype)
+        whole = images(model, sampler, seeds, 64, dtype)
+        assert whole.std() > 0.1 and whole.dtype == dtype
+        for batch_size in (1, 7):
+            part = images(model, sampler, seeds[: count[batch_size]], batch_size, dtype)
+            assert (part - whole[: len(part)]).abs().max() < tolerance
+        assert torch.equal(images(model, sampler, seeds[:7], 7, dtype), part[:7])  # the same shape: the same bits
+
+
+def test_noise_on_the_way_is_not_the_noise_at_the_start():
+    start = initial_noise([5], (2000,))
+    later = samplers.Evaluator(None, None, [5]).noise(start)
+    assert abs(float((start * later).mean())) < 3 / math.sqrt(2000)
+
+
+def test_samplers_leave_the_global_generator_and_gradients_alone(network):
+    before = torch.get_rng_state()
+    out = images(network.float(), SAMPLERS["ddpm"], [1, 2], 2, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before) and not out.requires_grad
+
+
+def test_half_precision_state_gets_exact_times():
+    seen = []
+    euler(lambda x, t: seen.append(t) or x, torch.ones(1, 1, dtype=torch.bfloat16), time_grid(1000))
+    assert seen[0].dtype == torch.float32 and len({float(t) for t in seen}) == 1000
+
+
+def test_callback_sees_every_step_and_misuse_is_named():
+    seen, x = [], torch.ones(2, 1)
+    euler(lambda x, t: x, x, time_grid(4), callback=lambda i, t, x: seen.append((i, t, x.shape)))
+    assert seen == [(0, 0.75, (2, 1)), (1, 0.5, (2, 1)), (2, 0.25, (2, 1)), (3, 0.0, (2, 1))]
+    with pytest.raises(ConfigError, match=r"ts must fall .* \[0.0, 0.5, 1.0\]"):
+        euler(lambda x, t: x, x, [0, 0.5, 1])
+    with pytest.raises(ConfigError, match="seeds=, one for each of the 2 samples"):
+        ddpm(lambda x, t: x, x, time_grid(4))
+    with pytest.raises(ConfigError, match="at least 1"):
+        time_grid(0)

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from dispersive_kit.training import RegularizerConfig, train, train_preset
+
 TRAIN = ["-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--steps", "5", "--regularizer"]
 
 
@@ -11,7 +13,7 @@ TRAIN = ["-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--steps", "5
 def test_two_processes_train_as_one_but_for_the_dispersion_batch(tmp_path, regularizer):
     one, two = tmp_path / "one", tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([sys.executable, *TRAIN, regularizer, "--out", one], check=True, capture_output=True)
+    list(train(train_preset("smoke", steps=5, regularizer=RegularizerConfig(preset=regularizer)), one))
     subprocess.run([*launch, *TRAIN, regularizer, "--out", two], check=True, capture_output=True)
     a, b = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (one, two))
     assert (a["batch_size"], b["batch_size"]) == (32, 16)

@@ -82,9 +82,10 @@ class PairSum(torch.autograd.Function):
         with full_precision(x.device):
             # Distances do not see a shift, and the product of centred rows has four digits more.
             rows = x if kernel.inner else x - x.mean(0)
+            squared = torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
             blocks, weight, sums, drops, corner = split(len(x)), None, [], [], None
             for i, j in blocks:
-                f, slope, gram, dropped = block(rows, i, j, kernel, pairs)
+                f, slope, gram, dropped = block(rows, squared, i, j, kernel, pairs)
                 sums.append(log_sum_exp(f) if kernel.log else f.sum())
                 drops.append(dropped)
                 if corner is None:
@@ -94,7 +95,7 @@ class PairSum(torch.autograd.Function):
                     weight = slope.mul_(f.sub_(sums[0]).exp_()) if kernel.log else slope
             total = torch.stack(sums).logsumexp(0) if kernel.log else torch.stack(sums).sum()
         ctx.kernel, ctx.pairs = kernel, pairs
-        ctx.save_for_backward(rows, total, weight)
+        ctx.save_for_backward(rows, squared, total, weight)
         dropped = torch.stack(drops).sum()
         ctx.mark_non_differentiable(dropped, corner)
         return total, dropped, corner  # type: ignore[return-value]
@@ -102,14 +103,14 @@ class PairSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-        rows, total, weight = ctx.saved_tensors
+        rows, squared, total, weight = ctx.saved_tensors
         kernel = ctx.kernel
         with full_precision(rows.device):
             if weight is not None:
                 return pull(weight, rows, 0, grad, kernel.inner), None, None
             out = torch.empty_like(rows)
             for i, j in split(len(rows)):
-                f, slope, _gram, _dropped = block(rows, i, j, kernel, ctx.pairs)
+                f, slope, _gram, _dropped = block(rows, squared, i, j, kernel, ctx.pairs)
                 weight = slope.mul_(f.sub_(total).exp_()) if kernel.log else slope
                 out[i:j] = pull(weight, rows, i, grad, kernel.inner)
         return out, None, None
@@ -120,13 +121,13 @@ def split(R: int) -> list[tuple[int, int]]:
     return [(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def block(rows: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def block(
+    rows: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel values, slopes and Gram product, (j - i, R) each, and how many pairs i != j were dropped."""
-    whole = j - i == len(rows)
-    gram = symmetric_product(rows) if whole else rows[i:j] @ rows.T
+    gram = symmetric_product(rows) if j - i == len(rows) else rows[i:j] @ rows.T
     if kernel.inner:
         return kernel.value(gram), kernel.slope(gram), gram, gram.new_zeros(())
-    squared = gram.diagonal() if whole else torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
     u = gram.mul(-2).add_(squared).add_(squared[i:j, None]).clamp_(min=0)
     f, slope = kernel.value(u), kernel.slope(u)
     drop = pairs.dropped(i, j, f)

@@ -101,6 +101,21 @@ def test_exp_of_the_loss_is_the_squared_norm_of_the_mean_kernel_embedding():
     assert entropy.item() == pytest.approx(-dispersive_loss(z).item() + 0.5 * math.log(math.pi * tau), rel=1e-9)
 
 
+def test_on_the_sphere_it_is_the_mmd_to_the_uniform_law_up_to_a_constant():
+    # On the circle, by quadrature: the cross term E_v k(u, v) is the same for every u.
+    grid = torch.arange(20_000, dtype=F64) * (2 * math.pi / 20_000)
+    circle = torch.stack([grid.cos(), grid.sin()], 1)
+    constants = []
+    for seed in range(3):
+        u = F.normalize(features(6, 2, seed=seed).detach(), dim=1)
+        cross = torch.exp(-2 * torch.cdist(u, circle).square()).mean()
+        own = torch.exp(-2 * torch.cdist(u, u).square()).mean()
+        uniform = torch.exp(-2 * (circle[0] - circle).square().sum(1)).mean()
+        mmd = own - 2 * cross + uniform
+        constants.append((dispersive_loss(u, kind="sphere", tau=0.5, diagonal=True).exp() - mmd).item())
+    assert max(constants) - min(constants) < 1e-12
+
+
 def test_covariance_is_one_over_the_participation_ratio():
     z = features(40, 6)
     eigenvalues = torch.linalg.eigvalsh(torch.corrcoef(z.detach().T))

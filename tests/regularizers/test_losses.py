@@ -165,12 +165,16 @@ def test_gradient_where_the_released_form_has_none(shape):
 
 def test_gradient_fades_with_scale_as_documented():
     size = {}
-    for scale in (1.0, 2.0, 3.0):
+    for scale in (1.0, 2.0, 3.0, 6.0, 10.0):
         z = features(32, 98_304, dtype=torch.float32, scale=scale)
         size[scale] = torch.autograd.grad(dispersive_loss(z, tau=1.0), z)[0].norm().item()
     assert size[1.0] == pytest.approx(1.9e-3, rel=0.1)
     assert size[2.0] == pytest.approx(4.7e-5, rel=0.1)
     assert size[3.0] == pytest.approx(3e-9, rel=0.5)
+    assert size[6.0] < 1e-29 and size[10.0] == 0
+    z = features(32, 98_304, dtype=torch.float32, scale=3.0)
+    free = torch.autograd.grad(dispersive_loss(z, tau=1.0, diagonal=False), z)[0].norm().item()
+    assert free == pytest.approx(7e-3, rel=0.2)
 
 
 def test_tokens_are_axis_one_of_sequences_and_pixels_of_maps():

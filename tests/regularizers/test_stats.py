@@ -1,0 +1,120 @@
+"""The numbers beside the loss: right, and free until read. A `mutation` was tried and fails the test."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers import KINDS, Dispersive, dispersive_loss, floor
+from dispersive_kit.regularizers.stats import effective_rank
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the tensor operations in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measured(z, **options):
+    """A `Dispersive` that has seen z as the output of a module."""
+    model = nn.Sequential(nn.Identity()).train()
+    reg = Dispersive(model, "0", **options)
+    with reg:
+        model(z.requires_grad_())
+    reg.loss()
+    return reg
+
+
+def features(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+
+
+def test_stats_do_nothing_until_the_first_number_is_read_and_then_everything_once():
+    # mutation: `_numbers` a plain property
+    reg = measured(features(6, 4))
+    with Operations() as operations:
+        stats = reg.stats
+        assert operations.count == 0
+        assert stats.gap >= 0
+        first = operations.count
+        assert stats.read() and stats.loss == stats.read()["loss"] and stats.by_tap()
+        assert 0 < first == operations.count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_loss_and_stats_do_not_make_an_accelerator_wait(device):
+    model = nn.Sequential(nn.Linear(8, 8)).train().to(device)
+    reg = Dispersive(model, "0")
+    x = torch.randn(16, 8, device=device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            with reg:
+                model(x)
+            reg.loss().backward()
+            stats = reg.stats
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(stats.loss)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_what_they_say(kind, diagonal):
+    z = features(7, 5, 2)
+    numbers = measured(z, kind=kind, diagonal=diagonal, weight=0.3).stats.read()
+    assert numbers["loss"] == pytest.approx(dispersive_loss(z, kind=kind, diagonal=diagonal).item())
+    assert numbers["floor"] == pytest.approx(floor(kind, 7, diagonal=diagonal, dim=10))
+    assert numbers["gap"] == pytest.approx(numbers["loss"] - numbers["floor"])
+    assert numbers["feature_rms"] == pytest.approx(z.square().mean().sqrt().item())
+    assert (numbers["batch_size"], numbers["weight"]) == (7, 0.3)
+    if kind not in ("covariance", "vicreg"):
+        assert numbers["pairs"] == (49 if diagonal else 42)
+
+
+def test_off_diagonal_mass_is_the_share_of_the_softmax():
+    z = features(7, 10)
+    p = torch.softmax(-(torch.cdist(z, z).square() / 10 / 0.5).flatten(), 0).view(7, 7)
+    assert measured(z).stats.off_diagonal_mass == pytest.approx(1 - p.diagonal().sum().item())
+
+
+def test_the_dispersion_batch_counts_images_and_pairs_count_rows():
+    stats = measured(features(4, 3, 5), pool="tokens").stats
+    assert (stats.batch_size, stats.pairs) == (4, 144) and stats.floor == pytest.approx(-math.log(12))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_effective_rank_of_equal_directions_is_their_number(rank):
+    q, _ = torch.linalg.qr(torch.cat([torch.ones(12, 1, dtype=torch.float64), features(12, rank)], 1))
+    rows = q[:, 1:]  # centred, orthonormal
+    assert effective_rank((rows @ rows.T).flatten()) == pytest.approx(rank, rel=1e-6)
+    assert measured(rows @ features(rank, 30, seed=1)).stats.effective_rank <= rank + 1e-6
+
+
+def test_many_rows_keep_a_corner_of_the_gram_matrix():
+    # mutation: `gram` saved whole
+    stats = measured(torch.randn(1100, 3)).stats
+    assert stats._records[0].gram.shape == (1024, 1024) and stats.effective_rank == pytest.approx(3, abs=0.1)
+
+
+def test_stats_before_the_first_loss_raise():
+    with pytest.raises(DispersiveError, match="statistics of 0 yet: call loss"):
+        Dispersive(nn.Sequential(nn.Linear(2, 2)), "0").stats  # noqa: B018
+    with pytest.raises(AttributeError, match="entropy"):
+        measured(features(4, 3)).stats.entropy  # noqa: B018
+
+
+def test_the_graph_is_let_go_with_the_loss():
+    reg = measured(features(4, 3))
+    assert not any(t.requires_grad for record in reg._records for t in (record.vitals, record.gram))

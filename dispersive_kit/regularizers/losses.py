@@ -152,7 +152,7 @@ def per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
 def temperature(x: Tensor, options: LossOptions) -> Tensor:
     """tau (0-d); "auto" is the median D over the pairs of the first 512 rows."""
     if options.scale != "auto":
-        return torch.tensor(options.scale, dtype=x.dtype, device=x.device)
+        return torch.full((), float(options.scale or 0), dtype=x.dtype, device=x.device)
     rows = x.detach()[:512]
     rows = rows - rows.mean(0)
     gram = rows @ rows.T

@@ -97,8 +97,7 @@ def preprocess(images: Tensor, size: int = 224) -> Tensor:
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
-            f"EfficientNet-Lite0 was given {images.dtype} {tuple(images.shape)}: give uint8 images (B, 1 "
-            "or 3, H, W)"
+            f"EfficientNet-Lite0 was given {images.dtype} {tuple(images.shape)}: give uint8 images (B, 1 or 3, H, W)"
         )
     x = (images.float() - 127) / 128
     if x.shape[-2:] != (size, size):

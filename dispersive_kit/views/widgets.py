@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from dispersive_kit.views.plots import figure_html
 
-IDLE_S = 0.25  # pause of the user after which neighbours are drawn
+IDLE_S = 0.05  # pause before each neighbour is drawn, in which the next key press is served first
 PINGS = 20
 WIDE = {"description_width": "initial"}
 
@@ -40,6 +40,7 @@ class Explorer:
         self.pictures: dict[tuple[Any, ...], str] = {}
         self.picture = ipywidgets.HTML()
         self._idle: asyncio.TimerHandle | None = None
+        self._moved: ipywidgets.Widget | None = None
         for one in self.controls.values():
             one.observe(self.update, names="value")
         self.update()
@@ -50,8 +51,10 @@ class Explorer:
     def state(self) -> dict[str, Any]:
         return {name: one.value for name, one in self.controls.items()}
 
-    def update(self, _change: Any = None) -> None:
+    def update(self, change: Any = None) -> None:
         """The callback: show the present state, and later draw what one key press may ask for."""
+        if change is not None:
+            self._moved = change["owner"]
         self.picture.value = self.draw(self.state)
         if self._idle is not None:
             self._idle.cancel()
@@ -66,10 +69,11 @@ class Explorer:
         return self.pictures[key]
 
     def neighbours(self) -> list[dict[str, Any]]:
-        """States one step away in one control that were not drawn yet."""
+        """States one step away in one control that were not drawn yet, those of the control moved last first."""
+        controls = sorted(self.controls.items(), key=lambda item: item[1] is not self._moved)
         near = [
             {**self.state, name: one.options[index]}
-            for name, one in self.controls.items()
+            for name, one in controls
             for index in (one.index - 1, one.index + 1)
             if 0 <= index < len(one.options)
         ]
@@ -92,8 +96,8 @@ class Explorer:
 def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidgets.Widget:
     """Words in a menu, numbers on a slider that the arrow keys move."""
     kind = ipywidgets.Dropdown if isinstance(values[0], str) else ipywidgets.SelectionSlider
-    layout = {"width": "230px"}
-    return kind(options=list(values), value=values[0] if start is None else start, description=name, layout=layout)
+    value = values[0] if start is None else start
+    return kind(options=list(values), value=value, description=name, style=WIDE, layout={"width": "245px"})
 
 
 def explore(

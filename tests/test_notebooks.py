@@ -74,9 +74,7 @@ def test_cells_are_few_and_short(path: Path) -> None:
 
 
 @each_notebook
-def test_half_of_the_cells_have_at_most_eight_lines(path: Path, request: pytest.FixtureRequest) -> None:
-    if path.stem == "06_does_it_help":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its median is 9"))
+def test_half_of_the_cells_have_at_most_eight_lines(path: Path) -> None:
     assert statistics.median(len(cell.source.splitlines()) for cell in code_cells(path)) <= 8
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -84,9 +83,11 @@ def _memory() -> Finding:
 
 def _available_gib() -> float | None:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
+        text = Path("/proc/meminfo").read_text()  # Linux; what could be had, the page cache included
+    except OSError:
         return None
+    kib = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(kib[1]) / 2**20 if kib else None
 
 
 def _folders() -> Iterator[Finding]:

@@ -19,7 +19,7 @@ demo: $(VENV)/.notebooks  ## set up, run the main job headlessly, write runs/dem
 	$(RUN)/dispersive-kit demo --out runs/demo --resume
 
 lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
-	$(RUN)/jupyter lab notebooks --LabApp.news_url=None
+	$(RUN)/jupyter lab notebooks
 
 test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
 	$(RUN)/python -m pytest -n 2 -m "not long"
@@ -54,6 +54,8 @@ $(VENV)/constraints.txt: constraints.txt
 $(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
 	@echo "installing the kit and its notebooks extra into $(VENV) (some minutes, some GB: PyTorch is among it)"
 	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[notebooks]'
+	@mkdir -p $(VENV)/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.notebooks

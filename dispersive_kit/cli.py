@@ -1,4 +1,4 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | run | doctor.
+"""The command line: dispersive-kit demo | train | sample | evaluate | run | export | doctor.
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
@@ -256,6 +256,27 @@ def evaluate(
     print(f"{record}\nrecord: {file}")
 
 
+def export(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    step: int | None = None,
+    command: str = "",
+    note: str = "",
+) -> None:
+    """Write a run's averaged weights in half precision, with its curves and card: small enough to share.
+
+    Args:
+        run: Folder of a trained run.
+        out: Folder to write; refused if it holds something already. sample and evaluate take it like a run.
+        step: A kept checkpoint; the newest if not given.
+        command: What the run was started with, kept in run.json.
+        note: What a reader should know of it, kept in run.json.
+    """
+    from dispersive_kit.training import export_run
+
+    print(f"exported: {export_run(run, out, step=step, command=command, note=note)}")
+
+
 def doctor() -> None:
     """Look at versions, devices, memory, folders and data, and say what to do about each fault."""
     from dispersive_kit.study.doctor import examine
@@ -275,6 +296,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sample": sample,
     "evaluate": evaluate,
     "run": run,
+    "export": export,
     "doctor": doctor,
 }
 

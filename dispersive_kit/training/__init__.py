@@ -4,14 +4,18 @@ from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, Tra
 from dispersive_kit.training.loop import StepRecord, train
 from dispersive_kit.training.progress import progress
 from dispersive_kit.training.run import load_run
+from dispersive_kit.training.shipped import export_run, shipped, shipped_names
 
 __all__ = [
     "TRAIN_PRESETS",
     "RegularizerConfig",
     "StepRecord",
     "TrainConfig",
+    "export_run",
     "load_run",
     "progress",
+    "shipped",
+    "shipped_names",
     "train",
     "train_preset",
 ]

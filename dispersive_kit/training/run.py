@@ -86,18 +86,21 @@ def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = No
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
-    checkpoint = _pick(run_dir / "checkpoints", step)
+    checkpoint = pick_checkpoint(run_dir / "checkpoints", step)
     try:
         data = json.loads((run_dir / "run.json").read_text())["data"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{run_dir / 'run.json'} cannot be read: {error}") from error
     model = build_model(config, channels=data["channels"], size=data["size"], num_classes=len(data["classes"]))
+    if weights not in checkpoint.groups:
+        raise CheckpointError(f"{run_dir} holds {', '.join(checkpoint.groups)} weights only, not {weights!r}")
     model.load_state_dict(checkpoint.groups[weights])
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
 
 
-def _pick(folder: Path, step: int | None) -> Checkpoint:
+def pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError: there is none."""
     checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")

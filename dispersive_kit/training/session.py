@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.errors import CheckpointError
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.training.checkpoint import (
@@ -148,6 +149,11 @@ def versions() -> dict[str, str]:
 
 def _restore(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     groups, state = checkpoint.groups, checkpoint.state
+    if missing := {"model", "ema", "optimizer"} - set(groups):
+        raise CheckpointError(
+            f"this is an exported run: it holds no {', '.join(sorted(missing))} and cannot be trained further. "
+            "Sample or evaluate it, or start a new run in another folder"
+        )
     model.load_state_dict(groups["model"])
     ema.model.load_state_dict(groups["ema"])
     ema.updates = state["ema_updates"]

@@ -1,0 +1,60 @@
+"""Trained runs that come with the package, and how one is made: weights in half precision, curves, and its card."""
+
+import dataclasses
+import importlib.resources
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from dispersive_kit.errors import CheckpointError, ConfigError
+from dispersive_kit.training.checkpoint import Checkpoint, save_checkpoint
+from dispersive_kit.training.run import pick_checkpoint, read_config
+
+
+def shipped_names() -> list[str]:
+    """Names of the runs inside the package."""
+    return sorted(p.name for p in _folder().iterdir() if (p / "config.json").is_file())
+
+
+def shipped(name: str) -> Path:
+    """The run folder of a shipped run; `load_run(shipped("digits-base"))` gives its model.
+
+    Raises:
+        ConfigError: no shipped run has this name.
+    """
+    if name not in shipped_names():
+        raise ConfigError(f"no shipped run is named {name!r}; there are: {', '.join(shipped_names())}")
+    return _folder() / name
+
+
+def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
+    """Write the averaged weights of a run as float16, with its curves and card, for others to sample and measure.
+
+    Such a folder can be loaded, sampled and evaluated, and not trained further. Returns `out`.
+
+    Args:
+        step: a kept checkpoint; None: the newest. command, note: what the run was started with, and what a reader
+            should know of it, kept in run.json.
+
+    Raises:
+        CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
+    """
+    config = dataclasses.replace(read_config(run_dir), data_dir=None)  # a place on one machine
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty; choose another folder")
+    found = pick_checkpoint(run_dir / "checkpoints", step)
+    half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
+    save_checkpoint(out / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
+    card = json.loads((run_dir / "run.json").read_text())
+    card["data"]["source"] = Path(card["data"]["source"]).name
+    card |= {"exported": "ema weights, float16", "command": command, "note": note}
+    (out / "run.json").write_text(json.dumps(card, indent=2))
+    (out / "config.json").write_text(config.to_json())
+    shutil.copyfile(run_dir / "metrics.jsonl", out / "metrics.jsonl")
+    return out
+
+
+def _folder() -> Path:
+    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts"

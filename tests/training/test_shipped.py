@@ -1,0 +1,60 @@
+"""Runs that ship with the package, and the export that makes them."""
+
+import json
+
+import pytest
+import torch
+
+from dispersive_kit.errors import CheckpointError, ConfigError
+from dispersive_kit.training import export_run, load_run, shipped, shipped_names, train, train_preset
+from dispersive_kit.training.run import read_config
+
+CONFIG = train_preset("smoke", steps=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    list(train(CONFIG, folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_shipped_run_is_whole_names_its_data_and_command_and_samples(name):
+    model, card = load_run(shipped(name))
+    about = json.loads((shipped(name) / "run.json").read_text())
+    assert about["command"].startswith("dispersive-kit train --preset ") and len(card["data"]["sha256"]) == 64
+    assert card["step"] == read_config(shipped(name)).steps
+    assert (shipped(name) / "metrics.jsonl").read_text().count("\n") > 10
+    x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+    assert model(x, torch.ones(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
+
+
+def test_shipped_runs_are_small():
+    sizes = {n: sum(f.stat().st_size for f in shipped(n).rglob("*") if f.is_file()) for n in shipped_names()}
+    assert sizes and max(sizes.values()) <= 4_200_000, sizes  # 4 MB of weights, and the curves
+
+
+def test_an_exported_run_is_the_average_in_half_precision(run, tmp_path):
+    exported = export_run(run, tmp_path / "out", command="dispersive-kit train --preset smoke", note="a note")
+    a, b = load_run(run)[0].state_dict(), load_run(exported)[0].state_dict()
+    assert all(torch.equal(a[k].half().float(), b[k]) for k in a)
+    assert json.loads((exported / "run.json").read_text())["note"] == "a note"
+
+
+def test_an_exported_run_is_not_trained_further(run, tmp_path):
+    exported = export_run(run, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exported run"):
+        list(train(CONFIG, exported, resume=True))
+    with pytest.raises(CheckpointError, match="ema weights only"):
+        load_run(exported, weights="model")
+
+
+def test_an_export_overwrites_nothing(run):
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_run(run, run)
+
+
+def test_an_unknown_shipped_run_names_those_there_are():
+    with pytest.raises(ConfigError, match="digits-base"):
+        shipped("digits")

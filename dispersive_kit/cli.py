@@ -121,6 +121,8 @@ def train(
     kind: str | None = None,
     at: str | None = None,
     checkpoint_every: int | None = None,
+    fsdp: bool = False,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
 ) -> None:
     """Train a model; Ctrl-C leaves a checkpoint, and --resume goes on from it to the same bits.
 
@@ -129,9 +131,9 @@ def train(
         preset: Where all settings start from; those given beside it replace its own.
         regularizer: none, paper, official-pytorch or small.
         resume: Go on with the run in this folder; a new one is started if there is none.
-        data: digits, mnist, cifar10, or the path of a folder of images.
+        data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images.
         data_dir: Folder in which mnist and cifar10 lie.
-        model: DiT-{T,S,B,L,XL}/{1,2,4,8}.
+        model: DiT-{T,S,B,L,XL}/{1,2,4,8}, or MLP for a 2-D set.
         steps: Optimizer steps.
         batch_size: Global batch, over all processes and accumulation.
         learning_rate: Peak of the schedule.
@@ -141,8 +143,10 @@ def train(
         kind: Variant of the regulariser.
         at: Dotted path of the block it acts on.
         checkpoint_every: Steps between checkpoints.
+        fsdp: Shard the parameters over the processes of the launcher, not only the batch.
+        set: Any other setting as NAME=VALUE, e.g. --set accumulation=2 --set regularizer.gather=true.
     """
-    from dispersive_kit.training import RegularizerConfig, progress, train_preset
+    from dispersive_kit.training import RegularizerConfig, progress, train_preset, with_settings
     from dispersive_kit.training import train as training_steps
 
     given = {
@@ -154,12 +158,14 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
         "checkpoint_every": checkpoint_every,
+        "fsdp": fsdp or None,
     }
     config = train_preset(
         preset,
         regularizer=RegularizerConfig(preset=regularizer, at=at, kind=kind, weight=weight, tau=tau),
         **{name: value for name, value in given.items() if value is not None},
     )
+    config = with_settings(config, dict(_parameter(one) for one in set))
     for _ in progress(training_steps(config, out, resume=resume)):
         pass
     print(f"done: {out}")

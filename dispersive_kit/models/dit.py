@@ -246,6 +246,10 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, norm)
         self.initialize_weights()
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, self.input_size, self.input_size)
+
     def initialize_weights(self) -> None:
         """As published: Xavier, N(0, 0.02) in the embedders, zero in every gate and in the last layer."""
         for module in self.modules():
@@ -273,9 +277,8 @@ class DiT(nn.Module):
         r: Tensor | None = None,
         taps: Sequence[int] = (),
     ) -> Any:
-        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            wanted = f"(B, {self.in_channels}, {self.input_size}, {self.input_size})"
-            raise ConfigError(f"the model was built for images {wanted}, and was given {tuple(x.shape)}")
+        if x.shape[1:] != self.sample_shape:
+            raise ConfigError(f"the model was built for images (B, *{self.sample_shape}), not {tuple(x.shape)}")
         rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
         c = self.condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)

@@ -47,6 +47,10 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(depth))
         self.final_layer = nn.Linear(hidden_size, dim)
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (self.dim,)
+
     def forward(
         self,
         x: Tensor,

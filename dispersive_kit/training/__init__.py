@@ -1,6 +1,6 @@
 """Training: the loop as a generator of step records, exact resume, and runs read back."""
 
-from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, TrainConfig, train_preset
+from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, TrainConfig, train_preset, with_settings
 from dispersive_kit.training.loop import StepRecord, train
 from dispersive_kit.training.progress import progress
 from dispersive_kit.training.run import load_run
@@ -18,4 +18,5 @@ __all__ = [
     "shipped_names",
     "train",
     "train_preset",
+    "with_settings",
 ]

@@ -32,8 +32,8 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2) -> Path:
-    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last`.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | None = 2) -> Path:
+    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last` (None: keep all).
 
     Raises:
         CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
@@ -62,7 +62,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
             "make room or choose another folder, then go on with --resume"
         ) from error
     abandoned = folder.glob(".partial-*")  # of a writer that was killed
-    for old in [*checkpoints(folder)[:-keep_last], *abandoned]:
+    outdated = checkpoints(folder)[:-keep_last] if keep_last else []
+    for old in [*outdated, *abandoned]:
         shutil.rmtree(old)
     return final
 

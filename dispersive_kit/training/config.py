@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.regularizers.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,24 @@ class RegularizerConfig:
     at: str | None = None  # dotted path of the block; None: the preset's depth
     kind: str | None = None  # variant of the loss
     weight: float | None = None  # lambda
-    tau: float | None = None  # temperature
+    tau: float | Literal["auto"] | None = None  # temperature
+    depth: float | None = None  # share of the blocks before the tap, where `at` is None
+    diagonal: bool | None = None  # whether each sample is compared with itself
+    pool: str | None = None  # none, mean or tokens
+    normalize: str | None = None  # none, layer or unit
+    norm_penalty: float | None = None
+    t_window: float | None = None  # only pairs whose times are this near
+    ignore_same_class: bool | None = None
+    gather: bool | None = None  # one dispersion batch over all processes
+    memory: int | None = None  # rows of earlier micro-batches that are kept
+    schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
+    schedule_steps: int = 0
 
     def overrides(self) -> dict[str, Any]:
-        """The options that were set by hand."""
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k != "preset"}
+        """Keywords of `Dispersive.from_preset` that were set by hand."""
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("preset", "schedule_steps")}
+        if self.schedule:
+            options["schedule"] = Schedule(self.schedule, self.schedule_steps)
         return {k: v for k, v in options.items() if v is not None}
 
 
@@ -28,11 +43,12 @@ class RegularizerConfig:
 class TrainConfig:
     """One training run. `batch_size` is global: processes and accumulation divide it."""
 
-    data: str = "digits"  # a data set's name, or the path of a folder of images
+    data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or the path of a folder of images
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
     image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
     flip: bool = False  # random horizontal flips
-    model: str = "DiT-T/2"
+    model: str = "DiT-T/2"  # or MLP, for 2-D sets
+    objective: Literal["flow", "ddpm", "meanflow"] = "flow"
     steps: int = 600
     batch_size: int = 64
     accumulation: int = 1  # micro-batches per step; each is one batch to Dispersive Loss
@@ -42,6 +58,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0
     ema_decay: float = 0.99
+    ema_widths: tuple[float, ...] = ()  # relative widths of two more averages, for any width after the fact
     class_dropout_prob: float = 0.1  # share of labels replaced by the null class, for guidance
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     seed: int = 0
@@ -49,6 +66,11 @@ class TrainConfig:
     eval_every: int = 250  # held-out denoising loss
     checkpoint_every: int = 500
     keep_last: int = 2  # checkpoints kept; older ones are removed
+    preview_images: int = 16  # in the grid drawn at each checkpoint; 0 is none
+    tensorboard: bool = False  # event files beside metrics.jsonl
+    fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
+    compile_blocks: bool = False
+    checkpointing: bool = False  # recompute blocks in backward: less memory, more time
 
     def __post_init__(self) -> None:
         positive = (
@@ -71,6 +93,8 @@ class TrainConfig:
             )
         if not 0 <= self.class_dropout_prob < 1 or not 0 <= self.ema_decay < 1:
             raise ConfigError("class_dropout_prob and ema_decay must lie in [0, 1)")
+        if self.objective not in ("flow", "ddpm", "meanflow"):
+            raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
 
@@ -80,11 +104,20 @@ class TrainConfig:
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
         fields = json.loads(text)
+        fields["ema_widths"] = tuple(fields.get("ema_widths", ()))
         return cls(**{**fields, "regularizer": RegularizerConfig(**fields["regularizer"])})
 
 
 # Cadence and place change no number, so a resumed run may alter them.
-FREE_TO_CHANGE = ("data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last")
+FREE_TO_CHANGE = (
+    "data_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_last",
+    "preview_images",
+    "tensorboard",
+)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -95,6 +128,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10),
+    "toy": TrainConfig(data="two-moons", model="MLP", steps=2000, batch_size=256, learning_rate=2e-3, preview_images=0),
     "digits": TrainConfig(),  # 30 s on two cores; base FD[digits-classifier48, N=500] = 3.99 [2.99, 5.10]
     "cifar10-cpu": TrainConfig(
         data="cifar10",
@@ -108,6 +142,23 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         eval_every=500,
         checkpoint_every=500,
     ),
+    "mnist-t": TrainConfig(data="mnist", model="DiT-T/4", steps=1500, learning_rate=2e-3, log_every=50),
+    "cifar10-s2": TrainConfig(  # for one GPU; not run by us
+        data="cifar10",
+        model="DiT-S/2",
+        flip=True,
+        steps=200_000,
+        batch_size=256,
+        learning_rate=2e-4,
+        schedule="constant",
+        warmup_steps=1000,
+        ema_decay=0.9999,
+        ema_widths=(0.05, 0.1),
+        log_every=100,
+        eval_every=2000,
+        checkpoint_every=5000,
+        keep_last=3,
+    ),
 }
 
 
@@ -120,3 +171,45 @@ def train_preset(name: str, **changes: Any) -> TrainConfig:
     if name not in TRAIN_PRESETS:
         raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(TRAIN_PRESETS)}")
     return dataclasses.replace(TRAIN_PRESETS[name], **changes)
+
+
+def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """`config` with fields replaced by name; those of the regulariser are written "regularizer.gather".
+
+    Raises:
+        ConfigError: no such field, or a value of another type.
+    """
+    regularizer = config.regularizer
+    for name, value in settings.items():
+        part, dot, inner = name.rpartition(".")
+        hints = get_type_hints(RegularizerConfig if dot else TrainConfig)
+        if inner not in hints or part not in ("", "regularizer"):
+            inside = [f"regularizer.{n}" for n in get_type_hints(RegularizerConfig)]
+            raise ConfigError(f"no setting is named {name!r}; there are: {', '.join([*hints, *inside])}")
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hints[inner]):
+            raise ConfigError(f"{name}={value!r} is not of type {_type_name(hints[inner])}")
+        change: dict[str, Any] = {inner: value}
+        if dot:
+            regularizer = dataclasses.replace(regularizer, **change)
+        else:
+            config = dataclasses.replace(config, **change)
+    return dataclasses.replace(config, regularizer=regularizer)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from the command line is of a field's type; a whole number will do for a float."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if args:
+        return any(_fits(value, a) for a in args)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).removeprefix("typing.") if not get_args(hint) else str(hint)

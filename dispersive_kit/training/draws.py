@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dispersive_kit.data import ImageSet, to_float
 
+HELD_OUT = 512  # samples at most in the frozen batch of the held-out loss
+
 
 def stream(seed: int, name: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for one purpose (`name`) at one step."""
@@ -37,7 +39,7 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images x0 in [-1, 1] (B, C, H, W), labels y (B,) with some dropped to the null class, objective's draws."""
+    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,) with some dropped to the null class, objective's draws."""
 
     x0: Tensor
     y: Tensor
@@ -52,14 +54,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class DeviceSet:
-    """A small image set held as uint8 on the device: no loader, no workers."""
+    """A small set held whole on the device: no loader, no workers."""
 
-    images: Tensor  # uint8 (N, C, H, W)
+    samples: Tensor  # images uint8 (N, C, H, W), or points float (N, 2)
     labels: Tensor  # (N,)
 
     @classmethod
     def of(cls, data: ImageSet, device: torch.device | str) -> "DeviceSet":
         return cls(data.images.to(device), data.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(self.samples.cpu().numpy().tobytes())
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def batch(
         self,
@@ -73,10 +84,12 @@ class DeviceSet:
         flip: bool = False,
     ) -> Batch:
         """The global batch of one step; the same whatever device count, arm or accumulation asks for it."""
-        device = self.images.device
-        index = sample_index(seed, step, size, len(self.images)).to(device)
+        device = self.samples.device
+        index = sample_index(seed, step, size, len(self)).to(device)
         generator = stream(seed, "batch", step, device)
-        x0, y = to_float(self.images[index]), self.labels[index]
+        x0, y = self.samples[index], self.labels[index]
+        if x0.dtype == torch.uint8:
+            x0 = to_float(x0)
         if flip:
             mirrored = torch.rand(size, generator=generator, device=device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
@@ -84,3 +97,9 @@ class DeviceSet:
             dropped = torch.rand(size, generator=generator, device=device) < drop_prob
             y = torch.where(dropped, null_label, y)
         return Batch(x0, y, objective.draw(x0, generator))
+
+
+def frozen_batch(held_out: Any, objective: Any, size: int = HELD_OUT) -> Batch:
+    """At most `size` held-out samples with their t and eps: the same for every run, arm and step."""
+    size = min(size, len(held_out))
+    return held_out.batch(objective, seed=0, step=0, size=size, null_label=None, drop_prob=0.0)

@@ -33,9 +33,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_number = number
 
-    def raise_if_asked(self) -> None:
-        """Ends the run as the signal would have: KeyboardInterrupt, or exit status 128 + 15."""
+    def end_run(self) -> None:
+        """Ends the run as the signal would have: KeyboardInterrupt, or exit status 128 + 15.
+
+        A process that was not signalled itself, but whose neighbour was, ends as by SIGTERM.
+        """
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal_number is not None:
-            raise SystemExit(128 + self.signal_number)
+        raise SystemExit(128 + (self.signal_number or signal.SIGTERM))

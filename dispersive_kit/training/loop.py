@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dispersive_kit.errors import KitError
 from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.draws import Batch
 from dispersive_kit.training.interrupt import StopRequest
+from dispersive_kit.training.parallel import any_process, whole
 from dispersive_kit.training.session import Session, begin, held_out_loss
 
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
@@ -46,28 +48,31 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             written. DataError: the data set is missing. KitError: the loss became NaN or infinite.
     """
     run = begin(config, Path(run_dir), resume=resume)
+    on_cpu = run.accelerator.device.type == "cpu"
     broken_at = torch.zeros((), dtype=torch.long, device=run.accelerator.device)  # first step that was not finite
     with StopRequest() as stop, contextlib.ExitStack() as cleanup:
-        cleanup.callback(run.regularizer.remove)
+        cleanup.callback(run.close)
         for step in range(run.done, config.steps):
             last = step + 1 == config.steps
             logs = last or (step + 1) % config.log_every == 0
             saves = last or (step + 1) % config.checkpoint_every == 0
-            if logs or saves:
-                _require_finite(broken_at, run)
             values = _update(run, step, measure=logs)
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
+            stops = False
+            if on_cpu or logs or saves:  # on an accelerator each look costs a synchronisation
+                _require_finite(broken_at, run)
+                stops = any_process(run.accelerator, bool(stop.signal_number))
             if last or (step + 1) % config.eval_every == 0:
                 values |= held_out_loss(run.ema.model, run.objective, run.frozen)
                 logs = True
             record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
             if logs:
                 run.log(step + 1, record.values)
-            if saves or stop.signal_number:
-                _require_finite(broken_at, run)
+            if saves or stops:
                 run.save(step + 1)
             yield record
-            stop.raise_if_asked()
+            if stops:
+                stop.end_run()
 
 
 def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
@@ -83,23 +88,25 @@ def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
             accelerator.backward(loss / config.accumulation)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    values["grad_norm"] = accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip)
+    values["grad_norm"] = whole(accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.ema.update(run.model)
+    for average in run.averages.values():
+        average.update(run.model)
     return values
 
 
-def _losses(run: Session, rows: Any, step: int, *, measure: bool) -> tuple[Tensor, dict[str, Any]]:
+def _losses(run: Session, rows: Batch, step: int, *, measure: bool) -> tuple[Tensor, dict[str, Any]]:
     """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
     if not (run.regularised or measure):
-        loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
+        with run.accelerator.autocast():
+            loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
         return loss, {"loss": loss.detach()}
     regularizer = run.regularizer
     with regularizer, run.accelerator.autocast():
-        loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
-    taps = regularizer.captured
-    dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step)
+        loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws, taps=run.returned_taps)
+    taps = list(aux.taps) or regularizer.captured
+    dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step, taps=aux.taps or None)
     values: dict[str, Any] = {"loss": loss.detach()}
     if measure:
         stats = regularizer.stats
@@ -111,8 +118,10 @@ def _losses(run: Session, rows: Any, step: int, *, measure: bool) -> tuple[Tenso
 def gradient_ratio(dispersive: Tensor, loss: Tensor, taps: list[Tensor]) -> Tensor:
     """|d dispersive / dz| over |d loss / dz| at the tapped activations: how hard the regulariser pulls.
 
-    `dispersive` is weighted, as it enters the total.
+    `dispersive` is weighted, as it enters the total; with a weight of zero, now or by its schedule, it is a constant.
     """
+    if not dispersive.requires_grad:
+        return torch.zeros_like(loss)
     pull, push = (
         torch.stack([g.norm() for g in torch.autograd.grad(value, taps, retain_graph=True)]).norm()
         for value in (dispersive, loss)
@@ -131,6 +140,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _require_finite(broken_at: Tensor, run: Session) -> None:
     if step := int(broken_at):
         raise KitError(
-            f"the gradient became NaN or infinite at step {step}; the newest checkpoint in "
-            f"{run.run_dir / 'checkpoints'} is from before. Lower the learning rate or the regulariser's weight"
+            f"the gradient became NaN or infinite at step {step}. What it was fed is in {run.dump(step)}; the newest "
+            f"checkpoint in {run.run_dir / 'checkpoints'} is from before. Lower the learning rate or the "
+            "regulariser's weight"
         )

@@ -1,7 +1,12 @@
-"""Placement: which device, which precision, and which rows of the global batch belong to this process."""
+"""Placement: which device, which precision, which rows of the global batch; and sharding over processes."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dispersive_kit.errors import ConfigError
 
@@ -26,3 +31,63 @@ def check_split(batch_size: int, processes: int, accumulation: int) -> int:
             f"use a multiple of {parts}"
         )
     return batch_size // parts
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes.
+
+    Raises:
+        ConfigError: there is one process only.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch.distributed.is_initialized():
+        raise ConfigError(
+            "fsdp needs several processes: start with `torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+        )
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in (*blocks, model):
+        # True also for the whole model: an average is only ever called forward, and must be split again after it.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which must all call this; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, split as `parameter` is."""
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state_dict with whole tensors; all processes must call this."""
+    state = optimizer.state_dict()
+    entries = {i: {name: whole(value) for name, value in entry.items()} for i, entry in state["state"].items()}
+    return {**state, "state": entries}
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `state_of`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {
+        i: {name: sharded_like(value, parameters[i]) for name, value in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+def any_process(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether `asked` holds on at least one process; all must call this."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum"))

@@ -1,9 +1,11 @@
 """Progress of a long training: a bar on a terminal, one line per tenth elsewhere (a saved bar freezes at 0 %)."""
 
 import os
+import resource
 import sys
 from collections.abc import Iterable, Iterator
 
+import torch
 from tqdm import tqdm
 
 from dispersive_kit.training.loop import StepRecord
@@ -22,11 +24,18 @@ def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRec
             shown = "  ".join(f"{k} {record.values[k]:.3f}" for k in SHOWN if k in record.values)
         if sys.stderr.isatty():
             bar = bar or tqdm(total=record.steps, initial=record.step - 1, desc=label, unit="step", dynamic_ncols=True)
-            bar.set_postfix_str(shown, refresh=False)
+            bar.set_postfix_str(f"{shown}  {memory_gib():.1f} GiB", refresh=False)
             bar.update()
         elif record.step * 10 // record.steps > tenths:
             tenths = record.step * 10 // record.steps
-            print(f"{label} step {record.step}/{record.steps}  {shown}".strip(), flush=True)
+            print(f"{label} step {record.step}/{record.steps}  {shown}  {memory_gib():.1f} GiB".strip(), flush=True)
         yield record
     if bar:
         bar.close()
+
+
+def memory_gib() -> float:
+    """Peak memory in GiB: the GPU's where there is one, else that of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

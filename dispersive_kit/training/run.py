@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dispersive_kit.data import ImageSet
-from dispersive_kit.errors import CheckpointError
-from dispersive_kit.models.dit import DiT, build_dit
+from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
+from dispersive_kit.errors import CheckpointError, ConfigError
+from dispersive_kit.models.dit import build_dit
+from dispersive_kit.models.mlp import MLP
 from dispersive_kit.training.checkpoint import Checkpoint, load_checkpoint, load_latest
 from dispersive_kit.training.config import TrainConfig, differences
+from dispersive_kit.training.ema import reconstruct
+
+SNAPSHOTS = "ema-snapshots"  # folder of the averages of ema_widths, one entry a checkpoint
 
 
 def claim_run_folder(run_dir: Path, config: TrainConfig, *, resume: bool) -> None:
@@ -48,41 +53,48 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error}") from error
 
 
-def build_model(config: TrainConfig, *, channels: int, size: int, num_classes: int) -> DiT:
-    """The model at step 0: a function of the configuration alone; the caller's generators are untouched."""
+def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
+    """The model at step 0 for data of this card (shape, classes); the caller's generators are untouched.
+
+    Raises:
+        ConfigError: no such model, or one that does not fit the data.
+    """
+    shape, num_classes = card["shape"], len(card["classes"])
+    points = len(shape) == 1
+    if points != (config.model == "MLP"):
+        fitting = "model MLP" if points else "a DiT, for example DiT-T/2"
+        raise ConfigError(f"model {config.model!r} does not take samples of shape {tuple(shape)}; use {fitting}")
+    interval = config.objective == "meanflow"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if points:
+            return MLP(dim=shape[0], num_classes=num_classes, interval=interval)
         return build_dit(
             config.model,
-            input_size=size,
-            in_channels=channels,
+            input_size=shape[1],
+            in_channels=shape[0],
             num_classes=num_classes,
             class_dropout_prob=config.class_dropout_prob,
+            interval=interval,
+            checkpointing=config.checkpointing,
         )
 
 
-def describe_data(data: ImageSet) -> dict[str, Any]:
-    """What run.json keeps of the training set; enough to build the model again."""
-    _, channels, size, _ = data.images.shape
-    return {
-        "name": data.name,
-        "source": data.source,
-        "sha256": data.sha256,
-        "images": len(data),
-        "channels": channels,
-        "size": size,
-        "classes": list(data.classes),
-    }
+def build_objective(config: TrainConfig) -> Objective:
+    """The training objective of a configuration."""
+    return {"flow": FlowMatching, "ddpm": DDPM, "meanflow": MeanFlow}[config.objective]()
 
 
-def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[DiT, dict[str, Any]]:
+def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
     Args:
-        weights: "ema" (to sample from) or "model". step: a kept checkpoint; None: the newest that is whole.
+        weights: "ema" (to sample from), "model" (as last trained), or "ema:0.08", the average of relative width
+            0.08 built after the fact from those the run tracked (ema_widths).
+        step: a kept checkpoint; None: the newest that is whole.
 
     Raises:
-        CheckpointError: no run, no checkpoint yet, no such step, or damaged files.
+        CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
@@ -91,12 +103,22 @@ def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = No
         data = json.loads((run_dir / "run.json").read_text())["data"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{run_dir / 'run.json'} cannot be read: {error}") from error
-    model = build_model(config, channels=data["channels"], size=data["size"], num_classes=len(data["classes"]))
-    if weights not in checkpoint.groups:
-        raise CheckpointError(f"{run_dir} holds {', '.join(checkpoint.groups)} weights only, not {weights!r}")
-    model.load_state_dict(checkpoint.groups[weights])
+    model = build_model(config, data)
+    model.load_state_dict(_weights(run_dir, checkpoint, weights))
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
+
+
+def _weights(run_dir: Path, checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
+    name, colon, width = weights.partition(":")
+    if colon:
+        try:
+            return reconstruct(run_dir / SNAPSHOTS, float(width), step=checkpoint.step)
+        except ValueError as error:
+            raise CheckpointError(f"weights {weights!r}: after the colon goes a width, as in ema:0.08") from error
+    if name not in checkpoint.groups:
+        raise CheckpointError(f"{run_dir} holds {', '.join(checkpoint.groups)} weights only, not {weights!r}")
+    return checkpoint.groups[name]
 
 
 def pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:

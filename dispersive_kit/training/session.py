@@ -1,4 +1,4 @@
-"""What a training loop holds: the model and its average, the optimizer, the data; how they start, save and resume."""
+"""What a training loop holds: the model and its averages, the optimizer, the data; how they start, save and resume."""
 
 import importlib.metadata
 import json
@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dispersive_kit.data import ImageSet, load_images
-from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError
-from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.training.checkpoint import (
     Checkpoint,
@@ -24,39 +23,60 @@ from dispersive_kit.training.checkpoint import (
     unflatten_optimizer,
 )
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
-from dispersive_kit.training.draws import Batch, DeviceSet
-from dispersive_kit.training.ema import EMA
-from dispersive_kit.training.parallel import check_split, make_accelerator
-from dispersive_kit.training.run import build_model, claim_run_folder, describe_data
-
-HELD_OUT_IMAGES = 512  # at most, in the frozen batch of the held-out denoising loss
+from dispersive_kit.training.draws import Batch, frozen_batch
+from dispersive_kit.training.ema import EMA, PowerEMA
+from dispersive_kit.training.parallel import check_split, make_accelerator, restore_state, shard, state_of, whole
+from dispersive_kit.training.run import SNAPSHOTS, build_model, build_objective, claim_run_folder
+from dispersive_kit.training.sampling import preview, save_preview
+from dispersive_kit.training.sources import Source, open_source
 
 
 @dataclass
 class Session:
-    """One process's part of a run. `network` is `model` as prepared for several processes."""
+    """One process's part of a run. `network` is `model` as prepared for several processes.
+
+    `averages` holds "ema", and one entry for each of `ema_widths`.
+    """
 
     config: TrainConfig
     run_dir: Path
     accelerator: Accelerator
-    objective: FlowMatching
-    model: DiT
+    objective: Objective
+    model: Any
     network: nn.Module
-    ema: EMA
+    averages: dict[str, EMA]
     optimizer: torch.optim.Optimizer
     regularizer: Dispersive
-    train_set: DeviceSet
+    source: Source
     frozen: Batch
     done: int  # steps already taken
+    board: Any = None  # TensorBoard's writer, if asked for
 
     @property
     def regularised(self) -> bool:
         """Whether Dispersive Loss is added to the objective, or only measured."""
         return self.config.regularizer.preset != "none"
 
+    @property
+    def ema(self) -> EMA:
+        return self.averages["ema"]
+
+    @property
+    def returned_taps(self) -> tuple[int, ...]:
+        """Blocks whose features the model must return itself: a hook cannot see through MeanFlow's derivative."""
+        if self.config.objective != "meanflow":
+            return ()
+        return tuple(int(path.rpartition(".")[2]) for path in self.regularizer.paths)
+
+    def close(self) -> None:
+        """Leave no hook and no open file behind."""
+        self.regularizer.remove()
+        if self.board:
+            self.board.close()
+
     def batch(self, step: int) -> Batch:
         """The global batch of a step."""
-        return self.train_set.batch(
+        return self.source.train.batch(
             self.objective,
             seed=self.config.seed,
             step=step,
@@ -69,56 +89,93 @@ class Session:
     def reduce(self, values: dict[str, Any]) -> dict[str, float]:
         """Mean over processes, read back from the device."""
         tensors = {k: torch.as_tensor(v, device=self.accelerator.device) for k, v in values.items()}
-        return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
+        return {k: float(self.accelerator.reduce(whole(v), "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and to TensorBoard's files if there are any."""
         if self.accelerator.is_main_process:
             with (self.run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
 
     def save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps."""
+        """Write the checkpoint after `step` steps, its preview, and a snapshot of the tracked averages."""
+        models = {"model": self.model, **{name: average.model for name, average in self.averages.items()}}
+        # Under FSDP gathering is a joint act, so every process does it and the first one writes.
+        tensors = {name: {k: whole(v) for k, v in m.state_dict().items()} for name, m in models.items()}
+        moments, groups = flatten_optimizer(state_of(self.optimizer))
+        drawn = self._preview()
         if not self.accelerator.is_main_process:
             return
-        moments, groups = flatten_optimizer(self.optimizer.state_dict())
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": moments}
         state = {"param_groups": groups, "ema_updates": self.ema.updates}
-        save_checkpoint(self.run_dir / "checkpoints", Checkpoint(step, tensors, state), keep_last=self.config.keep_last)
+        if widths := self.averages.keys() - {"ema"}:
+            snapshot = Checkpoint(step, {name: tensors[name] for name in widths}, {})
+            save_checkpoint(self.run_dir / SNAPSHOTS, snapshot, keep_last=None)
+        checkpoint = Checkpoint(step, {**tensors, "optimizer": moments}, state)
+        save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
+        if drawn is not None:
+            save_preview(drawn, self.run_dir / "previews" / f"step-{step:08d}")
+
+    def _preview(self) -> Tensor | None:
+        if not self.config.preview_images or not (self.accelerator.is_main_process or self.config.fsdp):
+            return None
+        device = self.accelerator.device
+        return preview(self.ema.model, self.config.preview_images, objective=self.config.objective, device=device)
+
+    def dump(self, step: int) -> Path:
+        """Write what step `step` (counted from 1) was fed, for a post-mortem."""
+        batch, file = self.batch(step - 1), self.run_dir / f"fed-at-step-{step:08d}.safetensors"
+        fed = {"x0": batch.x0, "y": batch.y, **vars(batch.draws)}
+        if self.accelerator.is_main_process:
+            save_file({k: v.contiguous() for k, v in fed.items() if v is not None}, file)
+        return file
 
 
 def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     """Start a run, or take it up at its newest whole checkpoint; see `loop.train` for the errors."""
     accelerator = make_accelerator()
-    device, objective = accelerator.device, FlowMatching()
-    data, held_out = (
-        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
-    )
+    device, objective = accelerator.device, build_objective(config)
+    source = open_source(config, device)
     dispersion_batch = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
-    _, channels, size, _ = data.images.shape
-    model = build_model(config, channels=channels, size=size, num_classes=len(data.classes)).to(device)
-    ema = EMA(model, config.ema_decay)
+    model = build_model(config, source.card).to(device)
+    averages = {"ema": EMA(model, config.ema_decay), **{str(w): PowerEMA(model, w) for w in config.ema_widths}}
     regularizer = attach_regularizer(model, config.regularizer)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
     if accelerator.is_main_process:
         claim_run_folder(run_dir, config, resume=resume)
     accelerator.wait_for_everyone()
     latest = load_latest(run_dir / "checkpoints") if resume else None
-    done = _restore(latest, model, ema, optimizer) if latest else 0
+    if latest:
+        _restore_weights(latest, model, averages)
+    if config.compile_blocks:
+        for block in model.blocks:
+            block.compile()
+    if config.fsdp:
+        for one in (model, *(average.model for average in averages.values())):
+            shard(one, one.blocks, device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    if latest:
+        restore_state(optimizer, unflatten_optimizer(latest.groups["optimizer"], latest.state["param_groups"]))
+    done = latest.step if latest else 0
     if accelerator.is_main_process:
         card = {
-            "data": describe_data(data),
+            "data": source.card,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "dispersion_batch": dispersion_batch,
+            "global_batch": config.batch_size,
+            "dispersion_batch": dispersion_batch * (accelerator.num_processes if config.regularizer.gather else 1),
             "processes": accelerator.num_processes,
+            "accumulation": config.accumulation,
             "device": str(device),
+            "precision": accelerator.mixed_precision,
             "versions": versions(),
         }
         (run_dir / "run.json").write_text(json.dumps(card, indent=2))
         _forget_metrics_after(run_dir / "metrics.jsonl", done)
-    network, prepared = accelerator.prepare(model, optimizer)
+    network = model if config.fsdp else accelerator.prepare_model(model)
     return Session(
         config,
         run_dir,
@@ -126,12 +183,13 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
         objective,
         model,
         network,
-        ema,
-        prepared,
+        averages,
+        accelerator.prepare_optimizer(optimizer),
         regularizer,
-        DeviceSet.of(data, device),
-        held_out_batch(held_out, objective, device=device),
+        source,
+        frozen_batch(source.held_out, objective),
         done,
+        _board(run_dir, done) if config.tensorboard and accelerator.is_main_process else None,
     )
 
 
@@ -147,18 +205,24 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
 
 
-def _restore(checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-    groups, state = checkpoint.groups, checkpoint.state
-    if missing := {"model", "ema", "optimizer"} - set(groups):
+def _restore_weights(checkpoint: Checkpoint, model: nn.Module, averages: dict[str, EMA]) -> None:
+    if missing := {"model", "optimizer", *averages} - set(checkpoint.groups):
         raise CheckpointError(
             f"this is an exported run: it holds no {', '.join(sorted(missing))} and cannot be trained further. "
             "Sample or evaluate it, or start a new run in another folder"
         )
-    model.load_state_dict(groups["model"])
-    ema.model.load_state_dict(groups["ema"])
-    ema.updates = state["ema_updates"]
-    optimizer.load_state_dict(unflatten_optimizer(groups["optimizer"], state["param_groups"]))
-    return checkpoint.step
+    model.load_state_dict(checkpoint.groups["model"])
+    for name, average in averages.items():
+        average.model.load_state_dict(checkpoint.groups[name])
+        average.updates = checkpoint.state["ema_updates"]
+
+
+def _board(run_dir: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise CheckpointError("tensorboard is not installed: pip install 'dispersive-kit[tensorboard]'") from error
+    return SummaryWriter(run_dir / "tensorboard", purge_step=done + 1)
 
 
 def _forget_metrics_after(file: Path, step: int) -> None:
@@ -175,19 +239,7 @@ def _logged_step(line: str) -> float:
         return float("inf")
 
 
-def held_out_batch(
-    held_out: ImageSet,
-    objective: FlowMatching,
-    *,
-    size: int = HELD_OUT_IMAGES,
-    device: torch.device | str = "cpu",
-) -> Batch:
-    """At most `size` held-out images with their t and eps: the same for every run, arm and step."""
-    size = min(size, len(held_out))
-    return DeviceSet.of(held_out, device).batch(objective, seed=0, step=0, size=size, null_label=None, drop_prob=0.0)
-
-
-def held_out_loss(model: nn.Module, objective: FlowMatching, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
+def held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
     """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t."""
     with torch.no_grad():
         _, aux = objective(model, frozen.x0, frozen.y, draws=frozen.draws)

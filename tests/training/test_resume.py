@@ -94,16 +94,6 @@ def test_a_killed_command_resumes_to_the_same_bits(tmp_path, whole_command, numb
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(10))
-def test_many_kills_in_one_run_lose_nothing(tmp_path, whole_command, seed):
-    rng = random.Random(seed)
-    for _ in range(3):
-        stop_at_random(tmp_path / "run", signal.SIGKILL, rng)
-    subprocess.run([*COMMAND, str(tmp_path / "run")], check=True, capture_output=True)
-    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
-
-
 def test_an_existing_run_is_refused_without_resume_and_left_as_it_was(whole):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     with pytest.raises(CheckpointError, match="--resume"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dispersive_kit.errors import DataError
 
+PHOTO_CROPS = {"train": 1024, "test": 256}
 DIGITS_HELD_OUT = 500  # of the 1,797 images; fixed, so that numbers from different runs can be compared
 
 
@@ -98,7 +99,8 @@ def load_images(
     """Load one split of a data set by name, or a folder of images by path.
 
     Args:
-        name: "digits" (8x8, inside scikit-learn), "mnist", "cifar10", or the path of a folder of images.
+        name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist",
+            "cifar10", or the path of a folder of images.
         split: "train" or "test". A folder may hold `train/` and `test/`; otherwise every tenth image is held out.
         data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
             uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
@@ -112,15 +114,15 @@ def load_images(
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}; there are: train, test")
-    if name == "digits":
-        return _digits(split)
+    if name in BUNDLED_SETS:
+        return BUNDLED_SETS[name](split)
     folder = Path(data_dir) if data_dir else data_folder()
     if name in TORCHVISION_SETS:
         packed = folder / f"{name}.npz"
         return _packed(name, split, packed) if packed.is_file() else _torchvision(name, split, folder, download)
     if Path(name).is_dir():
         return _image_folder(Path(name), split, size)
-    known = ", ".join(["digits", *TORCHVISION_SETS])
+    known = ", ".join([*BUNDLED_SETS, *TORCHVISION_SETS])
     raise DataError(f"unknown data set {name!r}: it is neither one of {known} nor a folder of images")
 
 
@@ -136,6 +138,31 @@ def _digits(split: str) -> ImageSet:
     index = order[:DIGITS_HELD_OUT] if split == "test" else order[DIGITS_HELD_OUT:]
     classes = tuple(str(i) for i in range(10))
     return ImageSet("digits", split, images[index], labels[index], classes, "sklearn.datasets.load_digits")
+
+
+def _photos(split: str) -> ImageSet:
+    """Crops of scikit-learn's two photographs at half size; the test crops come from the right third of each.
+
+    The shape of CIFAR-10 with nothing to download: to see that a pipeline runs, and for no measurement.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise DataError("'photos' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
+    rng, test = np.random.default_rng(split == "test"), split == "test"
+    n, crops = PHOTO_CROPS[split], []
+    for photo in load_sample_images().images:
+        half = photo[::2, ::2]  # (213, 320, 3)
+        border = half.shape[1] * 2 // 3
+        part = half[:, border:] if test else half[:, :border]
+        tops, lefts = (rng.integers(0, side - 32, n // 2) for side in part.shape[:2])
+        crops += [part[a : a + 32, b : b + 32] for a, b in zip(tops, lefts, strict=True)]
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.arange(2).repeat_interleave(n // 2)
+    return ImageSet("photos", split, images, labels, ("temple", "flower"), "sklearn.datasets.load_sample_images")
+
+
+BUNDLED_SETS: dict[str, Callable[[str], ImageSet]] = {"digits": _digits, "photos": _photos}
 
 
 def _packed(name: str, split: str, file: Path) -> ImageSet:

@@ -57,7 +57,7 @@ def show(figure: Figure, alt: str, caption: str = "") -> None:
     plt.close(figure)
 
 
-def _look(i: int, *, every: int | None = None) -> dict[str, Any]:
+def line_look(i: int, *, every: int | None = None) -> dict[str, Any]:
     look: dict[str, Any] = {"color": OKABE_ITO[i % 7], "linestyle": DASHES[i % 7], "marker": MARKERS[i % 7]}
     return {**look, "markersize": 4, **({"markevery": every} if every else {})}
 
@@ -78,7 +78,7 @@ def saturation_panel(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Fi
         for i, (arm, lines) in enumerate(metrics.items()):
             points = [(line["step"], line[key]) for line in lines if key in line]
             steps, values = (np.array(column) for column in zip(*points, strict=True))
-            axis.plot(steps, values, label=arm, **_look(i, every=max(1, len(points) // 8)))
+            axis.plot(steps, values, label=arm, **line_look(i, every=max(1, len(points) // 8)))
         axis.set(xlabel="training step", ylabel=label)
         axis.set_yscale(scale, **({"linthresh": 1e-3} if scale == "symlog" else {}))
     axes[0].set_ylim(bottom=0)
@@ -177,7 +177,7 @@ def summary(
     axis = figure.add_subfigure(grid[1, 1]).subplots()
     for i, (arm, lines) in enumerate(metrics.items()):
         steps, rms = zip(*((line["step"], line["feature_rms"]) for line in lines if "feature_rms" in line), strict=True)
-        axis.plot(steps, rms, label=arm, **_look(i, every=4))
+        axis.plot(steps, rms, label=arm, **line_look(i, every=4))
     axis.set(xlabel="training step", ylabel="feature RMS of the tapped block", ylim=(0, None))
     axis.legend()
     return figure

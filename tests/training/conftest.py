@@ -3,32 +3,27 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from dispersive_kit.data import load_images
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 CLI = ["-m", "dispersive_kit.cli"]
 
 
-def crops(n: int, size: int = 32) -> np.ndarray:
-    """n crops uint8 (n, size, size, 3) of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(0)
-    photos = [photo[::2, ::2] for photo in load_sample_images().images]
-    corners = [(photos[i % 2], *rng.integers(0, np.array(photos[i % 2].shape[:2]) - size)) for i in range(n)]
-    return np.stack([photo[top : top + size, left : left + size] for photo, top, left in corners])
-
-
 @pytest.fixture(scope="session")
 def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with a cifar10.npz of 96 training and 32 test images."""
+    """A data folder with a cifar10.npz of 96 training and 32 test images, crops of photographs."""
     folder = tmp_path_factory.mktemp("data")
+    images = torch.cat([load_images("photos", split).images[:n] for split, n in (("train", 96), ("test", 32))])
     np.savez(
         folder / "cifar10.npz",
-        images=crops(128),
+        images=images.permute(0, 2, 3, 1).numpy(),
         labels=np.arange(128) % 10,
         split=(np.arange(128) >= 96).astype(int),
         classes=np.array([str(i) for i in range(10)]),
@@ -36,7 +31,7 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(arguments: list[object], processes: int = 1) -> subprocess.Popen:
+def start_command(arguments: list[object], processes: int = 1) -> subprocess.Popen:
     """The command line in a process group of its own, on one or several processes."""
     launcher = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
     return subprocess.Popen(
@@ -49,9 +44,19 @@ def start(arguments: list[object], processes: int = 1) -> subprocess.Popen:
     )
 
 
-def run_command(arguments: list[object], processes: int = 1) -> str:
+def finish_command(arguments: list[object], processes: int = 1) -> str:
     """Run it to the end and return what it printed; fails with that if it fails."""
-    process = start(arguments, processes)
+    process = start_command(arguments, processes)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.Popen]:
+    return start_command
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., str]:
+    return finish_command

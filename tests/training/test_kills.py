@@ -6,12 +6,12 @@ Digits and CIFAR images; accumulation, the average and two tracked averages on; 
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, start
 
 from dispersive_kit.training.checkpoint import load_latest
 
@@ -31,7 +31,7 @@ def command(cifar_folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(command, tmp_path_factory):
+def uninterrupted(command, run_command, tmp_path_factory):
     """The final tensors of each kind of run that nobody killed, trained when first asked for."""
     known = {}
 
@@ -45,9 +45,8 @@ def uninterrupted(command, tmp_path_factory):
     return get
 
 
-def kill_at_random(arguments: list[object], processes: int, out: Path, rng: random.Random) -> None:
-    """Kill the whole process group, some time after the first sign of a checkpoint being written."""
-    process = start(arguments, processes)
+def kill_at_random(process: subprocess.Popen, out: Path, rng: random.Random) -> None:
+    """Kill its whole process group, some time after a checkpoint that is drawn."""
     deadline = time.monotonic() + 200
     wanted = rng.randrange(STEPS // EVERY)
     while process.poll() is None and time.monotonic() < deadline:
@@ -64,11 +63,21 @@ def newest(out: Path) -> int:
     return max((int(p.name[5:]) for p in out.glob("checkpoints/step-*")), default=0)
 
 
-def check_one(command, uninterrupted, tmp_path, data, processes, seed):
-    rng, out = random.Random(seed), tmp_path / "run"
-    kill_at_random(command(data, out), processes, out, rng)
-    run_command(command(data, out), processes)
-    got, expected = load_latest(out / "checkpoints"), uninterrupted(data, processes)
+@pytest.fixture
+def check_one(command, start, run_command, uninterrupted, tmp_path):
+    """Kill a training of this kind, resume it, and compare its end with the one nobody killed."""
+
+    def check(data, processes, seed):
+        out = tmp_path / "run"
+        kill_at_random(start(command(data, out), processes), out, random.Random(seed))
+        run_command(command(data, out), processes)
+        assert_same_bits(out, uninterrupted(data, processes))
+
+    return check
+
+
+def assert_same_bits(out, expected):
+    got = load_latest(out / "checkpoints")
     assert got.step == expected.step == STEPS
     assert set(got.groups) == {"model", "ema", "0.05", "0.1", "optimizer"}
     for group, tensors in expected.groups.items():
@@ -77,11 +86,11 @@ def check_one(command, uninterrupted, tmp_path, data, processes, seed):
 
 
 @pytest.mark.parametrize(("data", "processes"), [("digits", 1), ("cifar10", 2)])
-def test_a_killed_training_resumes_to_the_same_bits(command, uninterrupted, tmp_path, data, processes):
-    check_one(command, uninterrupted, tmp_path, data, processes, seed=100 + processes)
+def test_a_killed_training_resumes_to_the_same_bits(check_one, data, processes):
+    check_one(data, processes, seed=100 + processes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(20))
-def test_twenty_kills_lose_nothing(command, uninterrupted, tmp_path, seed):
-    check_one(command, uninterrupted, tmp_path, *KINDS[seed % 4], seed)
+def test_twenty_kills_lose_nothing(check_one, seed):
+    check_one(*KINDS[seed % 4], seed)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLI, TORCHRUN, run_command
 from safetensors.torch import load_file
 
 from dispersive_kit.training import RegularizerConfig, load_run, train_preset
 from dispersive_kit.training.checkpoint import checkpoints, load_latest
 
+CLI = ["-m", "dispersive_kit.cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 WORKER = str(Path(__file__).with_name("gradient_worker.py"))
 # A gradient that is not clipped, of 64 images, with and without the loss.
 PLAIN = train_preset("smoke", steps=1, batch_size=64, grad_clip=1e9)
@@ -69,7 +70,7 @@ def test_gathered_two_processes_equal_one_and_ungathered_they_do_not(tmp_path):
     assert apart(one, local) > 1e-3
 
 
-def finish_and_sample(out: Path, tmp_path: Path) -> None:
+def finish_and_sample(run_command, out: Path, tmp_path: Path) -> None:
     model, card = load_run(out)
     assert card["step"] == 6 and all(v.isfinite().all() for v in model.state_dict().values())
     run_command(["sample", out, "--out", tmp_path / "samples", "--num", 10, "--num-steps", 2])
@@ -79,7 +80,7 @@ def finish_and_sample(out: Path, tmp_path: Path) -> None:
 TRAIN = ["train", "--preset", "smoke", "--checkpoint-every", 3, "--regularizer", "paper"]
 
 
-def test_accelerate_launch_trains_resumes_and_samples_on_two_processes(tmp_path):
+def test_accelerate_launch_trains_resumes_and_samples_on_two_processes(run_command, tmp_path):
     out = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,10 +91,10 @@ def test_accelerate_launch_trains_resumes_and_samples_on_two_processes(tmp_path)
         command = [*launch, *CLI, *map(str, TRAIN), "--steps", str(steps), "--resume", "--out", str(out)]
         subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
     assert json.loads((out / "run.json").read_text())["processes"] == 2
-    finish_and_sample(out, tmp_path)
+    finish_and_sample(run_command, out, tmp_path)
 
 
-def test_fsdp_trains_resumes_to_the_same_bits_and_samples(tmp_path):
+def test_fsdp_trains_resumes_to_the_same_bits_and_samples(run_command, tmp_path):
     arguments = [*TRAIN, "--steps", 6, "--fsdp", "--set", "ema_widths=[0.1]", "--resume", "--out"]
     run_command([*arguments, tmp_path / "whole"], processes=2)
     run_command([*arguments, tmp_path / "run"], processes=2)
@@ -106,10 +107,10 @@ def test_fsdp_trains_resumes_to_the_same_bits_and_samples(tmp_path):
     again = load_latest(tmp_path / "run" / "checkpoints").groups
     for group, tensors in whole.items():
         assert all(torch.equal(again[group][k], v) for k, v in tensors.items()), group
-    finish_and_sample(tmp_path / "run", tmp_path)
+    finish_and_sample(run_command, tmp_path / "run", tmp_path)
 
 
-def test_fsdp_and_ddp_train_the_same_model(tmp_path):
+def test_fsdp_and_ddp_train_the_same_model(run_command, tmp_path):
     for name, extra in (("ddp", []), ("fsdp", ["--fsdp"])):
         run_command([*TRAIN, "--steps", 3, *extra, "--out", tmp_path / name], processes=2)
     a, b = (json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("ddp", "fsdp"))

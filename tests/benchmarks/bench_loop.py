@@ -1,0 +1,83 @@
+"""The whole training loop against the bare model step: `python tests/benchmarks/bench_loop.py [--quick]`.
+
+Preset `cifar10-cpu` with the paper's regulariser, on random images of CIFAR's shape. The alternative is what a
+step cannot do without: forward and backward of the same model on the same batch with the same loss, and the same
+optimizer. What the loop does beside that is drawing the batch, clipping, the average, logging and finite checks.
+Both take turns in one run, in blocks of steps. Checkpoints and previews are left out: their share is a setting.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dispersive_kit.training import RegularizerConfig, TrainConfig, train, train_preset
+from dispersive_kit.training.session import attach_regularizer, begin
+
+
+def random_cifar(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(
+        folder / "cifar10.npz",
+        images=rng.integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8),
+        labels=np.arange(1200) % 10,
+        split=(np.arange(1200) >= 1000).astype(int),
+        classes=np.array([str(i) for i in range(10)]),
+    )
+
+
+def bare_steps(config: TrainConfig, folder: Path) -> Callable[[], None]:
+    """One call is one step of the same model on the same batch; nothing is drawn, clipped, averaged or logged."""
+    run = begin(config, folder, resume=False)
+    regularizer, rows = attach_regularizer(run.model, config.regularizer), run.batch(0)
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        with regularizer:
+            loss, aux = run.objective(run.model, rows.x0, rows.y, draws=rows.draws)
+        (loss + regularizer.loss(t=aux.t, y=rows.y)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    args = parser.parse_args()
+    rounds, block = (3, 10) if args.quick else (12, 25)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_cifar(folder)
+        config = train_preset(
+            "cifar10-cpu",
+            data_dir=name,
+            regularizer=RegularizerConfig(preset="paper"),
+            preview_images=0,
+            eval_every=10**6,
+            checkpoint_every=10**6,
+        )
+        records, bare = train(config, folder / "loop"), bare_steps(config, folder / "bare")
+        times: dict[str, list[float]] = {"loop": [], "bare": []}
+        for _ in range(rounds + 1):
+            for what, call in (("loop", lambda: next(records)), ("bare", bare)):
+                start = time.perf_counter()
+                for _ in range(block):
+                    call()
+                times[what].append((time.perf_counter() - start) / block)
+    loop, step = (statistics.median(times[what][1:]) for what in ("loop", "bare"))  # the first round warms up
+    threads = torch.get_num_threads()
+    print(f"preset cifar10-cpu, batch {config.batch_size}, torch {torch.__version__}, {threads} threads")
+    print(
+        f"bare step / step of the loop   {1e3 * step:.1f} ms / {1e3 * loop:.1f} ms = {step / loop:.3f}   at least 0.97"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from dispersive_kit.data import data_folder
+from dispersive_kit.study.lookup import notebooks_folder
 from dispersive_kit.study.notebook import runs_folder
-from dispersive_kit.study.pipeline import notebooks_folder
 
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 6)

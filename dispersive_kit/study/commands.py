@@ -19,7 +19,7 @@ from dispersive_kit.study.pipeline import (
     shipped_pipelines,
 )
 from dispersive_kit.study.registry import as_table, compare_runs, find_runs, list_runs, open_run, show_run
-from dispersive_kit.study.report import measured_numbers, write_report
+from dispersive_kit.study.report import aggregated_numbers, measured_numbers, write_report
 from dispersive_kit.study.sweep import Task, worker_count
 
 
@@ -75,7 +75,10 @@ def _run_pipeline(pipeline: Pipeline, out: Path | None, mode: str | None, *, res
 def _conclude(results: Sequence[StageResult], out: Path, *, title: str, subtitle: str) -> None:
     page = write_report(results, out, title=title, subtitle=subtitle)
     for result in results:
-        _print_numbers(measured_numbers(result.folder))
+        if "/" not in result.name:
+            _print_numbers(measured_numbers(result.folder))
+    for stage in sorted({result.name.partition("/")[0] for result in results if "/" in result.name}):
+        _print_numbers(aggregated_numbers(out / stage))
     print(f"\nreport: {page}")
     failed = [result for result in results if result.status == "failed"]
     if failed:

@@ -35,6 +35,20 @@ def measured_numbers(folder: Path) -> list[dict[str, Any]]:
     return _measured(folder).get("numbers", [])
 
 
+def aggregated_numbers(folder: Path) -> list[dict[str, Any]]:
+    """The means of a sweep, each named with its point of the grid and noted with interval and number of runs."""
+    groups = [_group(group) for group in read_json(folder / "aggregate.json").get("groups", [])]
+    return [
+        {
+            "name": ", ".join(filter(None, (number["name"], group["point"]))),
+            "value": number["mean"],
+            "note": f"mean of {number['n']}" + (f", {number['interval']}" if number["interval"] else ""),
+        }
+        for group in groups
+        for number in group["numbers"]
+    ]
+
+
 def _measured(folder: Path) -> dict[str, Any]:
     try:
         return read_result(folder)

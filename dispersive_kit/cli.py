@@ -74,16 +74,17 @@ def runs(
     print(show_runs(action, names, folder))
 
 
-def lab(port: int = 8888, browser: bool = True) -> None:
+def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> None:
     """Open the notebooks in JupyterLab: on this machine alone, with a token.
 
     Args:
         port: The first port to try.
         browser: Open a browser; otherwise the address is printed.
+        allow_root: Run even as root, as one may be in a container.
     """
     from dispersive_kit.study.serve import serve_lab
 
-    serve_lab(port, browser=browser)
+    serve_lab(port, browser=browser, allow_root=allow_root)
 
 
 def train(

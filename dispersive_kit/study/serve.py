@@ -5,7 +5,7 @@ import secrets
 from dispersive_kit.study.lookup import notebooks_folder
 
 
-def lab_arguments(port: int, *, browser: bool) -> list[str]:
+def lab_arguments(port: int, *, browser: bool, allow_root: bool) -> list[str]:
     """Arguments of JupyterLab: they override any configuration file, which may say otherwise."""
     return [
         "--ServerApp.ip=127.0.0.1",
@@ -16,6 +16,7 @@ def lab_arguments(port: int, *, browser: bool) -> list[str]:
         "--ServerApp.disable_check_xsrf=False",
         "--ServerApp.allow_origin=",
         "--ServerApp.allow_origin_pat=",
+        f"--ServerApp.allow_root={allow_root}",
         f"--ServerApp.port={port}",
         f"--ServerApp.open_browser={browser}",
         f"--ServerApp.root_dir={notebooks_folder()}",
@@ -25,8 +26,8 @@ def lab_arguments(port: int, *, browser: bool) -> list[str]:
     ]
 
 
-def serve_lab(port: int, *, browser: bool) -> None:
+def serve_lab(port: int, *, browser: bool, allow_root: bool) -> None:
     """Start JupyterLab in this process, so that the token is on no command line; it prints the address to open."""
     from jupyterlab.labapp import LabApp
 
-    LabApp.launch_instance(lab_arguments(port, browser=browser))
+    LabApp.launch_instance(lab_arguments(port, browser=browser, allow_root=allow_root))

@@ -27,7 +27,7 @@ def lab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--port", port]
+    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--allow-root", "--port", port]
     process = subprocess.Popen(
         command,
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},
@@ -44,8 +44,8 @@ def lab(tmp_path):
             pytest.fail(said)
         yield found[0], process.pid
     finally:
-        process.terminate()
-        process.communicate(timeout=30)
+        process.kill()  # no kernel was started
+        process.communicate()
 
 
 def status(address):

@@ -3,6 +3,7 @@
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dispersive_kit.errors import KitError
+from dispersive_kit.errors import ConfigError, KitError
 
 OUT_HELP = "Folder to write; refused if it holds something already."
 
@@ -85,6 +86,16 @@ def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> Non
     from dispersive_kit.study.serve import serve_lab
 
     serve_lab(port, browser=browser, allow_root=allow_root)
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def train(

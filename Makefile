@@ -19,7 +19,7 @@ demo: $(VENV)/.notebooks  ## set up, run the main job headlessly, write runs/dem
 	$(RUN)/dispersive-kit demo --out runs/demo --resume
 
 lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
-	$(RUN)/jupyter lab notebooks
+	$(RUN)/dispersive-kit lab
 
 test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
 	$(RUN)/python -m pytest -n 2 -m "not long"

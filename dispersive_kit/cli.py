@@ -1,9 +1,8 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | run | export | doctor.
+"""The command line: dispersive-kit demo | train | sample | evaluate | export | run | runs | lab | doctor.
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -27,42 +26,66 @@ def demo(out: Path = Path("runs/demo"), resume: bool = False) -> None:
         out: Folder for the executed notebooks and report.html.
         resume: Go on in a folder that holds an earlier demo; stages that are unchanged are not run again.
     """
-    _run_pipeline("demo", out, resume=resume)
+    from dispersive_kit.study.commands import run as run_headlessly
+
+    run_headlessly("demo", out, mode=None, resume=resume)
 
 
 def run(
     notebook: Annotated[str, tyro.conf.Positional],
     out: Path | None = None,
-    mode: Literal["smoke", "class", "full"] = "class",
-    param: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("-p",))] = (),
+    mode: Literal["smoke", "class", "full"] | None = None,
+    param: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=("-p",))] = (),
     resume: bool = False,
+    executor_kind: Annotated[Literal["pool", "slurm", "local"], tyro.conf.arg(name="executor")] = "pool",
+    workers: int | None = None,
 ) -> None:
-    """Run one notebook ("06", or a path) or a named pipeline ("demo") headlessly.
+    """Run one notebook ("06", or a path) or a pipeline ("demo", or a YAML file) headlessly.
 
     Args:
-        notebook: Start of a notebook's name, a path, or the name of a pipeline.
+        notebook: Start of a notebook's name, a path, the name of a shipped pipeline, or the path of its YAML file.
         out: Folder to write; runs/NAME if not given.
-        mode: smoke (seconds), class (minutes on a laptop) or full (a GPU).
-        param: Parameters of the notebook as NAME=VALUE, e.g. -p seed=3.
+        mode: smoke (seconds), class (minutes on a laptop) or full (a GPU); a pipeline's own, or class, if not given.
+        param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
         resume: Go on in a folder that holds this run already; what is unchanged is not run again.
+        executor_kind: Where a pipeline runs: processes here (pool), Slurm jobs, or a trial of such jobs here (local).
+        workers: At most so many runs of a sweep at once; one per GPU if not given, and all of them on a cluster.
     """
-    from dispersive_kit.study.pipeline import PIPELINES, check_parameters, find_notebook, run_notebook
+    from dispersive_kit.study.commands import run as run_headlessly
+    from dispersive_kit.study.sweep import Executor
 
-    if notebook in PIPELINES:
-        if param:
-            raise ConfigError("parameters go to a notebook; a pipeline has its own")
-        return _run_pipeline(notebook, out or Path("runs") / notebook, resume=resume, mode=mode)
-    path = find_notebook(notebook)
-    parameters = {"mode": mode, **dict(_parameter(p) for p in param)}
-    check_parameters(path, parameters)
-    folder = out or Path("runs") / path.stem
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise KitError(f"{folder} is not empty: go on with --resume, or name another folder with --out")
-    result = run_notebook(str(path), folder, parameters)
-    print(f"{result.name}: {result.status} in {result.seconds:.0f} s; {folder / 'notebook.ipynb'}")
-    if result.status == "failed":
-        raise KitError(f"{result.name} failed at {result.error}")
-    return None
+    executor = Executor(kind=executor_kind, workers=workers)
+    run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, executor=executor)
+
+
+def runs(
+    action: Annotated[Literal["list", "show", "compare"], tyro.conf.Positional],
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    folder: Path | None = None,
+) -> None:
+    """List the runs that are there, show one, or compare several.
+
+    Args:
+        action: list (all), show NAME, or compare NAME NAME ... (only what they differ in).
+        names: Names of runs, as `list` gives them.
+        folder: Where the runs lie; the runs folder if not given.
+    """
+    from dispersive_kit.study.commands import show_runs
+
+    print(show_runs(action, names, folder))
+
+
+def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> None:
+    """Open the notebooks in JupyterLab: on this machine alone, with a token.
+
+    Args:
+        port: The first port to try.
+        browser: Open a browser; otherwise the address is printed.
+        allow_root: Run even as root, as one may be in a container.
+    """
+    from dispersive_kit.study.serve import serve_lab
+
+    serve_lab(port, browser=browser, allow_root=allow_root)
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -73,35 +96,6 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _run_pipeline(name: str, out: Path, *, resume: bool, mode: str = "class") -> None:
-    from dispersive_kit.study.pipeline import PIPELINES, run_pipeline
-    from dispersive_kit.study.report import read_result, write_report
-
-    stages = [dataclasses.replace(s, parameters={"mode": mode, **s.parameters}) for s in PIPELINES[name]]
-    results = []
-    for result in run_pipeline(stages, out, resume=resume):
-        results.append(result)
-        print(
-            f"[{len(results)}/{len(stages)}] {result.name}: {result.status} ({result.seconds:.0f} s)",
-            flush=True,
-        )
-    subtitle = f"dispersive-kit {name}, {mode} mode: {len(results)} of {len(stages)} notebooks"
-    page = write_report(results, out, title="Does Dispersive Loss help, at classroom scale?", subtitle=subtitle)
-    for result in results:
-        _print_numbers(read_result(result.folder).get("numbers", []))
-    print(f"\nreport: {page}")
-    if results[-1].status == "failed":
-        raise KitError(f"{results[-1].name} failed at {results[-1].error}; see {results[-1].folder}/notebook.ipynb")
-
-
-def _print_numbers(numbers: Sequence[dict[str, Any]]) -> None:
-    if numbers:
-        width = max(len(n["name"]) for n in numbers)
-        print()
-        for n in numbers:
-            print(f"  {n['name']:<{width}}  {n['value']:>10.3f}  {n['note']}")
 
 
 def train(
@@ -303,6 +297,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "run": run,
     "export": export,
+    "runs": runs,
+    "lab": lab,
     "doctor": doctor,
 }
 

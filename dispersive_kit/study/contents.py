@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispersive_kit.study.pipeline import notebooks_folder
+from dispersive_kit.study.lookup import notebooks_folder
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -11,23 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from dispersive_kit.data import data_folder
+from dispersive_kit.study.lookup import notebooks_folder
 from dispersive_kit.study.notebook import runs_folder
-from dispersive_kit.study.pipeline import notebooks_folder
 
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 6)
-NOTEBOOK_PACKAGES = (
-    "jupyterlab",
-    "ipywidgets",
-    "matplotlib",
-    "seaborn",
-    "sklearn",
-    "papermill",
-    "umap",
-    "voila",
-)
+DISTRIBUTION = "dispersive-kit"
 MEMORY_GIB, DISK_GIB = 3.0, 1.0
 
 
@@ -43,7 +36,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, devices, memory, folders and data; takes a few seconds and changes nothing."""
-    return [_python(), _torch(), _packages(), _device(), _memory(), *_folders(), *_data()]
+    software = [_python(), _torch(), _packages(), _kernel()]
+    return [*software, _device(), _memory(), *_folders(), *_data(), _cluster()]
 
 
 def _python() -> Finding:
@@ -61,16 +55,67 @@ def _torch() -> Finding:
 
 
 def _packages() -> Finding:
-    missing = [name for name in NOTEBOOK_PACKAGES if importlib.util.find_spec(name) is None]
-    detail = f"missing: {', '.join(missing)}" if missing else f"all {len(NOTEBOOK_PACKAGES)} found"
-    return Finding("notebook packages", not missing, detail, "pip install 'dispersive-kit[notebooks]'")
+    fix = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
+    try:
+        wanted = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("packages", False, f"{DISTRIBUTION} itself is not installed", fix)
+    needed = [r for r in map(Requirement, wanted) if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
+    faults = [fault for requirement in needed if (fault := _shortfall(requirement))]
+    version = importlib.metadata.version(DISTRIBUTION)
+    detail = "; ".join(faults) or f"{DISTRIBUTION} {version} and all {len(needed)} that it needs"
+    return Finding("packages", not faults, detail, fix)
+
+
+def _shortfall(requirement: Requirement) -> str:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    return (
+        ""
+        if requirement.specifier.contains(version, prereleases=True)
+        else f"{requirement.name}{requirement.specifier} wanted, found {version}"
+    )
+
+
+def _kernel() -> Finding:
+    """The kernel that runs the notebooks must be of this Python: another one has other packages."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except NoSuchKernel:
+        return Finding("notebook kernel", False, "no kernel named python3", fix)
+    program = spec.argv[0]
+    # A bare "python" is replaced by this interpreter when the kernel is started.
+    own = Path(program).name == program or Path(program).absolute() == Path(sys.executable).absolute()
+    detail = f"python3 is {sys.executable if own else program}"
+    return Finding("notebook kernel", own, detail, f"{fix}, or remove {spec.resource_dir}")
 
 
 def _device() -> Finding:
     if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
         return Finding("device", True, ", ".join(gpus))
-    return Finding("device", True, f"CPU, {torch.get_num_threads()} threads (enough for class mode)")
+    cpu = f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
+    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
+        detail = f"{cpu}; there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU"
+        fix = "install the PyTorch build for this driver (pytorch.org, Get started), or update the driver"
+        return Finding("device", False, detail, fix)
+    return Finding("device", True, cpu)
+
+
+def _describe_gpu(index: int) -> str:
+    free, total = torch.cuda.mem_get_info(index)
+    return f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+
+
+def _cluster() -> Finding:
+    place = shutil.which("sbatch")
+    detail = f"Slurm: {place}" if place else "no Slurm here; sweeps run in a pool of processes"
+    return Finding("cluster", True, detail)
 
 
 def _memory() -> Finding:

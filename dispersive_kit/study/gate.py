@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 MARK = "Traceback (most recent call last)"
 
 
@@ -15,6 +13,8 @@ def tracebacks(notebook: Path) -> list[str]:
     Looked at: stderr of every cell (threads, observers, logging), outputs of type error, and the outputs that Output
     widgets hold in the saved widget state (`@interact`, `with output:`).
     """
+    import nbformat
+
     document = nbformat.read(notebook, as_version=4)
     return [line for output in _outputs(document) if (line := _fault(output))]
 

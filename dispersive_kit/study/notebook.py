@@ -8,7 +8,6 @@
 The pipeline and its report read the `result.json` that `finish` writes.
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.study.environment import peak_memory_gib
 from dispersive_kit.study.modes import MODES, settings_of
+from dispersive_kit.study.schema import write_json
 
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 
@@ -64,11 +65,12 @@ class NotebookRun:
             "notebook": self.name,
             "mode": self.mode,
             "seconds": round(time.perf_counter() - self.started, 1),
+            "peak_gib": peak_memory_gib(),
             "checks": self.checks,
             "numbers": self.numbers,
             "sentences": self.sentences,
         }
-        (self.out / "result.json").write_text(json.dumps(result, indent=2))
+        write_json(self.out / "result.json", result)
         print(f"done in {result['seconds']:.0f} s; written to {self.out}")
 
 

@@ -1,167 +1,136 @@
-"""Notebooks run headlessly through papermill, one after another, each in a folder of its own.
+"""Pipelines: notebooks in order, each once or over a grid of parameters, as YAML.
 
-    runs/demo/00_start_here/{notebook.ipynb, result.json, stage.json, ...}
-    runs/demo/report.html
+title: Six seeds of one experiment
+stages:
+  - notebook: "06"
+    name: seeds
+    grid: {seed: [0, 1, 2, 3, 4, 5]}
 
-A stage whose notebook, parameters and package are unchanged since it ended well is not run again.
+runs/mine/seeds/seed=0/{notebook.ipynb, result.json, stage.json, ...}
+runs/mine/seeds/aggregate.json
+runs/mine/report.html
 """
 
-import hashlib
-import json
-import logging
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.study.gate import tracebacks
+import yaml
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CELL_TIMEOUT_S = 3600
+from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.study.execute import StageResult
+from dispersive_kit.study.lookup import PACKAGE, check_parameters, find_notebook, folder_within, safe_name
+from dispersive_kit.study.schema import check_form
+from dispersive_kit.study.sweep import Executor, Task, expand, run_tasks, write_aggregate
+
+SHIPPED = PACKAGE / "study" / "pipelines"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook, by the start of its name ("06"), and parameters for it."""
+    """A notebook, by the start of its name ("06") or by path; its parameters; those to be taken over a grid."""
 
     notebook: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """How a stage ended: "ok", "skipped" (unchanged) or "failed", and the folder that holds everything of it."""
+class Pipeline:
+    """Stages in order. `cluster` holds what submitit asks of a cluster; `folder` is where its file lies."""
 
     name: str
-    status: str
-    seconds: float
-    folder: Path
-    error: str = ""
+    title: str
+    stages: tuple[Stage, ...]
+    mode: str = "class"
+    cluster: dict[str, Any] = field(default_factory=dict)
+    folder: Path = SHIPPED
 
 
-PIPELINES: dict[str, tuple[Stage, ...]] = {
-    "demo": (Stage("00"), Stage("02"), Stage("04"), Stage("06")),
-}
+def shipped_pipelines() -> list[str]:
+    """Names of the pipelines that come with the kit."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
-def notebooks_folder() -> Path:
-    """The notebooks of a checkout, or those inside the installed package."""
-    inside = PACKAGE / "notebooks"
-    return inside if inside.is_dir() else PACKAGE.parent / "notebooks"
-
-
-def find_notebook(name: str) -> Path:
-    """A notebook by path, by name, or by the number its name starts with.
+def load_pipeline(name: str) -> Pipeline:
+    """A shipped pipeline by name, or one by the path of its YAML file.
 
     Raises:
-        ConfigError: there is none, or several begin so.
+        ConfigError: no such pipeline; not YAML of plain values; not of a pipeline's form.
     """
-    if Path(name).suffix == ".ipynb" and Path(name).is_file():
-        return Path(name)
-    known = sorted(notebooks_folder().glob("*.ipynb"))
-    found = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(name)]
-    if not name or len(found) != 1:
-        raise ConfigError(f"{name!r} names {len(found)} notebooks; there are: {', '.join(p.stem for p in known)}")
-    return found[0]
-
-
-def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Refuse what papermill would only warn of, before a kernel starts.
-
-    Raises:
-        ConfigError: a parameter the notebook does not have, or a value of another type than its default.
-    """
-    import papermill
-
-    known = papermill.inspect_notebook(str(notebook))
-    for name, value in parameters.items():
-        if name not in known:
-            raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {', '.join(known)}")
-        expected = known[name]["inferred_type_name"]
-        if expected not in ("None", type(value).__name__) and (expected, type(value)) != ("float", int):
-            raise ConfigError(f"{notebook.stem}: {name} is {expected}, got {value!r} ({type(value).__name__})")
-
-
-def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = None) -> StageResult:
-    """Execute one notebook into `folder`, unless it has ended well there from the same inputs before.
-
-    The executed copy is kept whether or not it fails. `out` is passed to the notebook as its run folder.
-
-    Raises:
-        ConfigError: no such notebook or parameter.
-    """
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-
-    notebook = find_notebook(name)
-    given = {**(parameters or {}), "out": str(folder.resolve())}
-    check_parameters(notebook, given)
-    key = _input_hash(notebook, given)
-    if _finished(folder, key):
-        return StageResult(notebook.stem, "skipped", 0.0, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    started, error = time.perf_counter(), ""
+    file = SHIPPED / f"{name}.yaml" if name in shipped_pipelines() else Path(name)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(folder / "notebook.ipynb"),
-            parameters=given,
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty(),
-            cwd=str(folder),
-            execution_timeout=CELL_TIMEOUT_S,
-            extra_arguments=["--log-level=ERROR"],  # of the kernel, which otherwise warns that it uses TCP
-        )
-    except papermill.PapermillExecutionError as failed:
-        error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"
-    except (CellTimeoutError, DeadKernelError, RuntimeError) as failed:
-        error = f"{type(failed).__name__}: {failed}"
-    hidden = tracebacks(folder / "notebook.ipynb")
-    if not error and hidden:
-        error = f"an error was hidden from the run: {hidden[0]}"
-    if not error and not (folder / "result.json").is_file():
-        error = "the notebook ended without writing result.json (its last cell calls nb.finish())"
-    result = StageResult(notebook.stem, "failed" if error else "ok", time.perf_counter() - started, folder, error)
-    stage = {**asdict(result), "folder": folder.name, "key": key, "parameters": given}
-    (folder / "stage.json").write_text(json.dumps(stage, indent=2))
-    return result
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(shipped_pipelines())
+        raise ConfigError(f"no pipeline {name!r} ({error.strerror}); shipped are: {known}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML of plain values: {error}") from error
+    check_form(content, "pipeline", str(file))
+    stages = tuple(Stage(**stage) for stage in content.pop("stages"))
+    return Pipeline(safe_name(file.stem), stages=stages, folder=file.parent, **content)
 
 
-def run_pipeline(stages: Sequence[Stage], out: Path, *, resume: bool = False) -> Iterator[StageResult]:
+def plan(stages: Sequence[Stage], out: Path, *, mode: str = "", beside: Path | None = None) -> list[list[Task]]:
+    """The runs of each stage, all of them checked.
+
+    Raises:
+        ConfigError: a notebook or parameter is unknown, a value has the wrong type, a name would leave `out` or is
+            used twice.
+    """
+    runs, names = [], set()
+    for stage in stages:
+        notebook = find_notebook(stage.notebook, beside)
+        name = safe_name(stage.name or notebook.stem, "stage name")
+        if name in names:
+            raise ConfigError(f"two stages are called {name!r}: give each a name of its own")
+        names.add(name)
+        given = {"mode": mode, **stage.parameters} if mode else stage.parameters
+        cells = expand(stage.grid)
+        tasks = [Task(f"{name}/{cell}" if cell else name, notebook, {**given, **point}) for cell, point in cells]
+        for task in tasks:
+            check_parameters(notebook, task.parameters)
+            folder_within(out, task.name)
+        runs.append(tasks)
+    return runs
+
+
+def run_pipeline(
+    stages: Sequence[Stage],
+    out: Path,
+    *,
+    mode: str = "",
+    resume: bool = False,
+    beside: Path | None = None,
+    executor: Executor | None = None,
+) -> Iterator[StageResult]:
     """Run the stages in order, yielding each result as it ends; a failed stage ends the pipeline.
 
+    Runs of one stage's grid go on beside a failed one, and what ended well is brought together in aggregate.json.
+
     Raises:
-        KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown;
-            all are looked at before the first one runs.
+        KitError: `out` holds something already and `resume` is off. ConfigError: see `plan`; before anything runs.
     """
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise KitError(f"{out} is not empty: go on with --resume, or choose another folder")
-    notebooks = [find_notebook(stage.notebook) for stage in stages]
-    for notebook, stage in zip(notebooks, stages, strict=True):
-        check_parameters(notebook, stage.parameters)
-    for notebook, stage in zip(notebooks, stages, strict=True):
-        result = run_notebook(str(notebook), out / notebook.stem, stage.parameters)
-        yield result
-        if result.status == "failed":
+    planned = plan(stages, out, mode=mode, beside=beside)
+    require_new(out, resume=resume)
+    for stage, tasks in zip(stages, planned, strict=True):
+        results = []
+        for result in run_tasks(tasks, out, executor or Executor()):
+            results.append(result)
+            yield result
+        if stage.grid:
+            write_aggregate(tasks, stage.grid, out)
+        if any(result.status == "failed" for result in results):
             return
 
 
-def _finished(folder: Path, key: str) -> bool:
-    try:
-        stage = json.loads((folder / "stage.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return stage.get("key") == key and stage.get("status") == "ok" and (folder / "result.json").is_file()
+def require_new(out: Path, *, resume: bool) -> None:
+    """Never write into a folder that holds something, unless asked.
 
-
-def _input_hash(notebook: Path, parameters: dict[str, Any]) -> str:
-    digest = hashlib.sha256(notebook.read_bytes())
-    digest.update(json.dumps(parameters, sort_keys=True).encode())
-    for source in sorted(PACKAGE.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    Raises:
+        KitError: it does, and `resume` is off.
+    """
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise KitError(f"{out} is not empty: go on with --resume, or name another folder with --out")

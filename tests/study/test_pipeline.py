@@ -1,129 +1,152 @@
 import json
 
-import nbformat
 import pytest
 
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.study.gate import tracebacks
-from dispersive_kit.study.pipeline import Stage, check_parameters, find_notebook, run_notebook, run_pipeline
-from dispersive_kit.study.report import write_report
+from dispersive_kit.study.execute import run_notebook
+from dispersive_kit.study.lookup import find_notebook
+from dispersive_kit.study.pipeline import Stage, load_pipeline, plan, run_pipeline, shipped_pipelines
+from dispersive_kit.study.schema import read_result
 
-PARAMETERS = 'mode: str = "smoke"  # mode\nvalue: float = 1.5  # a number\nout: str = ""  # run folder'
-BEGIN = "from dispersive_kit.study import begin\nnb = begin('made', mode=mode, out=out)"
-FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
-
-
-def write_notebook(file, *cells):
-    notebook = nbformat.v4.new_notebook()
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    first = nbformat.v4.new_code_cell(PARAMETERS)
-    first.metadata["tags"] = ["parameters"]
-    notebook.cells = [first, *map(nbformat.v4.new_code_cell, (BEGIN, *cells))]
-    nbformat.write(notebook, file)
-    return file
+LINE = {"step": 1, "loss": 0.5}
 
 
-@pytest.fixture
-def good(tmp_path):
-    return write_notebook(
-        tmp_path / "made.ipynb",
-        "nb.record('half', value / 2, note='of value')\nnb.check('positive', value > 0)\nnb.say('It is so.')",
-        f"from IPython.display import HTML, display\ndisplay(HTML('''{FIGURE}'''))",
-        "nb.finish()",
-    )
+def number_of(folder):
+    return read_result(folder)["numbers"][0]["value"]
 
 
-def test_a_notebook_runs_with_its_parameters_and_is_skipped_when_unchanged(good, tmp_path):
-    first = run_notebook(str(good), tmp_path / "run", {"value": 3.0})
-    assert first.status == "ok"
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["numbers"][0]["value"] == 1.5
-    assert run_notebook(str(good), tmp_path / "run", {"value": 3.0}).status == "skipped"
-    assert run_notebook(str(good), tmp_path / "run", {"value": 4.0}).status == "ok"
-    write_notebook(good, "nb.finish()")
-    assert run_notebook(str(good), tmp_path / "run", {"value": 4.0}).status == "ok"
+def test_a_run_folder_keeps_everything_of_the_run(write_notebook, tmp_path):
+    trained = "import json\n(nb.out / 'base').mkdir()\nfile = nb.out / 'base' / 'metrics.jsonl'"
+    trained += f"\nfile.write_text(json.dumps({LINE}) + '\\n')"
+    printed = "import sys\nprint('\\x1b[31mred\\x1b[0m')\nsys.stderr.write('10%\\r20%\\r100%\\n')"
+    numbers = "nb.record('half', value / 2, note='of value')\nnb.check('positive', value > 0)"
+    notebook = write_notebook("made", trained, printed, numbers, "nb.finish()")
+    folder = tmp_path / "run"
+    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "ok"
+    result = read_result(folder)
+    assert number_of(folder) == 1.5 and result["mode"] == "class" and 0.05 < result["peak_gib"] < 20
+    assert json.loads((folder / "params.json").read_text()) == {"value": 3.0}
+    assert json.loads((folder / "metrics.jsonl").read_text()) == {"run": "base", **LINE}
+    assert (folder / "log.txt").read_text().splitlines()[:2] == ["red", "100%"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
+    page = (folder / "notebook.html").read_text()
+    assert "positive" in page and "default-src 'none'" in page and "://" not in page
 
 
-def test_the_report_is_one_offline_page_with_numbers_and_pictures(good, tmp_path):
-    out = tmp_path / "out"
-    results = list(run_pipeline([Stage(str(good))], out))
-    page = write_report(results, out, title="A & B").read_text()
-    assert "A &amp; B" in page and "half" in page and "0.75" in page and 'alt="a dot"' in page and "It is so." in page
-    assert "http://" not in page and "https://" not in page and "<script" not in page
+def test_a_run_is_skipped_when_unchanged_and_what_it_replaces_is_kept(write_quick, tmp_path):
+    notebook, folder = write_quick("made"), tmp_path / "run"
+    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "ok"
+    (folder / "mine.txt").write_text("keep")
+    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "skipped"
+    first = number_of(folder)
+    assert run_notebook(str(notebook), folder, {"value": 4.0}).status == "ok"
+    assert number_of(folder) == first + 1 and number_of(tmp_path / "run.earlier-1") == first
+    assert (tmp_path / "run.earlier-1" / "mine.txt").is_file() and not (folder / "mine.txt").exists()
+    write_quick("made", "changed = True")
+    assert run_notebook(str(notebook), folder, {"value": 4.0}).status == "ok"
 
 
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [({"values": 1.0}, "no parameter 'values'; it has: mode, value, out"), ({"value": "much"}, "value is float")],
-)
-def test_a_wrong_parameter_is_refused_before_a_kernel_starts(good, tmp_path, parameters, words):
-    with pytest.raises(ConfigError, match=words):
-        run_notebook(str(good), tmp_path / "run", parameters)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_failed_notebook_is_kept_and_named_and_ends_the_pipeline(good, tmp_path):
-    bad = write_notebook(tmp_path / "bad.ipynb", "nb.check('water is dry', False, 'it is wet')")
-    results = list(run_pipeline([Stage(str(bad)), Stage(str(good))], tmp_path / "out"))
+def test_a_failed_notebook_is_kept_and_named_and_ends_the_pipeline(write_quick, tmp_path):
+    bad, good, out = write_quick("bad", "assert 1 > 2, 'water is dry'"), write_quick("good"), tmp_path / "out"
+    results = list(run_pipeline([Stage(str(bad)), Stage(str(good))], out))
     assert [r.status for r in results] == ["failed"]
-    assert "CheckError: water is dry" in results[0].error
-    assert (tmp_path / "out" / "bad" / "notebook.ipynb").is_file()
-    assert "water is dry" in write_report(results, tmp_path / "out", title="t").read_text()
+    assert "AssertionError: water is dry" in results[0].error
+    assert "water is dry" in (out / "bad" / "notebook.html").read_text()
+    stage = json.loads((out / "bad" / "stage.json").read_text())
+    assert stage["status"] == "failed" and "assert 1 > 2" in stage["traceback"]
+    log = (out / "bad" / "log.txt").read_text()
+    assert log.rstrip().endswith("AssertionError: water is dry") and "\x1b" not in log
     # Mended, the same pipeline goes on in the same folder.
-    write_notebook(bad, "nb.finish()")
-    again = list(run_pipeline([Stage(str(bad)), Stage(str(good))], tmp_path / "out", resume=True))
+    write_quick("bad")
+    again = list(run_pipeline([Stage(str(bad)), Stage(str(good))], out, resume=True))
     assert [r.status for r in again] == ["ok", "ok"]
 
 
-def test_a_notebook_that_forgets_to_finish_fails(tmp_path):
-    file = write_notebook(tmp_path / "made.ipynb", "1 + 1")
-    assert "nb.finish()" in run_notebook(str(file), tmp_path / "run").error
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("1 + 1", r"nb.finish\(\)"),
+        ("import os\nos._exit(1)", "died"),
+        ("open(out + '/result.json', 'w').write('{}')", "'notebook' is a required property"),
+        ("open(out + '/result.json', 'w').write('{\"seconds\": NaN}')", "NaN is no measured number"),
+    ],
+)
+def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_path, cell, words):
+    result = run_notebook(str(write_notebook("made", cell, bare=True)), tmp_path / "run")
+    assert result.status == "failed"
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(result.error.replace("Kernel died", "died"))
 
 
-def test_a_kernel_that_dies_is_a_failed_notebook(tmp_path):
-    file = write_notebook(tmp_path / "made.ipynb", "import os\nos._exit(1)")
-    result = run_notebook(str(file), tmp_path / "run")
-    assert result.status == "failed" and "died" in result.error.lower()
-
-
-HIDDEN = {
-    "interact": "import ipywidgets as w\nw.interact(lambda x: 1 / x, x=w.IntSlider(0, 0, 3));",
-    "output": "import ipywidgets as w\no = w.Output()\ndisplay(o)\nwith o:\n    1 / 0",
-    "observer": (
-        "import ipywidgets as w\ns = w.IntSlider()\no = w.Output()\ndisplay(s, o)\n"
-        "@o.capture()\ndef look(change):\n    1 / 0\ns.observe(look, 'value')\ns.value = 3"
-    ),
-    "thread": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()",
-}
-
-
-@pytest.mark.parametrize("kind", HIDDEN)
-def test_an_error_hidden_in_a_widget_or_thread_fails_the_run(tmp_path, kind):
-    file = write_notebook(tmp_path / "made.ipynb", HIDDEN[kind], "nb.finish()")
-    result = run_notebook(str(file), tmp_path / "run")
-    assert result.status == "failed" and "ZeroDivisionError" in result.error
-    assert tracebacks(tmp_path / "run" / "notebook.ipynb")
-
-
-def test_a_pipeline_never_writes_into_a_used_folder_unless_asked(good, tmp_path):
+def test_a_pipeline_never_writes_into_a_used_folder_unless_asked(write_quick, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     with pytest.raises(KitError, match="--resume"):
-        list(run_pipeline([Stage(str(good))], tmp_path / "out"))
+        list(run_pipeline([Stage(str(write_quick("made")))], tmp_path / "out"))
 
 
-def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(good, tmp_path):
-    with pytest.raises(ConfigError, match="no parameter"):
-        list(run_pipeline([Stage(str(good)), Stage(str(good), {"x": 1})], tmp_path / "out"))
+def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(write_quick, tmp_path):
+    good = str(write_quick("made"))
+    for words, wrong in {
+        "no parameter 'x'": Stage(good, {"x": 1}, name="b"),
+        "seed is int, got 'one'": Stage(good, {"seed": "one"}, name="b"),
+        "seed is int, got 0.5": Stage(good, name="b", grid={"seed": [0, 0.5]}),
+        "'99' names 0 notebooks": Stage("99"),
+        "two stages are called 'made'": Stage(good),
+        "--out": Stage(good, {"out": "/tmp"}, name="b"),
+        "stage name '../b'": Stage(good, name="../b"),
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            list(run_pipeline([Stage(good), wrong], tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_notebooks_are_found_by_number_name_or_path(good):
+def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have(tmp_path):
+    assert {"demo", "quick", "digits"} <= set(shipped_pipelines())
+    for name in shipped_pipelines():
+        pipeline = load_pipeline(name)
+        runs = plan(pipeline.stages, tmp_path, mode=pipeline.mode)
+        assert all(task.notebook.is_file() for tasks in runs for task in tasks), name
+        assert not any(stage.notebook.endswith(".ipynb") for stage in pipeline.stages)  # by number: from a wheel too
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: [{notebook: '06'}]", "'title' is a required property"),
+        ("title: t\nstages: [{notebook: 6}]", r"\$.stages\[0\].notebook: 6 is not of type 'string'"),
+        ("title: t\nstages: [{notebook: '06', params: {}}]", "'params' was unexpected"),
+        ("title: t\nmode: fast\nstages: [{notebook: '06'}]", "'fast' is not one of"),
+        ("title: [", "not YAML"),
+        ("title: !!python/object/apply:os.system ['touch owned']\nstages: [{notebook: '06'}]", "not YAML of plain"),
+    ],
+)
+def test_a_pipeline_of_another_form_is_refused_and_the_place_named(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_pipeline("p.yaml")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_unknown_pipeline_is_told_the_shipped_ones():
+    with pytest.raises(ConfigError, match="demo, digits"):
+        load_pipeline("demos.yaml")
+
+
+def test_a_pipeline_finds_notebooks_beside_its_file(write_quick, tmp_path, monkeypatch):
+    write_quick("made")
+    (tmp_path / "p.yaml").write_text("title: t\nstages: [{notebook: made.ipynb}]")
+    monkeypatch.chdir("/")
+    pipeline = load_pipeline(str(tmp_path / "p.yaml"))
+    assert plan(pipeline.stages, tmp_path, beside=pipeline.folder)[0][0].notebook == tmp_path / "made.ipynb"
+
+
+def test_notebooks_are_found_by_number_name_or_path(write_quick):
+    good = write_quick("made")
     assert find_notebook("06").stem == "06_does_it_help" == find_notebook("06_does_it_help").stem
     assert find_notebook(str(good)) == good
-    for wrong in ("77", "0", ""):
+    for wrong in ("77", "0", "", "nothing.ipynb"):
         with pytest.raises(ConfigError, match="06_does_it_help"):
             find_notebook(wrong)
-
-
-def test_an_integer_will_do_for_a_float(good):
-    check_parameters(good, {"value": 2})

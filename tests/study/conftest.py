@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import nbformat
+import pytest
+
+PARAMETERS = """mode: str = "class"  # mode
+value: float = 1.5  # a number
+seed: int = 0  # seed
+out: str = ""  # folder"""
+BEGIN = "from dispersive_kit.study import begin\nnb = begin('made', mode=mode, out=out)"
+
+
+@pytest.fixture
+def write_notebook(tmp_path):
+    """A function that writes a notebook with parameters, the cells given and, unless they are `bare`, nb = begin()."""
+
+    def write(name: str, *cells: str, bare: bool = False) -> Path:
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        first = nbformat.v4.new_code_cell(PARAMETERS)
+        first.metadata["tags"] = ["parameters"]
+        notebook.cells = [first, *map(nbformat.v4.new_code_cell, cells if bare else (BEGIN, *cells))]
+        file = tmp_path / f"{name}.ipynb"
+        nbformat.write(notebook, file)
+        return file
+
+    return write
+
+
+# A notebook that needs no import of the kit, so that its kernel is soon up.
+QUICK = """
+import json, pathlib, random
+folder = pathlib.Path(out)
+number = {"name": "drawn", "value": random.Random(seed).random() + value, "note": "", "record": None}
+result = {"notebook": "quick", "mode": mode, "seconds": 0.1, "peak_gib": None,
+          "checks": [], "numbers": [number], "sentences": []}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def write_quick(write_notebook):
+    """A function that writes a notebook which records one number, drawn from its seed; with cells before that."""
+    return lambda name, *cells: write_notebook(name, *cells, QUICK, bare=True)

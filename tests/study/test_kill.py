@@ -1,0 +1,95 @@
+"""kill -9 in the middle, then the same command again: what was done is skipped, the results are those of no kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from dispersive_kit.study.schema import read_result
+
+# A line when a run begins and one when it ends; the run called `victim` waits, so that it is killed in its middle.
+MARK = "open({marks!r}, 'a').write(f'{{pathlib.Path(out).name}} {word} {{os.getppid()}}\\n')"
+WAIT = "if pathlib.Path(out).name in {victims!r} and not pathlib.Path({go!r}).exists():\n    time.sleep(900)"
+
+
+class Killed:
+    """A pipeline of quick notebooks that is killed once all `victims` run, and then run again."""
+
+    def __init__(self, folder, write_quick, pipeline, victims, options=()):
+        self.folder, self.marks, self.go = folder, folder / "marks", folder / "go"
+        first = "import os, pathlib, time\n" + MARK.format(marks=str(self.marks), word="begun")
+        wait = WAIT.format(victims=victims, go=str(self.go))
+        last = MARK.format(marks=str(self.marks), word="ended")
+        write_quick("quick", first, wait, last)
+        (folder / "p.yaml").write_text(yaml.safe_dump(pipeline))
+        self.marks.write_text("")
+        self.command = [sys.executable, "-m", "dispersive_kit.cli", "run", str(folder / "p.yaml"), *options]
+        self.command += ["--out", str(folder / "out"), "--resume"]
+        process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            until(lambda: all(self.lines(name, "begun") for name in victims), process)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            if "local" in options:  # jobs outlive the process that submitted them
+                for name in victims:
+                    os.kill(self.lines(name, "begun")[0], signal.SIGKILL)
+        self.finished = {file: file.stat() for file in (folder / "out").rglob("result.json")}
+        self.go.touch()
+        self.said = subprocess.run(self.command, capture_output=True, text=True, check=True).stdout
+
+    def lines(self, name, word):
+        """For each time the run `name` began or ended, the process that had started its kernel."""
+        marks = map(str.split, self.marks.read_text().splitlines())
+        return [int(parent) for one, what, parent in marks if (one, what) == (name, word)]
+
+    def times(self, name, word):
+        return len(self.lines(name, word))
+
+
+def until(done, process):
+    end = time.monotonic() + 400
+    while not done():
+        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        time.sleep(0.02)
+
+
+def drawn(seed):
+    return random.Random(seed).random() + 1.5
+
+
+def test_a_five_stage_pipeline_goes_on_after_a_kill(tmp_path, write_quick):
+    stages = [{"notebook": "quick.ipynb", "name": f"stage-{k}", "parameters": {"seed": k}} for k in range(5)]
+    run = Killed(tmp_path, write_quick, {"title": "t", "stages": stages}, ["stage-2"])
+    assert len(run.finished) == 2
+    assert all(file.stat() == before for file, before in run.finished.items())
+    assert [run.times(f"stage-{k}", "begun") for k in range(5)] == [1, 1, 2, 1, 1]
+    assert [run.times(f"stage-{k}", "ended") for k in range(5)] == [1, 1, 1, 1, 1]
+    assert run.said.count("skipped") == 2 and "[5/5] stage-4: ok" in run.said
+    for k in range(5):
+        assert read_result(tmp_path / "out" / f"stage-{k}")["numbers"][0]["value"] == drawn(k)
+
+
+@pytest.mark.parametrize("executor", ["pool", pytest.param("local", marks=pytest.mark.long)])
+def test_a_twelve_run_sweep_goes_on_after_a_kill(tmp_path, write_quick, executor):
+    grid = {"mode": ["class", "full"], "seed": list(range(6))}
+    pipeline = {"title": "t", "stages": [{"notebook": "quick.ipynb", "name": "sweep", "grid": grid}]}
+    victims = ["mode=class,seed=4", "mode=class,seed=5"]
+    run = Killed(tmp_path, write_quick, pipeline, victims, ["--executor", executor, "--workers", "2"])
+    assert len(run.finished) == 4
+    assert all(file.stat() == before for file, before in run.finished.items())
+    names = [f"mode={mode},seed={seed}" for mode in grid["mode"] for seed in grid["seed"]]
+    assert [run.times(name, "ended") for name in names] == [1] * 12
+    assert {name for name in names if run.times(name, "begun") == 2} == set(victims)
+    assert run.said.count("skipped") == 4 and run.said.count(": ok") == 8
+    groups = json.loads((tmp_path / "out" / "sweep" / "aggregate.json").read_text())["groups"]
+    assert [group["point"] for group in groups] == [{"mode": "class"}, {"mode": "full"}]
+    for group in groups:
+        number = group["numbers"][0]
+        assert number["n"] == 6 and number["mean"] == pytest.approx(sum(map(drawn, range(6))) / 6, abs=1e-12)

@@ -1,0 +1,54 @@
+"""What the sources promise: nothing is unpickled, YAML holds plain values, no address is fetched."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dispersive_kit"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+UNPICKLING = re.compile(r"(c?pickle|dill|cloudpickle|joblib|shelve|marshal)\.\w+|(np|numpy|torch)\.load")
+FETCHING = {"requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "socket"}
+
+
+def calls(file):
+    return (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+
+
+def faults(file):
+    for call in calls(file):
+        name, options = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        if name.startswith("yaml.") and name not in ("yaml.safe_load", "yaml.safe_dump"):
+            yield ast.unparse(call)
+        if UNPICKLING.fullmatch(name):
+            safe = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", "False")}.get(name)
+            if safe is None or options.get(safe[0]) != safe[1]:
+                yield ast.unparse(call)
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_source_unpickles_nothing_and_fetches_nothing(file):
+    assert list(faults(file)) == []
+    assert FETCHING.isdisjoint(imported(file))
+
+
+@pytest.mark.parametrize(
+    "line", ["pickle.load(f)", "torch.load(f)", "np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f)"]
+)
+def test_the_search_finds_what_it_looks_for(tmp_path, line):
+    (tmp_path / "made.py").write_text(line)
+    assert list(faults(tmp_path / "made.py")) == [line]
+
+
+def test_the_pages_name_no_address():
+    pages = [*PACKAGE.rglob("*.j2"), *PACKAGE.rglob("*.html")]
+    assert pages and not [page for page in pages if re.search(r"(src|href)=.?https?:|@import|url\(", page.read_text())]

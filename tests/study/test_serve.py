@@ -1,0 +1,67 @@
+"""The JupyterLab that the kit starts, against a configuration that would open it to everyone."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+OPEN_TO_ALL = """
+c.ServerApp.ip = "0.0.0.0"
+c.IdentityProvider.token = ""
+c.ServerApp.allow_remote_access = True
+c.ServerApp.allow_unauthenticated_access = True
+c.ServerApp.allow_origin = "*"
+"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """The address that a running server prints."""
+    (tmp_path / "jupyter_server_config.py").write_text(OPEN_TO_ALL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--allow-root", "--port", port]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := re.search(rf"http://127\.0\.0\.1:{port}/lab\?token=\w+", line):
+                break
+        else:
+            pytest.fail(said)
+        yield found[0], process.pid
+    finally:
+        process.kill()  # no kernel was started
+        process.communicate()
+
+
+def status(address):
+    try:
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def test_jupyterlab_listens_on_localhost_with_a_token_whatever_its_configuration_says(lab):
+    address, pid = lab
+    base, token = re.match(r"(.+)/lab\?token=(\w+)", address).groups()
+    assert len(token) == 48
+    assert status(f"{base}/api/contents") == 403 == status(f"{base}/api/contents?token=wrong")
+    assert status(f"{base}/api/contents?token={token}") == 200
+    with pytest.raises(urllib.error.URLError):  # another address of this machine, as a neighbour would see it
+        urllib.request.urlopen(base.replace("127.0.0.1", "127.0.0.2"), timeout=5)
+    assert token not in Path(f"/proc/{pid}/cmdline").read_text()

@@ -132,6 +132,15 @@ def test_the_contents_list_the_notebooks_that_exist(monkeypatch: pytest.MonkeyPa
 # ---- their checks: run in smoke mode, then every check again on a wrong quantity
 
 BROKEN = {
+    "01_noise": {
+        "one line equals the library": "by_hand = x_t_by_hand(x0, eps, t + 0.01)",
+        "moments equal the closed form": "worst = standard_errors(x**2, 1.3 * variance).abs().max()",
+        "the velocity is the derivative": "gaps = {**gaps, 'half': velocity_gap(PATHS['VP'], h=0.05)}",
+        "at one log-SNR all paths show one picture": "apart = float((1.001 * x0 - pictures['GVP']).abs().max())",
+        "at one t they do not": "half_way = half_way[:2]",
+        "uniform t is a logistic log-SNR": "uniform = width['GVP, t uniform']",
+        "logit-normal t is a Gaussian one": "logit_normal = width['GVP, t uniform']",
+    },
     "02_denoiser_2d": {
         "the exact velocity is the one Bayes' rule gives by brute force": "bayes_gap = bayes_gap + 0.05",
         "all arms but the placebo start from the same network": (
@@ -230,6 +239,17 @@ def test_a_check_fails_when_its_quantity_is_perturbed(executed: Any, name: str, 
 # ---- their exercises
 
 WRONG = {
+    "time on the line": [
+        "def time_on_the_line(log_snr): return torch.sigmoid(log_snr / 2)",
+        "def time_on_the_line(log_snr): return torch.sigmoid(-log_snr)",
+        "def time_on_the_line(log_snr): return torch.exp(-log_snr / 2)",
+    ],
+    "change of path": [
+        "def line_to_gvp(x_t, t): return x_t * ((1 - t) ** 2 + t**2).sqrt()",
+        "def line_to_gvp(x_t, t): return x_t / ((1 - t) + t)",
+        "def line_to_gvp(x_t, t): return x_t / ((1 - t) ** 2 + t**2)",
+        "def line_to_gvp(x_t, t): return x_t * torch.cos(t * math.pi / 2) / (1 - t)",
+    ],
     "score": [
         "def score(x_t, x0_mean, t): return (x_t - (1 - t) * x0_mean) / t**2",
         "def score(x_t, x0_mean, t): return ((1 - t) * x0_mean - x_t) / t",

@@ -42,7 +42,21 @@ def without_diagonal(L: float, B: int) -> float:
     return float(((loss.exp() - 1 / B) / (1 - 1 / B)).log())
 
 
+def times_of_points() -> list[tuple[Any, ...]]:
+    return [(x, t) for x, _, t in points_in_time()]
+
+
 EXERCISES: dict[str, Exercise] = {
+    "time on the line": Exercise(
+        lambda log_snr: torch.sigmoid(-log_snr / 2),
+        lambda: [(3 * random_points(5, seed=seed),) for seed in range(3)],
+        "log-SNR = 2 log((1 - t) / t): divide by two, take exp, and solve for t",
+    ),
+    "change of path": Exercise(
+        lambda x_t, t: x_t / ((1 - t) ** 2 + t**2).sqrt(),
+        times_of_points,
+        "the same log-SNR means the same sigma / alpha: alpha = c (1 - t), sigma = c t, and only c is to be found",
+    ),
     "score": Exercise(
         lambda x, x0, t: LINEAR.convert(x0, x, t.squeeze(1), "x0", "score"),
         points_in_time,

@@ -8,6 +8,9 @@ MODES = ("smoke", "class", "full")
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
+    "01_noise": {
+        "points": (4000, 20000, 20000),
+    },
     "02_denoiser_2d": {
         "train_steps": (200, 1200, 20000),
         "batch_size": (128, 256, 1024),

@@ -156,6 +156,18 @@ BROKEN = {
         "training brought the samples nearer to the data": "w2 = {**w2, 'trained': wasserstein_2(noise, real)}",
         "the loss made the tapped features larger": "rms = {**rms, 'paper preset': rms['base']}",
     },
+    "03_samplers": {
+        "four lines equal the library": "by_hand = euler_by_hand(exact_velocity, noise, steps_down(9))",
+        "two lines equal the library's guidance": "one_by_one = guided_by_hand(noise, half, y, w=2.0)",
+        "the error falls with the right order": "gaps = [abs(orders['euler'] - 2)]",
+        "16 evaluations: rk4 beats heun beats euler": "at_16 = {**at_16, 'heun': at_16['euler']}",
+        "in the end all samples are as good as real ones": "best = quality['euler'][0]",
+        "fresh noise forgets a wrong start": "forgot = carried",
+        "guidance narrows the class": "pushed = once",
+        "and leaves the data": (
+            "outside = float((torch.cdist(once, DATA.means.double()).amin(1) > 3 * DATA.std).double().mean())"
+        ),
+    },
     "04_dispersive_loss": {
         "three lines equal the library": "by_hand = loss_by_hand(z, tau=0.51)",
         "the formula equals autograd": "formula = gradient_by_hand(z, tau=0.5) / 2",
@@ -249,6 +261,17 @@ WRONG = {
         "def line_to_gvp(x_t, t): return x_t / ((1 - t) + t)",
         "def line_to_gvp(x_t, t): return x_t / ((1 - t) ** 2 + t**2)",
         "def line_to_gvp(x_t, t): return x_t * torch.cos(t * math.pi / 2) / (1 - t)",
+    ],
+    "heun step": [
+        "def heun_step(f, x, t, s): return x + (s - t) * f(x, t)",
+        "def heun_step(f, x, t, s): return x + (s - t) / 2 * (f(x, t) + f(x, s))",
+        "def heun_step(f, x, t, s): return x + (s - t) / 2 * (f(x, t) + f(x + (s - t) * f(x, t), t))",
+        "def heun_step(f, x, t, s): return x + (t - s) / 2 * (f(x, t) + f(x + (t - s) * f(x, t), s))",
+    ],
+    "guidance": [
+        "def guidance(weak, strong, g): return weak + g * (strong - weak)",
+        "def guidance(weak, strong, g): return strong + (1 + g) * (strong - weak)",
+        "def guidance(weak, strong, g): return (1 + g) * weak - g * strong",
     ],
     "score": [
         "def score(x_t, x0_mean, t): return (x_t - (1 - t) * x0_mean) / t**2",

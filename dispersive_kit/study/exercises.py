@@ -42,6 +42,17 @@ def without_diagonal(L: float, B: int) -> float:
     return float(((loss.exp() - 1 / B) / (1 - 1 / B)).log())
 
 
+def heun_step(f: Callable[[Tensor, float], Tensor], x: Tensor, t: float, s: float) -> Tensor:
+    slope = f(x, t)
+    return x + (s - t) / 2 * (slope + f(x + (s - t) * slope, s))
+
+
+def steps_of_a_field() -> list[tuple[Any, ...]]:
+    return [
+        (lambda x, t: torch.sin(x) + t * x, random_points(5, 2, seed=k), 1 - 0.2 * k, 0.5 - 0.1 * k) for k in (0, 1)
+    ]
+
+
 def times_of_points() -> list[tuple[Any, ...]]:
     return [(x, t) for x, _, t in points_in_time()]
 
@@ -56,6 +67,18 @@ EXERCISES: dict[str, Exercise] = {
         lambda x_t, t: x_t / ((1 - t) ** 2 + t**2).sqrt(),
         times_of_points,
         "the same log-SNR means the same sigma / alpha: alpha = c (1 - t), sigma = c t, and only c is to be found",
+    ),
+    "heun step": Exercise(
+        heun_step,
+        steps_of_a_field,
+        "the second slope is taken at the time s and at the place x + (s - t) f(x, t); the step is the mean of both",
+    ),
+    "guidance": Exercise(
+        lambda weak, strong, g: weak + (1 + g) * (strong - weak),
+        lambda: [
+            (random_points(4, 2, seed=k), random_points(4, 2, seed=9 + k), g) for k, g in enumerate((0.0, 0.5, 3.0))
+        ],
+        "at g = 0 the result is the conditional one, and it moves away from the unconditional one as g grows",
     ),
     "score": Exercise(
         lambda x, x0, t: LINEAR.convert(x0, x, t.squeeze(1), "x0", "score"),

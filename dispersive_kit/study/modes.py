@@ -18,6 +18,11 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "max_error": (0.35, 0.12, 0.08),  # share of |v|^2 that the learned field may miss
         "max_w2": (0.8, 0.5, 0.5),  # distance of the samples to the data, in those of the untrained net
     },
+    "03_samplers": {
+        "points": (200, 500, 2000),
+        "steps": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+        "order_gap": (0.3, 0.15, 0.1),
+    },
     "04_dispersive_loss": {
         "descent_steps": (60, 300, 2000),
     },

@@ -193,6 +193,17 @@ BROKEN = {
         "with shared weights l2 lowers the rank": "rank = {**rank, 'l2': rank['cosine']}",
         "and cosine raises it": "rank = {**rank, 'cosine': rank['l2']}",
     },
+    "05_dit_anatomy": {
+        "patches times a matrix are the library's tokens": "token_gap = (tokens(x.mT) - tokens(x)).abs().max()",
+        "so is the condition": "condition_gap = (condition(t + 0.01, y) - condition(t, y)).abs().max()",
+        "and the block": "block_gap = (block(z, c, 'blocks.1') - model.blocks[0](z, c)).abs().max()",
+        "30 lines have parity with the library's DiT": "parity = (dit(x, t, y.flip(0)) - library).abs().max()",
+        "the tap is the block's raw output": "tap_gap = (F.layer_norm(tapped, (96,)) - stream).abs().max()",
+        "of the published B/2 it is the third block": "taps = {**taps, 'DiT-B/2': taps['DiT-S/2']}",
+        "a newborn DiT returns zeros": "first_words = library",
+        "since its blocks pass their input on": "fed = newborn.x_embedder(x)",
+        "training opened the gates": "opened = 0.0",
+    },
 }
 
 
@@ -272,6 +283,16 @@ WRONG = {
         "def guidance(weak, strong, g): return weak + g * (strong - weak)",
         "def guidance(weak, strong, g): return strong + (1 + g) * (strong - weak)",
         "def guidance(weak, strong, g): return (1 + g) * weak - g * strong",
+    ],
+    "adaptive norm": [
+        "def adaptive_norm(z, b, s):\n"
+        f"    n, b, s = torch.layer_norm(z, z.shape[-1:]), b[:, None], s[:, None]\n    return {y}"
+        for y in ("n * s + b", "n * (1 + b) + s", "(n + b) * (1 + s)", "z * (1 + s) + b")
+    ],
+    "tap index": [
+        "def tap_index(depth): return depth // 4",
+        "def tap_index(depth): return depth // 4 - 1",
+        "def tap_index(depth): return (depth - 1) // 4",
     ],
     "score": [
         "def score(x_t, x0_mean, t): return (x_t - (1 - t) * x0_mean) / t**2",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dispersive_kit.diffusion.paths import LINEAR
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
 
 
@@ -79,6 +80,16 @@ EXERCISES: dict[str, Exercise] = {
             (random_points(4, 2, seed=k), random_points(4, 2, seed=9 + k), g) for k, g in enumerate((0.0, 0.5, 3.0))
         ],
         "at g = 0 the result is the conditional one, and it moves away from the unconditional one as g grows",
+    ),
+    "adaptive norm": Exercise(
+        lambda z, shift, scale: modulate(torch.nn.functional.layer_norm(z, z.shape[-1:], eps=1e-6), shift, scale),
+        lambda: [(random_points(2, 3, 8, seed=k), *random_points(2, 2, 8, seed=9 + k)) for k in range(2)],
+        "mean 0 and variance 1 over the last axis (divided by D), times (1 + scale), plus shift, for all tokens alike",
+    ),
+    "tap index": Exercise(
+        lambda depth: max(1, depth // 4) - 1,
+        lambda: [(depth,) for depth in (4, 12, 28, 6, 2)],
+        "depth 12: the third block, which has index 2; depth 2: the first, index 0",
     ),
     "score": Exercise(
         lambda x, x0, t: LINEAR.convert(x0, x, t.squeeze(1), "x0", "score"),

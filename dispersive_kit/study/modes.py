@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 MODES = ("smoke", "class", "full")
+SHORT = {"log_every": 100, "eval_every": 10_000, "checkpoint_every": 10_000}
 
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
@@ -25,6 +26,9 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     },
     "04_dispersive_loss": {
         "descent_steps": (60, 300, 2000),
+    },
+    "05_dit_anatomy": {
+        "training": (SHORT | {"steps": 20}, SHORT | {"steps": 200}, {}),
     },
     "06_does_it_help": {
         "preset": ("smoke", "digits", "digits"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -94,8 +95,8 @@ def guidance_frame(cfg_scale: float = 3.0, interval: str = "always") -> Figure:
     square(left, f"scale {cfg_scale:g}, {interval}", extent=2.6)
     left.legend(loc="lower left", fontsize=9)
     for values, color, hatch in ((guided(1.0, "always"), GREY, None), (x, RED, "//")):
-        look = {"facecolor": "none" if hatch else color, "edgecolor": color, "hatch": hatch}
-        right.hist(values[:, 0].numpy(), bins=torch.linspace(0, 2.6, 53).numpy(), **look)
+        look: dict[str, Any] = {"facecolor": "none" if hatch else color, "edgecolor": color, "hatch": hatch}
+        right.hist(values[:, 0].numpy(), bins=torch.linspace(0, 2.6, 53).tolist(), **look)
     right.set(xlim=(0, 2.6), ylim=(0, 80), xlabel="horizontal coordinate", ylabel=f"samples of {POINTS}")
     return figure
 

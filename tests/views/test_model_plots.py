@@ -1,0 +1,66 @@
+from collections.abc import Iterator
+from itertools import product
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from dispersive_kit.models.dit import DiT, build_dit
+from dispersive_kit.views import model_plots as views
+from dispersive_kit.views import style
+
+TIMES = (0.02, 0.5, 0.98)
+
+
+@pytest.fixture(autouse=True)
+def clean_figures() -> Iterator[None]:
+    plt.switch_backend("Agg")
+    style()
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_dit("DiT-T/2", input_size=8, in_channels=1, num_classes=3).eval()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inside(model: DiT) -> dict[float, views.Inside]:
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {t: views.look_inside(model, x, t, torch.tensor([0, 2])) for t in TIMES}
+
+
+def test_inside_is_what_the_library_computes(model: DiT, inside: dict[float, views.Inside]) -> None:
+    now, t = inside[0.5], torch.full((2,), 0.5)
+    with torch.no_grad():
+        _, after = model(now.x, t, torch.tensor([0, 2]), taps=range(4))
+    assert torch.allclose(now.rms, torch.stack([z.square().mean().sqrt() for z in after]))
+    assert torch.allclose(now.change[1], (after[1] - after[0]).square().mean().sqrt())
+    assert now.attention.shape == (4, 2, 16, 16)
+    assert torch.allclose(now.attention.sum(-1), torch.ones(4, 2, 16))
+    assert now.gates.shape == (4, 2) and bool((now.gates > 0).all())
+    assert not any(block.attn.qkv._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize(("block", "t"), list(product((0, 3), TIMES)))
+def test_a_block_frame_draws_and_keeps_its_axes_at_every_corner(
+    inside: dict[float, views.Inside], block: int, t: float
+) -> None:
+    first, now = views.block_frame(inside, 0, 0.5), views.block_frame(inside, block, t)
+    now.canvas.draw()
+    assert [a.get_xlim() for a in first.axes] == [a.get_xlim() for a in now.axes]
+    assert [a.get_ylim() for a in first.axes] == [a.get_ylim() for a in now.axes]
+
+
+def test_patch_grids_count_tokens_and_pairs() -> None:
+    figure = views.patch_grids(torch.zeros(1, 8, 8), (4, 1))
+    assert [axis.get_title() for axis in figure.axes] == [
+        "patch 4: 4 tokens, 16 pairs",
+        "patch 1: 64 tokens, 4096 pairs",
+    ]

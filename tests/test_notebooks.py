@@ -204,6 +204,29 @@ BROKEN = {
         "since its blocks pass their input on": "fed = newborn.x_embedder(x)",
         "training opened the gates": "opened = 0.0",
     },
+    "14_one_step_meanflow": {
+        "the identity holds for the exact u": "gap = (left - v).abs().max() / left.abs().max()",
+        "six lines equal the library": "by_hand = meanflow_loss(new_model(), 1.01 * x0, draws)",
+        "a hook inside the product is refused": "refusal = ''",
+        "both MeanFlow arms start from the same network": "same_start = torch.equal(noise, 2 * noise)",
+        "one step: MeanFlow beats flow matching": "share = flow[1] / flow[1]",
+        "its one step is near its eight": "mean = {**mean, 1: flow[1]}",
+        "in eight steps flow matching is there too": "flow = {**flow, 8: flow[1]}",
+    },
+    "15_your_own_model": {
+        "by hand equals the kit, on three models": "apart = abs(loss_by_hand(kept, tau=0.4) - loss_by_hand(kept))",
+        "the pull is as autograd says": "by_formula = by_formula * 31 / 32",
+        "the loss moves what is before the tap": "before = moved('unet', 'conv_in')",
+        "and nothing behind it": "behind = behind - moved('unet', 'up_blocks.1')",
+        "every misuse is refused": "refused = {**refused, 'a batch of one': refusal(lambda: use(mlp, '2', rows=2))}",
+        "a wrong path is told the right one": "refused = {'a wrong path': refusal(lambda: Dispersive(unet, 'middle'))}",
+        "the others name their tap": "named = named[1:]",
+        "a working use is not refused": "mlp = broken",
+        "a copy does not overwrite the capture": "unharmed = False",
+        "the state_dict is unchanged": "same_keys = list(unet.state_dict()) == keys",
+        "in eval the loss is zero": "in_eval = pairs['mlp'][1].item()",
+        "remove leaves no hook": "left_over = 1",
+    },
 }
 
 
@@ -293,6 +316,29 @@ WRONG = {
         "def tap_index(depth): return depth // 4",
         "def tap_index(depth): return depth // 4 - 1",
         "def tap_index(depth): return (depth - 1) // 4",
+    ],
+    "average of averages": [
+        "def over_the_whole(a, b, r, s, t): return (a + b) / 2",
+        "def over_the_whole(a, b, r, s, t): return (s - r) * a + (t - s) * b",
+        "def over_the_whole(a, b, r, s, t): return ((t - s) * a + (s - r) * b) / (t - r)",
+    ],
+    "jumps": [
+        "def jumps(u, x, n): return x - u(x, 0.0, 1.0)",
+        "def jumps(u, x, n):\n    for k in range(n):\n        x = x - u(x, k / n, (k + 1) / n) / n\n    return x",
+        "def jumps(u, x, n):\n    for k in range(n, 0, -1):\n        x = x - u(x, (k - 1) / n, k / n)\n    return x",
+        "def jumps(u, x, n):\n    for k in range(n, 0, -1):\n        x = x - u(x, k / n, k / n) / n\n    return x",
+    ],
+    "pull": [
+        "def pull(D, tau): return (torch.softmax(-D.flatten() / tau, 0).view_as(D) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.softmax(-D / tau, 1) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.exp(-D / tau) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.softmax(-D.flatten(), 0).view_as(D) * D).sum()",
+    ],
+    "select": [
+        "def mean_output(out): return out[0]",
+        "def mean_output(out): return out[0].mean(0)",
+        "def mean_output(out): return out[1][0]",
+        "def mean_output(out): return out[0].mean(2)",
     ],
     "score": [
         "def score(x_t, x0_mean, t): return (x_t - (1 - t) * x0_mean) / t**2",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dispersive_kit.diffusion.paths import LINEAR
+from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
@@ -90,6 +91,26 @@ EXERCISES: dict[str, Exercise] = {
         lambda depth: max(1, depth // 4) - 1,
         lambda: [(depth,) for depth in (4, 12, 28, 6, 2)],
         "depth 12: the third block, which has index 2; depth 2: the first, index 0",
+    ),
+    "average of averages": Exercise(
+        lambda u_rs, u_st, r, s, t: ((s - r) * u_rs + (t - s) * u_st) / (t - r),
+        lambda: [(*random_points(2, 5, 2, seed=k), 0.1 * k, 0.3 + 0.1 * k, 0.9) for k in range(3)],
+        "the integral over the whole is the sum of both integrals; an average is an integral over its length",
+    ),
+    "jumps": Exercise(
+        lambda u, x, n: meanflow(lambda x, t, r: u(x, r[0].item(), t[0].item()), x, time_grid(n)),
+        lambda: [(lambda x, r, t: torch.sin(x) + r * x - t, random_points(4, 2, seed=n), n) for n in (1, 2, 5)],
+        "one jump goes from t to r = t - 1 / n, and is x - (t - r) u(x, r, t), beginning at t = 1",
+    ),
+    "pull": Exercise(
+        lambda D, tau: 2 / tau * (torch.softmax(-D.flatten() / tau, 0).view_as(D) * D).sum(),
+        lambda: [(torch.cdist(z, z).square() / z.shape[1], tau) for z, tau in features()],
+        "p is one softmax over all pairs at once, of sum 1; the factor 2 / tau stands outside",
+    ),
+    "select": Exercise(
+        lambda out: out[0].mean(1),
+        lambda: [((h, h[None, :, -1]),) for h in (random_points(3, 4, 5, seed=k) for k in range(2))],
+        "out[0] is (B, T, D), and its second axis is time; every image keeps a row of its own",
     ),
     "score": Exercise(
         lambda x, x0, t: LINEAR.convert(x0, x, t.squeeze(1), "x0", "score"),

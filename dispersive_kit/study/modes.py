@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 MODES = ("smoke", "class", "full")
-SHORT = {"log_every": 100, "eval_every": 10_000, "checkpoint_every": 10_000}
 
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
@@ -27,14 +26,19 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "04_dispersive_loss": {
         "descent_steps": (60, 300, 2000),
     },
-    "05_dit_anatomy": {
-        "training": (SHORT | {"steps": 20}, SHORT | {"steps": 200}, {}),
-    },
+    "05_dit_anatomy": {},
     "06_does_it_help": {
         "preset": ("smoke", "digits", "digits"),
         "images": (64, 500, 500),
         "num_steps": (4, 20, 50),
     },
+    "14_one_step_meanflow": {
+        "train_steps": (150, 1000, 20000),
+        "points": (300, 800, 2000),
+        "max_share": (0.8, 0.4, 0.3),  # W2 of one MeanFlow step, in those of one Euler step of flow matching
+        "max_ratio": (2.5, 1.5, 1.3),  # W2 of one MeanFlow step, in those of eight
+    },
+    "15_your_own_model": {},
 }
 
 

@@ -1,6 +1,6 @@
 """Figures of the lessons on models: inside a DiT block by block, and which module of a model to tap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from dispersive_kit.models.dit import DiT
+from dispersive_kit.regularizers import Dispersive
+from dispersive_kit.views.plots import pairwise_distances
 from dispersive_kit.views.toy_plots import BLUE, GREEN, GREY, RED
 
 
@@ -113,3 +116,59 @@ def _along_the_blocks(axis: Axes, now: Inside, block: int, top: float) -> None:
     axis.plot(block - 0.2, float(now.rms[block]) + 0.06 * top, "v", color=RED, markersize=9)
     axis.set(xticks=at, xlabel="block", ylim=(0, 1.35 * top), title="features along the blocks")
     axis.legend(fontsize=8, loc="upper left")
+
+
+class TapView(NamedTuple):
+    """What a tap sees in one batch of B: shape of z, |z_i - z_j|^2 / dim of the pairs i < j, RMS, effective rank."""
+
+    shape: tuple[int, ...]
+    distances: NDArray[np.float64]
+    rms: float
+    rank: float
+
+    def pull(self, tau: float) -> float:
+        """-sum_i <z_i, dL/dz_i> = (2 / tau) sum_ij p_ij D_ij of the l2 form, the diagonal counted: how much the loss
+        falls when all features grow by a small share. Zero where pairs are too near, or too far, for tau.
+        """
+        kernel = np.exp(-self.distances / tau)
+        return float(2 / tau * 2 * (kernel * self.distances).sum() / (self.shape[0] + 2 * kernel.sum()))
+
+
+def look_through(model: nn.Module, call: Callable[[], Any], paths: Sequence[str]) -> dict[str, TapView]:
+    """`call()` runs the model in training mode on one batch; every path is tapped in turn, without a gradient."""
+    seen = {}
+    for path in paths:
+        reg = Dispersive(model, path, weight=0.0)
+        with reg:
+            call()
+        z = reg.captured[0].detach()
+        reg.loss()
+        seen[path] = TapView(tuple(z.shape), pairwise_distances(z), reg.stats.feature_rms, reg.stats.effective_rank)
+        reg.remove()
+    return seen
+
+
+PULL_TAUS = np.geomspace(1e-3, 1e2, 61)
+
+
+def tap_frame(taps: Mapping[str, TapView], path: str, tau: float = 0.5) -> Figure:
+    """Choosing a tap: size of the features along the model, pairs at this tap against tau, the pull at every tau."""
+    figure, axes = plt.subplots(1, 3, figsize=(12.4, 3.7), width_ratios=(1.1, 1, 1))
+    names, at = list(taps), np.arange(len(taps))
+    colors = [RED if name == path else GREY for name in names]
+    axes[0].barh(at, [tap.rms for tap in taps.values()], color=colors)
+    for i, tap in enumerate(taps.values()):
+        axes[0].annotate(f"{tap.rms:.2g}  {tap.shape}", (0, i), xytext=(4, 0), textcoords="offset points", va="center")
+    axes[0].set(yticks=at, yticklabels=names, title="RMS and shape of z")
+    axes[0].invert_yaxis()
+    axes[1].hist(np.clip(taps[path].distances, 1e-3, 1e2), bins=PULL_TAUS[::2].tolist(), color=BLUE)
+    axes[1].axvline(tau, color=RED, linestyle="--", label=f"tau = {tau:g}")
+    axes[1].set(xscale="log", xlim=(1e-3, 1e2), xlabel="squared distance / dim", title=f"pairs at {path}")
+    axes[1].set_yticks([])
+    for name, tap in taps.items():
+        chosen = {"color": RED, "linewidth": 2.5, "zorder": 3} if name == path else {"color": GREY, "linewidth": 1}
+        axes[2].plot(PULL_TAUS, [tap.pull(float(one)) for one in PULL_TAUS], **chosen)
+    axes[2].plot(tau, taps[path].pull(tau), "D", color=RED, markersize=9)
+    axes[2].set(xscale="log", xlim=(1e-3, 1e2), ylim=(0, 5), xlabel="tau", title="pull of the l2 form")
+    axes[1].legend(fontsize=9)
+    return figure

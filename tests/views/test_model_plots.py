@@ -2,12 +2,15 @@ from collections.abc import Iterator
 from itertools import product
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
 from dispersive_kit.models.dit import DiT, build_dit
+from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.views import model_plots as views
 from dispersive_kit.views import style
+from dispersive_kit.views.plots import pairwise_distances
 
 TIMES = (0.02, 0.5, 0.98)
 
@@ -64,3 +67,41 @@ def test_patch_grids_count_tokens_and_pairs() -> None:
         "patch 4: 4 tokens, 16 pairs",
         "patch 1: 64 tokens, 4096 pairs",
     ]
+
+
+@pytest.fixture(scope="module")
+def taps() -> dict[str, views.TapView]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 6))
+        x = torch.randn(16, 4)
+    return views.look_through(model, lambda: model(x), ["0", "2"])
+
+
+def test_looking_through_a_model_sees_each_tap_and_leaves_no_hook(taps: dict[str, views.TapView]) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.randn(5, 2)
+    seen = views.look_through(model, lambda: model(x), ["0"])["0"]
+    z = model(x).detach()
+    assert seen.shape == (5, 3) and len(seen.distances) == 10
+    assert seen.rms == pytest.approx(float(z.square().mean().sqrt()), rel=1e-5)
+    assert not model[0]._forward_hooks
+    assert [tap.shape for tap in taps.values()] == [(16, 8), (16, 6)]
+
+
+def test_the_pull_is_the_gradient_along_the_features_and_dies_at_both_ends(taps: dict[str, views.TapView]) -> None:
+    z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(dispersive_loss(z, tau=0.7), z)
+    tap = views.TapView((7, 5), pairwise_distances(z), 1.0, 1.0)
+    assert tap.pull(0.7) == pytest.approx(-float((z * gradient).sum()))
+    for one in taps.values():
+        assert max(one.pull(1e-6), one.pull(1e6)) < 1e-3 < one.pull(float(np.median(one.distances)))
+
+
+@pytest.mark.parametrize(("path", "tau"), list(product(("0", "2"), (1e-3, 20.0))))
+def test_the_tap_chooser_draws_and_keeps_its_axes_at_every_corner(
+    taps: dict[str, views.TapView], path: str, tau: float
+) -> None:
+    first, now = views.tap_frame(taps, "0"), views.tap_frame(taps, path, tau)
+    now.canvas.draw()
+    assert [a.get_xlim() for a in first.axes] == [a.get_xlim() for a in now.axes]
+    assert [first.axes[k].get_ylim() for k in (0, 2)] == [now.axes[k].get_ylim() for k in (0, 2)]

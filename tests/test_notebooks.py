@@ -210,7 +210,7 @@ BROKEN = {
         "a hook inside the product is refused": "refusal = ''",
         "both MeanFlow arms start from the same network": "same_start = torch.equal(noise, 2 * noise)",
         "one step: MeanFlow beats flow matching": "share = flow[1] / flow[1]",
-        "its one step is near its eight": "mean = {**mean, 1: flow[1]}",
+        "its one step is near its eight": "mean = {**mean, 1: 3 * mean[8]}",
         "in eight steps flow matching is there too": "flow = {**flow, 8: flow[1]}",
     },
     "15_your_own_model": {

@@ -8,6 +8,9 @@ MODES = ("smoke", "class", "full")
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
+    "01_noise": {
+        "points": (4000, 20000, 20000),
+    },
     "02_denoiser_2d": {
         "train_steps": (200, 1200, 20000),
         "batch_size": (128, 256, 1024),
@@ -15,14 +18,27 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "max_error": (0.35, 0.12, 0.08),  # share of |v|^2 that the learned field may miss
         "max_w2": (0.8, 0.5, 0.5),  # distance of the samples to the data, in those of the untrained net
     },
+    "03_samplers": {
+        "points": (200, 500, 2000),
+        "steps": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+        "order_gap": (0.3, 0.15, 0.1),
+    },
     "04_dispersive_loss": {
         "descent_steps": (60, 300, 2000),
     },
+    "05_dit_anatomy": {},
     "06_does_it_help": {
         "preset": ("smoke", "digits", "digits"),
         "images": (64, 500, 500),
         "num_steps": (4, 20, 50),
     },
+    "14_one_step_meanflow": {
+        "train_steps": (150, 1000, 20000),
+        "points": (300, 800, 2000),
+        "max_share": (0.8, 0.4, 0.3),  # W2 of one MeanFlow step, in those of one Euler step of flow matching
+        "max_ratio": (2.5, 1.5, 1.3),  # W2 of one MeanFlow step, in those of eight
+    },
+    "15_your_own_model": {},
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | export | run | runs | lab | doctor.
+"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run ...
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dispersive_kit.cli_latents import encode, latents
 from dispersive_kit.errors import ConfigError, KitError
 
 OUT_HELP = "Folder to write; refused if it holds something already."
@@ -101,7 +102,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 def train(
     out: Path,
     preset: str = "digits",
-    regularizer: str = "none",
+    regularizer: str | None = None,
     resume: bool = False,
     data: str | None = None,
     data_dir: str | None = None,
@@ -123,9 +124,9 @@ def train(
     Args:
         out: Folder of the run.
         preset: Where all settings start from; those given beside it replace its own.
-        regularizer: none, paper, official-pytorch or small.
+        regularizer: none, paper, official-pytorch or small; that of the preset if not given.
         resume: Go on with the run in this folder; a new one is started if there is none.
-        data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images.
+        data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images or of latents.
         data_dir: Folder in which mnist and cifar10 lie.
         model: DiT-{T,S,B,L,XL}/{1,2,4,8}, or MLP for a 2-D set.
         steps: Optimizer steps.
@@ -140,7 +141,7 @@ def train(
         fsdp: Shard the parameters over the processes of the launcher, not only the batch.
         set: Any other setting as NAME=VALUE, e.g. --set accumulation=2 --set regularizer.gather=true.
     """
-    from dispersive_kit.training import RegularizerConfig, progress, train_preset, with_settings
+    from dispersive_kit.training import progress, train_preset, with_settings
     from dispersive_kit.training import train as training_steps
 
     given = {
@@ -156,10 +157,11 @@ def train(
     }
     config = train_preset(
         preset,
-        regularizer=RegularizerConfig(preset=regularizer, at=at, kind=kind, weight=weight, tau=tau),
         **{name: value for name, value in given.items() if value is not None},
     )
-    config = with_settings(config, dict(_parameter(one) for one in set))
+    options = {"preset": regularizer, "at": at, "kind": kind, "weight": weight, "tau": tau}
+    chosen = {f"regularizer.{name}": value for name, value in options.items() if value is not None}
+    config = with_settings(config, chosen | dict(_parameter(one) for one in set))
     for _ in progress(training_steps(config, out, resume=resume)):
         pass
     print(f"done: {out}")
@@ -174,6 +176,7 @@ def sample(
     cfg_scale: float = 1.0,
     seed: int = 0,
     weights: Literal["ema", "model"] = "ema",
+    vae: str | None = None,
 ) -> None:
     """Draw images from a trained run: one PNG grid and one .npz (arr_0, uint8 NHWC).
 
@@ -186,11 +189,12 @@ def sample(
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the first image; image i has seed + i.
         weights: The average (ema), or the weights as last trained (model).
+        vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
     """
     import torch
     from torchvision.utils import save_image
 
-    from dispersive_kit.evaluation import balanced_labels, generate
+    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
     from dispersive_kit.evaluation.export import save_npz
     from dispersive_kit.training import load_run
 
@@ -198,7 +202,8 @@ def sample(
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    images = generate(net, labels, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed)
+    decode = decoder_of(card, path=vae)
+    images = generate(net, labels, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed, decode=decode)
     out.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
     save_npz(images, out / "samples.npz")
@@ -212,6 +217,7 @@ def evaluate(
     cfg_scale: float = 1.0,
     seed: int = 0,
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"] = "classifier",
+    vae: str | None = None,
 ) -> None:
     """Measure a trained run: Frechet distance to held-out images, its interval, floor and record.
 
@@ -222,23 +228,22 @@ def evaluate(
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the first image.
         extractor: Feature space, which names the number.
+        vae: Where the autoencoder of a run on latents lies now, if it was moved.
     """
-    from dispersive_kit.data import load_images
-    from dispersive_kit.evaluation import balanced_labels, generate, measure_frechet
+    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate, load_reference, measure_frechet
     from dispersive_kit.evaluation.features import make_extractor
     from dispersive_kit.training import load_run
 
     model, card = load_run(run)
-    config = card["config"]
-    real, held_out = (
-        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
-    )
+    decode = decoder_of(card, path=vae)
+    real, held_out = load_reference(card["config"], decode)
     images = generate(
         model,
         balanced_labels(num, model.num_classes),
         num_steps=num_steps,
         cfg_scale=cfg_scale,
         first_seed=seed,
+        decode=decode,
     )
     protocol = {
         "run": card["run"],
@@ -249,6 +254,7 @@ def evaluate(
         "cfg_scale": cfg_scale,
         "labels": "classes in turn",
         "first_seed": seed,
+        "autoencoder": card["data"].get("autoencoder"),
     }
     record = measure_frechet(images, real, held_out, make_extractor(extractor, real, held_out), protocol=protocol)
     file = run / f"evaluation-{card['step']:08d}.json"
@@ -295,6 +301,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "encode": encode,
+    "latents": latents,
     "run": run,
     "export": export,
     "runs": runs,

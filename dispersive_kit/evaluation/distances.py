@@ -66,3 +66,9 @@ def frechet_interval(x: NDArray, y: NDArray, *, resamples: int = 100, seed: int 
     halves = [frechet_distance(x[rng.permutation(len(x))[:half]], y) for _ in range(resamples)]
     low, high = np.percentile(np.array(halves) - np.mean(halves), [2.5, 97.5])
     return Interval(value, value + low, value + high)
+
+
+def psnr(x: NDArray, y: NDArray) -> Array:
+    """Peak signal-to-noise ratio (N,) in dB of uint8 images (N, C, H, W) against others: 10 log10(255^2 / MSE)."""
+    error = np.square(np.asarray(x, dtype=np.float64) - np.asarray(y, dtype=np.float64)).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-12))

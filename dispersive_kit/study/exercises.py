@@ -132,6 +132,26 @@ EXERCISES: dict[str, Exercise] = {
         lambda: [(-1.0, 4), (-2.0, 16), (-0.1, 2), (-4.0, 128)],
         "exp(L) = 1 / B + (1 - 1 / B) exp(L'), to be solved for L'",
     ),
+    "store bytes": Exercise(
+        lambda images, C, h, w, flip: 2 * (1 + flip) * images * C * h * w * 2,
+        lambda: [(1_281_167, 4, 32, 32, True), (1_281_167, 4, 32, 32, False), (50_000, 16, 16, 16, True)],
+        "mean and std, two bytes a value, and all of it twice where mirror images are stored",
+    ),
+    "sample a posterior": Exercise(
+        lambda mean, std, eps, scale, shift: (mean + std * eps - shift) * scale,
+        lambda: [(*(random_points(2, 3, seed=10 * k + j) for j in range(3)), 0.2 + k, 0.5 * k) for k in range(3)],
+        "first draw z = mean + std eps, as the encoder means it; then bring z to the scale of the model",
+    ),
+    "gpu hours": Exercise(
+        lambda flops, epochs, images, tflops: flops * epochs * images / (tflops * 1e12) / 3600,
+        lambda: [(711_690_190_848, 80, 1_281_167, 150), (36_321_263_616, 80, 1_281_167, 150), (1e12, 1, 3600, 1)],
+        "operations of all images of all epochs, over operations in an hour; tera is 1e12",
+    ),
+    "dispersion batch": Exercise(
+        lambda global_batch, processes, accumulation: global_batch // (processes * accumulation),
+        lambda: [(256, 8, 1), (256, 16, 1), (256, 4, 2), (512, 1, 4)],
+        "what one process feeds the model at once is all that the loss sees",
+    ),
 }
 
 

@@ -5,6 +5,15 @@ from typing import Any
 
 MODES = ("smoke", "class", "full")
 
+# Of a store of latents: photographs that come with packages in smoke and class mode, the user's own in full mode
+ENCODING: dict[str, tuple[Any, Any, Any]] = {
+    "image_size": (32, 32, 256),
+    "per_class": (8, 60, 60),
+    "vae_steps": (25, 250, 250),
+    "shard_size": (16, 100, 4096),
+    "device": ("cpu", "cpu", "cuda"),
+}
+
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
@@ -39,6 +48,18 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "max_ratio": (2.5, 1.5, 1.3),  # W2 of one MeanFlow step, in those of eight
     },
     "15_your_own_model": {},
+    "12_imagenet_latents": {
+        **ENCODING,
+        "min_psnr": (8, 15, 15),  # dB; the published sd-vae is far above it
+        "shown": (8, 8, 16),
+    },
+    "13_imagenet_train": {
+        **ENCODING,
+        "preset": ("smoke", "photographs", "imagenet-{size}2-{arm}"),
+        "stop_after": (3, 6, 0),
+        "images": (40, 100, 50_000),
+        "num_steps": (3, 20, 125),
+    },
 }
 
 

@@ -227,6 +227,31 @@ BROKEN = {
         "in eval the loss is zero": "in_eval = pairs['mlp'][1].item()",
         "remove leaves no hook": "left_over = 1",
     },
+    "12_imagenet_latents": {
+        "damaged files are left out, and listed": "left_out = left_out[1:]",
+        "stopped and taken up again, the store has the same bytes": "again = [*again, ('one', 'other')]",
+        "what is read is the encoder's own posterior, to half precision": (
+            "gap = float((store.read(rows[:4], np.full(4, True)).float() - own).abs().max() / own.abs().max())"
+        ),
+        "the decoder gives the images back": ("quality = psnr(255 - originals.numpy(), decoded.numpy())"),
+        "x0 has about the spread of the noise": "spread = float(means.std() / spec.autoencoder.scale)",
+        "one flipped bit is refused, and the shard named": (
+            "refusals = {**refusals, 'flip_one_bit': refusal(lambda folder: None)}"
+        ),
+        "a changed scale is refused": "refusals = {**refusals, 'change_the_scale': refusal(flip_one_bit)}",
+    },
+    "13_imagenet_train": {
+        "eighty epochs are counted": (
+            "costs = {**costs, 'S': dataclasses.replace(costs['S'], images=79 * IMAGENET_IMAGES)}"
+        ),
+        "most operations are those of the blocks' matrices": "share = by_hand / costs['B'].flops_per_image",
+        "training lowered the held-out loss": "held = {**held, 'base': held['base'][::-1]}",
+        "stopped and taken up again, every number is the same": "different = 1",
+        "x0 has about the spread of the noise": "spread = float(x0.std() / spec.autoencoder.scale)",
+        "no arm is nearer to the held-out images than half of what real ones are": (
+            "records = {**records, 'base': measure_frechet(held_out.images, real, held_out, extractor)}"
+        ),
+    },
 }
 
 
@@ -365,6 +390,27 @@ WRONG = {
         "def without_the_diagonal(L, B): return math.log(math.exp(L) - 1 / B)",
         "def without_the_diagonal(L, B): return (math.exp(L) - 1 / B) / (1 - 1 / B)",
         "def without_the_diagonal(L, B): return 1 / 0",
+    ],
+    "store bytes": [
+        "def store_bytes(images, C, h, w, flip): return images * (1 + flip) * C * h * w * 2",  # the mean only
+        "def store_bytes(images, C, h, w, flip): return images * (1 + flip) * 2 * C * h * w",  # values, not bytes
+        "def store_bytes(images, C, h, w, flip): return images * 2 * C * h * w * 2",  # no mirror images
+    ],
+    "sample a posterior": [
+        "def draw(mean, std, eps, scale, shift): return mean * scale + std * eps - shift",
+        "def draw(mean, std, eps, scale, shift): return (mean + std * eps) * scale - shift",
+        "def draw(mean, std, eps, scale, shift): return (mean + std**2 * eps - shift) * scale",
+        "def draw(mean, std, eps, scale, shift): return (mean + std * eps) / scale + shift",
+    ],
+    "gpu hours": [
+        "def gpu_hours(f, epochs, images, tflops): return f * epochs * images / (tflops * 1e12)",
+        "def gpu_hours(f, epochs, images, tflops): return f * images / (tflops * 1e12) / 3600",
+        "def gpu_hours(f, epochs, images, tflops): return f * epochs * images / (tflops * 1e9) / 3600",
+    ],
+    "dispersion batch": [
+        "def dispersion_batch(batch, processes, accumulation): return batch // processes",
+        "def dispersion_batch(batch, processes, accumulation): return batch",
+        "def dispersion_batch(batch, processes, accumulation): return batch // processes * accumulation",
     ],
 }
 

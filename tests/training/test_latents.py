@@ -58,7 +58,15 @@ def store(tmp_path_factory):
 
 
 def config(store, **changes):
-    small = {"steps": 6, "checkpoint_every": 2, "eval_every": 3, "batch_size": 8, "model": "DiT-T/2", "flip": True}
+    small = {
+        "steps": 6,
+        "checkpoint_every": 2,
+        "eval_every": 3,
+        "batch_size": 8,
+        "model": "DiT-T/2",
+        "flip": True,
+        "preview_images": 0,
+    }
     return train_preset("smoke", data=str(store), **{**small, **changes})
 
 

@@ -80,7 +80,7 @@ def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> Non
     """Open the notebooks in JupyterLab: on this machine alone, with a token.
 
     Args:
-        port: The first port to try.
+        port: The port to listen on.
         browser: Open a browser; otherwise the address is printed.
         allow_root: Run even as root, as one may be in a container.
     """

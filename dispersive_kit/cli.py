@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.evaluation.options import Evaluation
 
 OUT_HELP = "Folder to write; refused if it holds something already."
 
@@ -207,53 +208,27 @@ def sample(
 
 def evaluate(
     run: Annotated[Path, tyro.conf.Positional],
-    num: int = 500,
-    num_steps: int = 25,
-    cfg_scale: float = 1.0,
-    seed: int = 0,
-    extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"] = "classifier",
+    how: Annotated[Evaluation, tyro.conf.arg(name="")],
+    out: Path | None = None,
 ) -> None:
-    """Measure a trained run: Frechet distance to held-out images, its interval, floor and record.
+    """Measure samples: a panel of distances to real images, each with interval, floor and record.
 
     Args:
-        run: Folder of a trained run; the record is written there, as evaluation-STEP.json.
-        num: Number of generated images, classes in turn.
-        num_steps: Steps of Heun's method.
-        cfg_scale: Classifier-free guidance; 1 is none.
-        seed: Of the first image.
-        extractor: Feature space, which names the number.
+        run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
+        how: What to measure, and how samples are drawn.
+        out: JSON file for the records; named after the settings and beside the samples if not given.
     """
-    from dispersive_kit.data import load_images
-    from dispersive_kit.evaluation import balanced_labels, generate, measure_frechet
-    from dispersive_kit.evaluation.features import make_extractor
-    from dispersive_kit.training import load_run
+    from dispersive_kit.evaluation.evaluate import evaluate as measure
+    from dispersive_kit.evaluation.evaluate import record_file
+    from dispersive_kit.evaluation.processes import this_process
+    from dispersive_kit.evaluation.record import table, to_json
 
-    model, card = load_run(run)
-    config = card["config"]
-    real, held_out = (
-        load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
-    )
-    images = generate(
-        model,
-        balanced_labels(num, model.num_classes),
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        first_seed=seed,
-    )
-    protocol = {
-        "run": card["run"],
-        "step": card["step"],
-        "weights": card["weights"],
-        "sampler": "heun",
-        "num_steps": num_steps,
-        "cfg_scale": cfg_scale,
-        "labels": "classes in turn",
-        "first_seed": seed,
-    }
-    record = measure_frechet(images, real, held_out, make_extractor(extractor, real, held_out), protocol=protocol)
-    file = run / f"evaluation-{card['step']:08d}.json"
-    file.write_text(record.to_json())
-    print(f"{record}\nrecord: {file}")
+    records = measure(run, how)
+    if this_process().is_main_process:
+        file = out or record_file(run, how, records[0])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_json(records))
+        print(f"{table(records)}\nrecord: {file}")
 
 
 def export(

@@ -169,7 +169,9 @@ def inception(weights: str | Path, *, device: torch.device | str = "cpu") -> Fea
     """
     path = Path(weights)
     if not path.is_file():
-        raise CheckpointError(f"no Inception weights at {path}: put {INCEPTION_WEIGHTS} of torch-fidelity there")
+        raise CheckpointError(
+            f"no Inception weights at {path}: give torch-fidelity's {INCEPTION_WEIGHTS} with --inception-weights"
+        )
     digest = file_sha256(path)
     if digest != INCEPTION_SHA256:
         raise CheckpointError(

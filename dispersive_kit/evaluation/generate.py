@@ -9,6 +9,7 @@ from dispersive_kit.data import to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.samplers import heun, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.evaluation.processes import shared_out
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor:
@@ -23,10 +24,15 @@ def generate(
     *,
     num_steps: int = 25,
     cfg_scale: float = 1.0,
+    guidance_low: float = 0.0,
+    guidance_high: float = 1.0,
     first_seed: int = 0,
     batch_size: int = 256,
 ) -> Tensor:
     """Draw one uint8 image (N, C, H, W) for each label (N,) with Heun's method; image i has the seed first_seed + i.
+
+    Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise). Under a launcher the
+    processes take batches in turn, and each gets all images.
 
     Raises:
         ConfigError: a label outside the classes; guidance asked of a model without a null class.
@@ -38,11 +44,12 @@ def generate(
         raise ConfigError("this model has no null class (class_dropout_prob was 0), so cfg_scale must be 1")
     device = next(model.parameters()).device
     shape, ts = (model.in_channels, model.input_size, model.input_size), time_grid(num_steps).to(device)
-    parts = []
-    for start in range(0, len(labels), batch_size):
-        y = labels[start : start + batch_size].to(device)
-        seeds = list(range(first_seed + start, first_seed + start + len(y)))
-        guidance = ClassifierFree(y, model.null_label, scale=cfg_scale)
+
+    def draw(rows: slice) -> Tensor:
+        y = labels[rows].to(device)
+        seeds = list(range(first_seed + rows.start, first_seed + rows.stop))
+        guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
         x = heun(model, initial_noise(seeds, shape).to(device), ts, guidance=guidance, seeds=seeds)
-        parts.append(to_uint8(x).cpu())
-    return torch.cat(parts)
+        return to_uint8(x).cpu()
+
+    return torch.cat(shared_out(draw, len(labels), batch_size))

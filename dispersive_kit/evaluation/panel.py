@@ -18,7 +18,7 @@ from dispersive_kit.evaluation import kernels, naming
 from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples
 from dispersive_kit.evaluation.features import FeatureExtractor
 from dispersive_kit.evaluation.moments import Moments, file_sha256, frechet_from_statistics, load_statistics
-from dispersive_kit.evaluation.neighbours import prdc
+from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
 from dispersive_kit.evaluation.processes import check_equal_everywhere, shared_out
 from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set, library_versions
 from dispersive_kit.evaluation.scores import IS_SPLITS, classifier_score
@@ -137,7 +137,7 @@ class Panel:
 
 
 def _record(
-    metric: str, value: float, halves: Array, floor: float, n: int, n_reference: int, protocol: dict[str, Any]
+    metric: str, value: float, halves: Array, floor: float, n: int, n_reference: int | None, protocol: dict[str, Any]
 ) -> Record:
     interval = Interval.around(value, halves)
     better: Literal["lower", "higher"] = "higher" if metric in HIGHER_IS_BETTER else "lower"
@@ -202,4 +202,24 @@ def measure_against_statistics(
     floor = distance(Features.of(extractor, real.images[:n]).values)
     card = {"data": statistics.stem, "split": "statistics", "n": None, "sha256": file_sha256(statistics)}
     everything = shared_protocol(extractor, card, real, n, resamples) | (protocol or {})
-    return _record("FD", distance(x), halves, floor, n, 0, everything)
+    return _record("FD", distance(x), halves, floor, n, None, everything)
+
+
+def measure_memorisation(
+    generated: Tensor,
+    train: ImageSet,
+    held_out: ImageSet,
+    extractor: FeatureExtractor,
+    *,
+    resamples: int = 100,
+    protocol: dict[str, Any] | None = None,
+) -> tuple[Record, Memorisation]:
+    """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
+    sets = (Features.of(extractor, images).values for images in (generated, held_out.images, train.images))
+    found, n = memorisation(*sets, resamples=resamples), len(generated)
+    card = {**describe_set(train), "held_out": describe_set(held_out)}
+    everything = shared_protocol(extractor, card, held_out, n, resamples) | {"copies": found.copies, **(protocol or {})}
+    name = naming.number_name("nearest-train", everything["extractor"], n, train.name)
+    ratio = found.ratio
+    record = Record(name, ratio.value, ratio.low, ratio.high, found.floor, n, len(train), everything, better="about 1")
+    return record, found

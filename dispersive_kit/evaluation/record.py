@@ -35,9 +35,9 @@ class Record:
     high: float
     floor: float
     n: int
-    n_reference: int
+    n_reference: int | None  # None: a file of statistics does not say
     protocol: dict[str, Any] = field(default_factory=dict)
-    better: Literal["lower", "higher"] = "lower"
+    better: Literal["lower", "higher", "about 1"] = "lower"
 
     def __post_init__(self) -> None:
         word = self.name.partition("[")[0].strip()

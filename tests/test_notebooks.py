@@ -172,6 +172,21 @@ BROKEN = {
         "with shared weights l2 lowers the rank": "rank = {**rank, 'l2': rank['cosine']}",
         "and cosine raises it": "rank = {**rank, 'cosine': rank['l2']}",
     },
+    "08_evaluate": {
+        "singular values by hand equal the library": "by_hand = by_hand + frechet_distance(some, some + 0.01)",
+        "a set is at distance zero from itself": "itself = frechet_distance(reference, reference[1:])",
+        "a shift costs its square": "moved = frechet_distance(reference, reference + 0.51)",
+        "the floor falls with more images": "smaller = larger",
+        "the fewest steps are not enough": ("distances = {**distances, (base, few, 1.0): distances[base, many, 1.0]}"),
+        "the base arm is nearer than a pixel Gaussian": "values = {**values, base: values['pixel Gaussian']}",
+        "recall sees missing classes": "missing = values['copies']",
+        "precision does not": "missing = values['pixel Gaussian']",
+        "no distance to held-out images sees copies": "values = {**values, 'copies': values['pixel Gaussian']}",
+        "the nearest training image does": "checked = {**checked, 'copies': checked[base]}",
+        "and finds nothing wrong with fresh images": "fresh = checked['copies'][0]",
+        "the record has what it takes": "record = panels['copies'][0]",
+        "the word FID is refused": "refusal = ''",
+    },
 }
 
 
@@ -255,6 +270,21 @@ WRONG = {
         "def without_the_diagonal(L, B): return math.log(math.exp(L) - 1 / B)",
         "def without_the_diagonal(L, B): return (math.exp(L) - 1 / B) / (1 - 1 / B)",
         "def without_the_diagonal(L, B): return 1 / 0",
+    ],
+    "distance along one axis": [
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2 + (s1**2 - s2**2) ** 2",
+        "def distance_along_one_axis(m1, s1, m2, s2): return abs(m1 - m2) + abs(s1 - s2)",
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2",
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2 + s1**2 + s2**2",
+    ],
+    "unbiased MMD": [
+        f"def unbiased_mmd(K_xx, K_yy, K_xy):\n    n, m = K_xy.shape\n    return {result}"
+        for result in (
+            "K_xx.mean() + K_yy.mean() - 2 * K_xy.mean()",  # every image against itself too
+            "(K_xx.sum() - K_xx.trace()) / n**2 + (K_yy.sum() - K_yy.trace()) / m**2 - 2 * K_xy.mean()",
+            "(K_xx.sum() - K_xx.trace()) / (n * (n - 1)) + (K_yy.sum() - K_yy.trace()) / (m * (m - 1)) - K_xy.mean()",
+            "(K_xx.sum() - n) / (n * (n - 1)) + (K_yy.sum() - m) / (m * (m - 1)) - 2 * K_xy.mean()",  # k(x, x) is not 1
+        )
     ],
 }
 

@@ -5,7 +5,7 @@ from dispersive_kit.evaluation.features import FeatureExtractor, inception, pca,
 from dispersive_kit.evaluation.generate import balanced_labels, generate
 from dispersive_kit.evaluation.moments import Moments, stream_moments
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation
-from dispersive_kit.evaluation.panel import Features, Panel, measure_frechet
+from dispersive_kit.evaluation.panel import Features, Panel, measure_frechet, measure_memorisation
 from dispersive_kit.evaluation.record import Record
 from dispersive_kit.evaluation.transport import exact_w2
 
@@ -24,6 +24,7 @@ __all__ = [
     "generate",
     "inception",
     "measure_frechet",
+    "measure_memorisation",
     "memorisation",
     "pca",
     "pixels",

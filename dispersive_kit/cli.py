@@ -199,7 +199,8 @@ def sample(
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    images = generate(net, labels, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed)
+    objective = card["config"].objective
+    images = generate(net, labels, objective=objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
     save_npz(images, out / "samples.npz")

@@ -64,7 +64,7 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     new = tmp_path / "new"
     assert "--resume" in refused(capsys, *TRAIN, "--out", trained)
     assert "digits, mnist, cifar10" in refused(capsys, *TRAIN, "--data", "digitz", "--out", new)
-    assert "smoke, digits" in refused(capsys, "train", "--preset", "tiny", "--out", new)
+    assert "smoke, toy" in refused(capsys, "train", "--preset", "tiny", "--out", new)
     assert "official-pytorch" in refused(capsys, *TRAIN, "--regularizer", "ours", "--out", new)
     assert "blocks.9" in refused(capsys, *TRAIN, "--regularizer", "paper", "--at", "blocks.9", "--out", new)
     assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)

@@ -19,6 +19,7 @@ from dispersive_kit.evaluation.panel import METRICS, Panel, measure_against_stat
 from dispersive_kit.evaluation.processes import this_process
 from dispersive_kit.evaluation.record import Record, describe_extractor
 from dispersive_kit.training import load_run, shipped, shipped_names
+from dispersive_kit.training.sampling import SAMPLER_NAMES
 
 METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
 
@@ -114,14 +115,15 @@ class _Samples:
             "guidance_high": how.guidance_high,
             "first_seed": how.seed,
         }
-        self.images = lambda: generate(model, balanced_labels(how.num, model.num_classes), **settings)
+        labels = balanced_labels(how.num, model.num_classes)
+        self.images = lambda: generate(model, labels, objective=config.objective, **settings)
         self.protocol = {
             "run": card["run"],
             "step": card["step"],
             "weights": card["weights"],
             "checkpoint_sha256": weights_sha256(model.state_dict()),
             "training_seed": config.seed,
-            "sampler": "heun",
+            "sampler": SAMPLER_NAMES[config.objective],
             "labels": "classes in turn",
             **settings,
         }
@@ -135,6 +137,6 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     """Where the records go: beside the samples, or here for a shipped run; one file a setting, none overwritten."""
     name = f"{how.metrics}-{how.extractor}-{how.reference.replace('/', '_')}-N{how.num}"
     if "run" in record.protocol:
-        name = f"{record.protocol['step']:08d}-{name}-steps{how.num_steps}-cfg{how.cfg_scale:g}"
+        name = f"{record.protocol['step']:08d}-{name}-{record.protocol['sampler']}{how.num_steps}-cfg{how.cfg_scale:g}"
     folder = Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
     return folder / f"evaluation-{source.stem}-{name}.json"

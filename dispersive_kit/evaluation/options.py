@@ -22,7 +22,7 @@ class Evaluation:
     num_reference: int | None = None
     """Only the first so many reference images; all if not given."""
     num_steps: int = 25
-    """Steps of Heun's method."""
+    """Steps of the sampler that fits the run's objective."""
     cfg_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
     guidance_low: float = 0.0
@@ -31,8 +31,8 @@ class Evaluation:
     """... and below this (t = 1 is noise)."""
     seed: int = 0
     """Of the first image; image i has seed + i."""
-    weights: Literal["ema", "model"] = "ema"
-    """The average, or the weights as last trained."""
+    weights: str = "ema"
+    """The average (ema), one of another width (ema:0.08), or the weights as last trained (model)."""
     step: int | None = None
     """A kept checkpoint of the run; the newest if not given."""
     resamples: int = 100

@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "08_evaluate": {
         "runs": (("digits-base", "digits-paper"),) * 2 + (("cifar10-cpu-base", "cifar10-cpu-paper"),),
         "extractor": ("classifier", "classifier", "effnet-lite0-pca64"),
-        "steps": ((1, 4), (1, 3, 8, 25), (5, 12, 25, 50)),
+        "steps": ((1, 4), (1, 4, 12), (5, 12, 25, 50)),
         "scales": ((1.0, 2.0), (1.0, 1.5, 3.0), (1.0, 1.5, 2.0, 4.0)),
         "grid_images": (40, 200, 2000),  # a cell of the grid
         "panel_images": (120, 500, 2000),

@@ -13,6 +13,7 @@ import tyro
 
 from dispersive_kit.cli_latents import encode, latents
 from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.evaluation.options import Evaluation
 
 OUT_HELP = "Folder to write; refused if it holds something already."
 
@@ -202,8 +203,10 @@ def sample(
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    decode = decoder_of(card, path=vae)
-    images = generate(net, labels, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed, decode=decode)
+    decode, objective = decoder_of(card, path=vae), card["config"].objective
+    images = generate(
+        net, labels, objective=objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed, decode=decode
+    )
     out.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
     save_npz(images, out / "samples.npz")
@@ -212,54 +215,27 @@ def sample(
 
 def evaluate(
     run: Annotated[Path, tyro.conf.Positional],
-    num: int = 500,
-    num_steps: int = 25,
-    cfg_scale: float = 1.0,
-    seed: int = 0,
-    extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"] = "classifier",
-    vae: str | None = None,
+    how: Annotated[Evaluation, tyro.conf.arg(name="")],
+    out: Path | None = None,
 ) -> None:
-    """Measure a trained run: Frechet distance to held-out images, its interval, floor and record.
+    """Measure samples: a panel of distances to real images, each with interval, floor and record.
 
     Args:
-        run: Folder of a trained run; the record is written there, as evaluation-STEP.json.
-        num: Number of generated images, classes in turn.
-        num_steps: Steps of Heun's method.
-        cfg_scale: Classifier-free guidance; 1 is none.
-        seed: Of the first image.
-        extractor: Feature space, which names the number.
-        vae: Where the autoencoder of a run on latents lies now, if it was moved.
+        run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
+        how: What to measure, and how samples are drawn.
+        out: JSON file for the records; named after the settings and beside the samples if not given.
     """
-    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate, load_reference, measure_frechet
-    from dispersive_kit.evaluation.features import make_extractor
-    from dispersive_kit.training import load_run
+    from dispersive_kit.evaluation.evaluate import evaluate as measure
+    from dispersive_kit.evaluation.evaluate import record_file
+    from dispersive_kit.evaluation.processes import this_process
+    from dispersive_kit.evaluation.record import table, to_json
 
-    model, card = load_run(run)
-    decode = decoder_of(card, path=vae)
-    real, held_out = load_reference(card["config"], decode)
-    images = generate(
-        model,
-        balanced_labels(num, model.num_classes),
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        first_seed=seed,
-        decode=decode,
-    )
-    protocol = {
-        "run": card["run"],
-        "step": card["step"],
-        "weights": card["weights"],
-        "sampler": "heun",
-        "num_steps": num_steps,
-        "cfg_scale": cfg_scale,
-        "labels": "classes in turn",
-        "first_seed": seed,
-        "autoencoder": card["data"].get("autoencoder"),
-    }
-    record = measure_frechet(images, real, held_out, make_extractor(extractor, real, held_out), protocol=protocol)
-    file = run / f"evaluation-{card['step']:08d}.json"
-    file.write_text(record.to_json())
-    print(f"{record}\nrecord: {file}")
+    records = measure(run, how)
+    if this_process().is_main_process:
+        file = out or record_file(run, how, records[0])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_json(records))
+        print(f"{table(records)}\nrecord: {file}")
 
 
 def export(

@@ -32,9 +32,24 @@ def test_train_sample_evaluate_go_together(trained, tmp_path, capsys):
     assert images.shape == (12, 8, 8, 1) and images.dtype == np.uint8
     assert Image.open(tmp_path / "s" / "grid.png").size == (91, 19)
     main(["evaluate", str(trained), "--num", "40", "--num-steps", "2", "--extractor", "pixels-pca32"])
-    record = json.loads((trained / "evaluation-00000004.json").read_text())
-    assert record["name"] == "FD[pixels/pca32, N=40]" and record["protocol"]["step"] == 4
-    assert "real against real" in capsys.readouterr().out
+    (file,) = trained.glob("evaluation-*.json")
+    read = json.loads(file.read_text())
+    assert read["numbers"][0]["name"] == "FD[pixels/pca32, N=40]" and read["protocol"]["step"] == 4
+    printed = capsys.readouterr().out
+    assert all(number["name"] in printed for number in read["numbers"]) and str(file) in printed
+
+
+def test_samples_from_elsewhere_are_measured_like_ones_of_a_run(trained, tmp_path):
+    options = ["--num", "30", "--num-steps", "2"]
+    main(["sample", str(trained), "--out", str(tmp_path / "s"), *options])
+    evaluate = [*options, "--extractor", "random-conv", "--resamples", "5", "--memorisation"]
+    main(["evaluate", str(tmp_path / "s" / "samples.npz"), "--data", "digits", *evaluate])
+    main(["evaluate", str(trained), "--out", str(tmp_path / "run.json"), *evaluate])
+    (file,) = (tmp_path / "s").glob("evaluation-samples-*.json")
+    ours, theirs = (json.loads(f.read_text())["numbers"] for f in (tmp_path / "run.json", file))
+    assert ours[-1]["name"] == "nearest-train[random-conv64, N=30]"
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["name"] == b["name"] and a["value"] == pytest.approx(b["value"], rel=1e-4, abs=1e-6)
 
 
 def test_a_sample_depends_on_its_own_seed_only(trained, tmp_path):
@@ -49,11 +64,22 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     new = tmp_path / "new"
     assert "--resume" in refused(capsys, *TRAIN, "--out", trained)
     assert "digits, mnist, cifar10" in refused(capsys, *TRAIN, "--data", "digitz", "--out", new)
-    assert "smoke, digits" in refused(capsys, "train", "--preset", "tiny", "--out", new)
+    assert "smoke, toy" in refused(capsys, "train", "--preset", "tiny", "--out", new)
     assert "official-pytorch" in refused(capsys, *TRAIN, "--regularizer", "ours", "--out", new)
     assert "blocks.9" in refused(capsys, *TRAIN, "--regularizer", "paper", "--at", "blocks.9", "--out", new)
     assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)
     assert "no run" in refused(capsys, "evaluate", tmp_path)
+    assert "this is not FID" in refused(capsys, "evaluate", trained, "--metrics", "FID", "--extractor", "random-conv")
+    assert "this is not IS" in refused(capsys, "evaluate", trained, "--metrics", "IS", "--extractor", "random-conv")
+    assert "--inception-weights" in refused(capsys, "evaluate", trained, "--extractor", "inception")
+    assert "--metrics FD" in refused(
+        capsys, "evaluate", trained, "--reference", "stats.npz", "--extractor", "random-conv", "--num-steps", "1"
+    )
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((20, 9, 9, 1), np.uint8))
+    assert "--data" in refused(capsys, "evaluate", tmp_path / "samples.npz")
+    samples = ["evaluate", tmp_path / "samples.npz", "--data", "digits", "--extractor", "random-conv"]
+    assert "--num 20" in refused(capsys, *samples)
+    assert "(1, 8, 8)" in refused(capsys, *samples, "--num", "20")
     assert "has no parameter" in refused(capsys, "run", "06", "-p", "sed=3", "--out", new)
     assert "is int" in refused(capsys, "run", "06", "-p", "seed=three", "--out", new)
     assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)

@@ -252,6 +252,21 @@ BROKEN = {
             "records = {**records, 'base': measure_frechet(held_out.images, real, held_out, extractor)}"
         ),
     },
+    "08_evaluate": {
+        "singular values by hand equal the library": "by_hand = by_hand + frechet_distance(some, some + 0.01)",
+        "a set is at distance zero from itself": "itself = frechet_distance(reference, reference[1:])",
+        "a shift costs its square": "moved = frechet_distance(reference, reference + 0.51)",
+        "the floor falls with more images": "smaller = larger",
+        "the fewest steps are not enough": ("distances = {**distances, (base, few, 1.0): distances[base, many, 1.0]}"),
+        "the base arm is nearer than a pixel Gaussian": "values = {**values, base: values['pixel Gaussian']}",
+        "recall sees missing classes": "missing = values['copies']",
+        "precision does not": "missing = values['pixel Gaussian']",
+        "no distance to held-out images sees copies": "values = {**values, 'copies': values['pixel Gaussian']}",
+        "the nearest training image does": "checked = {**checked, 'copies': checked[base]}",
+        "and finds nothing wrong with fresh images": "fresh = checked['copies'][0]",
+        "the record has what it takes": "record = panels['copies'][0]",
+        "the word FID is refused": "refusal = ''",
+    },
 }
 
 
@@ -412,6 +427,21 @@ WRONG = {
         "def dispersion_batch(batch, processes, accumulation): return batch",
         "def dispersion_batch(batch, processes, accumulation): return batch // processes * accumulation",
     ],
+    "distance along one axis": [
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2 + (s1**2 - s2**2) ** 2",
+        "def distance_along_one_axis(m1, s1, m2, s2): return abs(m1 - m2) + abs(s1 - s2)",
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2",
+        "def distance_along_one_axis(m1, s1, m2, s2): return (m1 - m2) ** 2 + s1**2 + s2**2",
+    ],
+    "unbiased MMD": [
+        f"def unbiased_mmd(K_xx, K_yy, K_xy):\n    n, m = K_xy.shape\n    return {result}"
+        for result in (
+            "K_xx.mean() + K_yy.mean() - 2 * K_xy.mean()",  # every image against itself too
+            "(K_xx.sum() - K_xx.trace()) / n**2 + (K_yy.sum() - K_yy.trace()) / m**2 - 2 * K_xy.mean()",
+            "(K_xx.sum() - K_xx.trace()) / (n * (n - 1)) + (K_yy.sum() - K_yy.trace()) / (m * (m - 1)) - K_xy.mean()",
+            "(K_xx.sum() - n) / (n * (n - 1)) + (K_yy.sum() - m) / (m * (m - 1)) - 2 * K_xy.mean()",  # k(x, x) is not 1
+        )
+    ],
 }
 
 
@@ -459,5 +489,5 @@ def test_a_wrong_answer_is_refused_with_a_hint(name: str, wrong: str, capsys: py
 
 
 def test_an_exercise_of_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there are: .*score"):
+    with pytest.raises(ConfigError, match=r"there are: .*score"):
         judge("scores", lambda: None)

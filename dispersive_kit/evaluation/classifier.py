@@ -1,6 +1,7 @@
 """A small classifier trained on the data set itself: its last hidden layer is a feature space for small images."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ def train_classifier(train: ImageSet, held_out: ImageSet, *, seed: int = 0) -> T
         optimizer.step()
         schedule.step()
     network.eval().requires_grad_(False)
-    return TrainedClassifier(network, _accuracy(network, held_out), _weights_sha256(network))
+    return TrainedClassifier(network, _accuracy(network, held_out), weights_sha256(network.state_dict()))
 
 
 def _accuracy(network: SmallConvNet, data: ImageSet) -> float:
@@ -69,8 +70,9 @@ def _accuracy(network: SmallConvNet, data: ImageSet) -> float:
     return right / len(data)
 
 
-def _weights_sha256(network: nn.Module) -> str:
+def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names and values, in their order."""
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
+    for name, tensor in state_dict.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,9 @@ from dispersive_kit.errors import ConfigError
 Array = NDArray[np.float64]
 
 
+Fit = tuple[Array, Array]  # mean (D,) and a factor A (at most D rows) with A^T A = covariance
+
+
 def frechet_distance(x: NDArray, y: NDArray) -> float:
     """Squared Frechet distance of the Gaussians fitted to x (N, D) and y (M, D).
 
@@ -21,28 +24,42 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
     Raises:
         ConfigError: fewer than two rows, different D, or values that are not finite.
     """
-    x, y = _checked(x), _checked(y)
-    if x.shape[1] != y.shape[1]:
-        raise ConfigError(f"the two sets have {x.shape[1]} and {y.shape[1]} features; use one extractor for both")
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    a, b = _factor(x - mean_x), _factor(y - mean_y)
+    x, y = checked_pair(x, y)
+    return _between(_fit(x), _fit(y))
+
+
+def _fit(x: Array) -> Fit:
+    mean = x.mean(0)
+    scaled = (x - mean) / np.sqrt(len(x) - 1)
+    return mean, np.asarray(np.linalg.qr(scaled, mode="r")) if len(scaled) > scaled.shape[1] else scaled
+
+
+def _between(x: Fit, y: Fit) -> float:
+    (mean_x, a), (mean_y, b) = x, y
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(((mean_x - mean_y) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * cross)
 
 
-def _factor(centred: Array) -> Array:
-    """A matrix with at most D rows and the same Gram matrix A^T A = S as the scaled rows."""
-    scaled = centred / np.sqrt(len(centred) - 1)
-    return np.asarray(np.linalg.qr(scaled, mode="r")) if len(scaled) > scaled.shape[1] else scaled
+def checked(x: NDArray) -> Array:
+    """Features (N, D) in float64.
 
-
-def _checked(x: NDArray) -> Array:
+    Raises:
+        ConfigError: not (N, D) with N >= 2, or values that are not finite.
+    """
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise ConfigError(f"features must be (N, D) with N >= 2, got {x.shape}")
     if not np.isfinite(x).all():
         raise ConfigError("the features hold NaN or infinite values; look at the images they came from")
     return x
+
+
+def checked_pair(x: NDArray, y: NDArray) -> tuple[Array, Array]:
+    """Two sets of features of one extractor, in float64. Raises ConfigError: as `checked`, or different D."""
+    x, y = checked(x), checked(y)
+    if x.shape[1] != y.shape[1]:
+        raise ConfigError(f"the two sets have {x.shape[1]} and {y.shape[1]} features; use one extractor for both")
+    return x, y
 
 
 @dataclass(frozen=True)
@@ -53,19 +70,40 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def around(cls, value: float, halves: Array) -> "Interval":
+        """From the value of all samples and those of its half-samples (R,); no half-samples give NaN as the ends.
+
+        The deviations of the halves from their own mean are taken as they are (for m = N / 2 of N without
+        replacement the two spreads are of one size) and set around the value.
+        """
+        if not len(halves):
+            return cls(value, float("nan"), float("nan"))
+        low, high = np.percentile(halves - halves.mean(), [2.5, 97.5])
+        return cls(value, float(value + low), float(value + high))
+
+
+def half_samples(n: int, resamples: int = 100, *, seed: int = 0) -> NDArray[np.bool_]:
+    """Which of n samples are in each random half, without replacement (R, n): a bootstrap's ties would add a bias."""
+    rng, halves = np.random.default_rng(seed), np.zeros((resamples, n), dtype=bool)
+    for row in halves:
+        row[rng.permutation(n)[: n // 2]] = True
+    return halves
+
+
+def frechet_halves(x: NDArray, y: NDArray, halves: NDArray[np.bool_]) -> tuple[float, Array]:
+    """Frechet distance of x (N, D) to y (M, D), and its value on halves of x (R, N)."""
+    x, y = checked_pair(x, y)
+    reference = _fit(y)
+    return _between(_fit(x), reference), np.array([_between(_fit(x[half]), reference) for half in halves])
+
 
 def frechet_interval(x: NDArray, y: NDArray, *, resamples: int = 100, seed: int = 0) -> Interval:
     """Frechet distance of x (generated) to y (reference), with the spread it has over half-samples of x.
 
-    Half-samples without replacement, because a bootstrap's ties shift the distance upwards; their deviations from
-    their own mean are taken as they are (for m = N / 2 of N the two are of one size) and set around the value.
     It covers the sampling of x only: not the training seed, which moves more.
     """
-    value = frechet_distance(x, y)
-    rng, half = np.random.default_rng(seed), len(x) // 2
-    halves = [frechet_distance(x[rng.permutation(len(x))[:half]], y) for _ in range(resamples)]
-    low, high = np.percentile(np.array(halves) - np.mean(halves), [2.5, 97.5])
-    return Interval(value, value + low, value + high)
+    return Interval.around(*frechet_halves(x, y, half_samples(len(x), resamples, seed=seed)))
 
 
 def psnr(x: NDArray, y: NDArray) -> Array:

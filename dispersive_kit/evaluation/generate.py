@@ -9,8 +9,9 @@ from torch import Tensor
 from dispersive_kit.data import to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
 from dispersive_kit.diffusion.guidance import ClassifierFree
-from dispersive_kit.diffusion.samplers import heun, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.evaluation.processes import shared_out
+from dispersive_kit.training.sampling import sample_batch
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor:
@@ -23,13 +24,20 @@ def generate(
     model: Any,
     labels: Tensor,
     *,
+    objective: str = "flow",
     num_steps: int = 25,
     cfg_scale: float = 1.0,
+    guidance_low: float = 0.0,
+    guidance_high: float = 1.0,
     first_seed: int = 0,
     batch_size: int = 256,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Draw one uint8 image (N, C, H, W) for each label (N,) with Heun's method; image i has the seed first_seed + i.
+    """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
+
+    objective: of the training (flow, ddpm, meanflow), which decides on the sampler; flow is Heun's method.
+    Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise). Under a launcher the
+    processes take batches in turn, and each gets all images.
 
     decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
@@ -42,15 +50,15 @@ def generate(
     if cfg_scale != 1.0 and model.null_label is None:
         raise ConfigError("this model has no null class (class_dropout_prob was 0), so cfg_scale must be 1")
     device = next(model.parameters()).device
-    shape, ts = (model.in_channels, model.input_size, model.input_size), time_grid(num_steps).to(device)
-    parts = []
-    for start in range(0, len(labels), batch_size):
-        y = labels[start : start + batch_size].to(device)
-        seeds = list(range(first_seed + start, first_seed + start + len(y)))
-        guidance = ClassifierFree(y, model.null_label, scale=cfg_scale)
-        x = heun(model, initial_noise(seeds, shape).to(device), ts, guidance=guidance, seeds=seeds)
-        parts.append(to_uint8(decode(x) if decode else x).cpu())
-    return torch.cat(parts)
+
+    def draw(rows: slice) -> Tensor:
+        y = labels[rows].to(device)
+        seeds = range(first_seed + rows.start, first_seed + rows.stop)
+        guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
+        x = sample_batch(model, y, seeds, objective=objective, num_steps=num_steps, guidance=guidance)
+        return to_uint8(decode(x) if decode else x).cpu()
+
+    return torch.cat(shared_out(draw, len(labels), batch_size))
 
 
 def decoder_of(

@@ -59,6 +59,21 @@ def times_of_points() -> list[tuple[Any, ...]]:
     return [(x, t) for x, _, t in points_in_time()]
 
 
+def kernel_matrices() -> list[tuple[Any, ...]]:
+    """K_xx, K_yy and K_xy of the cubic kernel on two clouds of unlike sizes."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    clouds = [(random_points(n, 4, seed=n), 1 + random_points(m, 4, seed=50 + m)) for n, m in ((6, 6), (5, 9), (12, 3))]
+    return [(kernel(x, x), kernel(y, y), kernel(x, y)) for x, y in clouds]
+
+
+def unbiased_mmd(K_xx: Tensor, K_yy: Tensor, K_xy: Tensor) -> Tensor:
+    within = [(K.sum() - K.trace()) / (len(K) * (len(K) - 1)) for K in (K_xx, K_yy)]
+    return within[0] + within[1] - 2 * K_xy.mean()
+
+
 EXERCISES: dict[str, Exercise] = {
     "time on the line": Exercise(
         lambda log_snr: torch.sigmoid(-log_snr / 2),
@@ -151,6 +166,16 @@ EXERCISES: dict[str, Exercise] = {
         lambda global_batch, processes, accumulation: global_batch // (processes * accumulation),
         lambda: [(256, 8, 1), (256, 16, 1), (256, 4, 2), (512, 1, 4)],
         "what one process feeds the model at once is all that the loss sees",
+    ),
+    "distance along one axis": Exercise(
+        lambda m1, s1, m2, s2: (m1 - m2) ** 2 + (s1 - s2) ** 2,
+        lambda: [(0.0, 1.0, 0.0, 3.0), (1.0, 2.0, -2.0, 2.0), (0.5, 0.1, 0.2, 4.0)],
+        "tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2) is s1^2 + s2^2 - 2 s1 s2 on one axis",
+    ),
+    "unbiased MMD": Exercise(
+        unbiased_mmd,
+        kernel_matrices,
+        "k(x_i, x_i) compares an image with itself: leave the diagonals of K_xx and K_yy out, and divide by n (n - 1)",
     ),
 }
 

@@ -60,6 +60,15 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "images": (40, 100, 50_000),
         "num_steps": (3, 20, 125),
     },
+    "08_evaluate": {
+        "runs": (("digits-base", "digits-paper"),) * 2 + (("cifar10-cpu-base", "cifar10-cpu-paper"),),
+        "extractor": ("classifier", "classifier", "effnet-lite0-pca64"),
+        "steps": ((1, 4), (1, 4, 12), (5, 12, 25, 50)),
+        "scales": ((1.0, 2.0), (1.0, 1.5, 3.0), (1.0, 1.5, 2.0, 4.0)),
+        "grid_images": (40, 200, 2000),  # a cell of the grid
+        "panel_images": (120, 500, 2000),
+        "resamples": (20, 100, 100),
+    },
 }
 
 

@@ -101,12 +101,13 @@ def same_noise_grid(
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images[:columns], strict=True):
-            _draw_image(axis, image)
+            draw_image(axis, image)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 
-def _draw_image(axis: Axes, image: Tensor) -> None:
+def draw_image(axis: Axes, image: Tensor) -> None:
+    """One uint8 image (C, H, W), without axes."""
     array = image.permute(1, 2, 0).numpy()
     axis.imshow(array.squeeze(-1) if array.shape[-1] == 1 else array, cmap="gray", vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])

@@ -1,8 +1,10 @@
 """EfficientNet-Lite0: the right network for its weights, and only for those."""
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
+from sklearn.datasets import load_sample_image
 
 from dispersive_kit.errors import CheckpointError, DataError
 from dispersive_kit.models.efficientnet import (
@@ -13,7 +15,7 @@ from dispersive_kit.models.efficientnet import (
     preprocess,
 )
 
-EGYPTIAN_CAT, ESPRESSO = 285, 967
+EGYPTIAN_CAT, MISSILE, PALACE, TRIPOD, ESPRESSO = 285, 657, 698, 872, 967
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +23,24 @@ def model():
     return efficientnet_lite0()
 
 
+def photograph(name):
+    """(C, H, W) from scikit-learn or scikit-image, grey or in colour."""
+    image = load_sample_image("china.jpg") if name == "china" else getattr(skimage.data, name)()
+    return torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1)
+
+
 def square(name):
-    image = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)
+    image = photograph(name)
     side = min(image.shape[1:])
     top, left = ((n - side) // 2 for n in image.shape[1:])
     return image[None, :, top : top + side, left : left + side]
 
 
-@pytest.mark.parametrize(("name", "label"), [("chelsea", EGYPTIAN_CAT), ("coffee", ESPRESSO)])
-def test_knows_photographs(model, name, label):
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("chelsea", EGYPTIAN_CAT), ("coffee", ESPRESSO), ("camera", TRIPOD), ("china", PALACE), ("rocket", MISSILE)],
+)
+def test_knows_photographs_of_what_imagenet_has_a_class_for(model, name, label):
     assert model(preprocess(square(name))).argmax(1).item() == label
 
 

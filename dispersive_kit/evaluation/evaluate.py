@@ -1,0 +1,145 @@
+"""A whole evaluation: samples of a run or of a file, real images, extractor, panel."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.evaluation import naming
+from dispersive_kit.evaluation.classifier import weights_sha256
+from dispersive_kit.evaluation.export import load_npz
+from dispersive_kit.evaluation.features import FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.generate import balanced_labels, decoder_of, generate
+from dispersive_kit.evaluation.options import Evaluation
+from dispersive_kit.evaluation.panel import METRICS, Panel, measure_against_statistics, measure_memorisation
+from dispersive_kit.evaluation.processes import this_process
+from dispersive_kit.evaluation.record import Record, describe_extractor
+from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.training import load_run, shipped, shipped_names
+from dispersive_kit.training.sampling import SAMPLER_NAMES
+
+METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
+
+
+def evaluate(source: Path, how: Evaluation) -> list[Record]:
+    """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
+
+    Raises:
+        CheckpointError: no run. DataError: data or samples cannot be read. ConfigError: options that do not fit, or
+            FID or IS asked of numbers that are not.
+    """
+    given = _Samples(source, how)
+    train, held_out = given.real()
+    extractor = make_extractor(
+        how.extractor, train, held_out, weights=how.inception_weights, device=this_process().device
+    )
+    if how.metrics in naming.WORDS.values():
+        naming.refuse(how.metrics, describe_extractor(extractor), how.num, _reference_name(how, train))
+    images = given.images()
+    if images.shape[1:] != train.images.shape[1:]:
+        raise ConfigError(f"the samples are {tuple(images.shape[1:])}, {train.name} is {tuple(train.images.shape[1:])}")
+    records = _measure(images, train, held_out, extractor, how, given.protocol)
+    if how.memorisation:
+        record, _ = measure_memorisation(
+            images, train, held_out, extractor, resamples=how.resamples, protocol=given.protocol
+        )
+        records.append(record)
+    return records
+
+
+def _measure(
+    images: Tensor,
+    train: ImageSet,
+    held_out: ImageSet,
+    extractor: FeatureExtractor,
+    how: Evaluation,
+    protocol: dict[str, Any],
+) -> list[Record]:
+    metrics, resamples = METRICS_OF[how.metrics], how.resamples
+    if how.reference not in ("train", "test"):
+        if metrics != ("FD",):
+            raise ConfigError(
+                f"of statistics only the Frechet distance is known: give --metrics FD, or --reference test "
+                f"or train instead of {how.reference!r}"
+            )
+        file = Path(how.reference)
+        return [measure_against_statistics(images, train, file, extractor, resamples=resamples, protocol=protocol)]
+    real, reference = (train, held_out) if how.reference == "test" else (held_out, train)
+    if how.num_reference:
+        reference = reference.subset(torch.arange(min(how.num_reference, len(reference))))
+    panel = Panel(extractor, real, reference, metrics=metrics, resamples=resamples)
+    return panel.measure(images, protocol=protocol)
+
+
+def _reference_name(how: Evaluation, train: ImageSet) -> str:
+    return train.name if how.reference in ("train", "test") else Path(how.reference).stem
+
+
+class _Samples:
+    """Where samples come from: the data set they belong to, how to get them, and what the record says of them."""
+
+    def __init__(self, source: Path, how: Evaluation) -> None:
+        self.how = how
+        if source.suffix == ".npz":
+            self._open_file(source)
+        else:
+            self._open_run(shipped(str(source)) if _is_shipped(source) else source)
+
+    def _open_file(self, file: Path) -> None:
+        if (data := self.how.data) is None:
+            raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
+        images = load_npz(file)[: self.how.num]
+        if len(images) < self.how.num:
+            raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
+        options: dict[str, Any] = {"data_dir": self.how.data_dir, "size": images.shape[-1]}
+        self.real = lambda: (load_images(data, "train", **options), load_images(data, "test", **options))
+        self.images = lambda: images
+        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        self.protocol: dict[str, Any] = {"samples": {"file": file.name, "sha256": digest}}
+
+    def _open_run(self, folder: Path) -> None:
+        how = self.how
+        model, card = load_run(folder, weights=how.weights, step=how.step)
+        model = model.to(this_process().device)
+        config = card["config"]
+        decode = decoder_of(card, device=this_process().device, path=how.vae)
+        real = dataclasses.replace(config, data=how.data or config.data, data_dir=how.data_dir or config.data_dir)
+        self.real = lambda: load_reference(real, decode)
+        settings: dict[str, Any] = {
+            "num_steps": how.num_steps,
+            "cfg_scale": how.cfg_scale,
+            "guidance_low": how.guidance_low,
+            "guidance_high": how.guidance_high,
+            "first_seed": how.seed,
+        }
+        labels = balanced_labels(how.num, model.num_classes)
+        self.images = lambda: generate(model, labels, objective=config.objective, decode=decode, **settings)
+        self.protocol = {
+            "run": card["run"],
+            "step": card["step"],
+            "weights": card["weights"],
+            "checkpoint_sha256": weights_sha256(model.state_dict()),
+            "training_seed": config.seed,
+            "sampler": SAMPLER_NAMES[config.objective],
+            "labels": "classes in turn",
+            "autoencoder": card["data"].get("autoencoder"),
+            **settings,
+        }
+
+
+def _is_shipped(source: Path) -> bool:
+    return not source.exists() and str(source) in shipped_names()
+
+
+def record_file(source: Path, how: Evaluation, record: Record) -> Path:
+    """Where the records go: beside the samples, or here for a shipped run; one file a setting, none overwritten."""
+    name = f"{how.metrics}-{how.extractor}-{how.reference.replace('/', '_')}-N{how.num}"
+    if "run" in record.protocol:
+        name = f"{record.protocol['step']:08d}-{name}-{record.protocol['sampler']}{how.num_steps}-cfg{how.cfg_scale:g}"
+    folder = Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
+    return folder / f"evaluation-{source.stem}-{name}.json"

@@ -23,6 +23,18 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "images": (64, 500, 500),
         "num_steps": (4, 20, 50),
     },
+    "09_dispersion": {
+        "images": (200, 1297, 1297),
+        "noise_images": (64, 200, 1297),  # of which three draws of noise are taken
+        "batches": (2, 8, 32),  # over which gradients are compared
+    },
+    "10_linear_probes": {
+        "train": (300, 997, 997),
+        "validation": (100, 300, 300),
+        "test": (200, 500, 500),
+        "draws": (1, 3, 3),
+    },
+    "11_umap": {},
 }
 
 

@@ -267,6 +267,36 @@ BROKEN = {
         "the record has what it takes": "record = panels['copies'][0]",
         "the word FID is refused": "refusal = ''",
     },
+    },
+    "09_dispersion": {
+        "RankMe by hand is the library's": "library = 1.001 * library",
+        "the Gaussian null has the same mean distance": "apart = apart + 0.3",
+        "and knows no classes": "known = max(float(s.values['fisher_ratio'].max()) for s in sweeps.values())",
+        "clean images show theirs at every block": "clean = {arm: float(f[-1].min()) for arm, f in fisher.items()}",
+        "uniformity does not see size": "size = size + 1e-3",
+        "noise alone has no signal": "draws = draws + torch.randn(400, 32)",
+        "with the loss, training ended at the floor": "last = {arm: lines[0] for arm, lines in metrics.items()}",
+    },
+    "10_linear_probes": {
+        "ridge by hand is the library's": "library = ridge(chosen.train, [1e4])(chosen.test.rows)[0]",
+        "a label given to the network leaks": "leaky = at_most_noise(False)",
+        "the null class hides it": "honest = at_most_noise(True)",
+        "shuffled labels are at chance": "control = {**control, 'shuffled labels': results['base']}",
+        "validation chose, not the test": "top = {arm: result.accuracy + 0.01 for arm, result in results.items()}",
+        "pixels alone know a good deal": "control = {**control, 'raw pixels': control['shuffled labels']}",
+    },
+    "11_umap": {
+        "UMAP of 8 X is UMAP of X, to the last digit": "panels = {**panels, 'UMAP of 8 X': panels['UMAP'] + 1e-3}",
+        "PCA of 8 X is 8 times PCA of X": "eightfold = projection.pca(9 * x) / 8",
+        "a class drawn together tenfold keeps its patch": "kept = kept / 10",
+        "densMAP sees that it shrank": "kept_dens = kept",
+        "the stored pictures are of these features": (
+            "least = projection.trustworthiness(features['base'], grid[plain][::-1])"
+        ),
+        "the arms share neighbours beyond chance": (
+            "shared = mutual_knn(features['base'], torch.randn(len(labels), 8))"
+        ),
+    },
 }
 
 
@@ -441,6 +471,25 @@ WRONG = {
             "(K_xx.sum() - K_xx.trace()) / (n * (n - 1)) + (K_yy.sum() - K_yy.trace()) / (m * (m - 1)) - K_xy.mean()",
             "(K_xx.sum() - n) / (n * (n - 1)) + (K_yy.sum() - m) / (m * (m - 1)) - 2 * K_xy.mean()",  # k(x, x) is not 1
         )
+    ],
+    "mean distance": [
+        "def mean_distance(x): return x.var(0).sum() / x.shape[1]",  # one trace
+        "def mean_distance(x): return 2 * x.square().mean(0).sum() / x.shape[1]",  # not centred
+        "def mean_distance(x): return 2 * x.var(0).sum()",  # not over D
+        "def mean_distance(x): return 2 * x.var(0, correction=0).sum() / x.shape[1]",  # over N
+    ],
+    "discordant": [
+        "def discordant(first, second): return float((first != second).double().mean())",
+        "def discordant(first, second):\n    from scipy.stats import binomtest\n"
+        "    return binomtest(int(first.sum()), int(first.sum() + second.sum())).pvalue",  # all that are right
+        "def discordant(first, second):\n    from scipy.stats import binomtest\n"
+        "    a, b = int((first & ~second).sum()), int((second & ~first).sum())\n"
+        "    return binomtest(a, a + b, alternative='greater').pvalue",  # one-sided
+    ],
+    "shared neighbours": [
+        "def shared_neighbours(a, b): return (a == b).double().mean()",  # minds the order
+        "def shared_neighbours(a, b): return (a[:, :, None] == b[:, None]).double().sum((1, 2)).mean()",  # not over k
+        "def shared_neighbours(a, b): return len(set(a.flatten().tolist()) & set(b.flatten().tolist())) / a.numel()",
     ],
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispersive_kit.analysis import mcnemar
 from dispersive_kit.diffusion.paths import LINEAR
 from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
@@ -72,6 +73,24 @@ def kernel_matrices() -> list[tuple[Any, ...]]:
 def unbiased_mmd(K_xx: Tensor, K_yy: Tensor, K_xy: Tensor) -> Tensor:
     within = [(K.sum() - K.trace()) / (len(K) * (len(K) - 1)) for K in (K_xx, K_yy)]
     return within[0] + within[1] - 2 * K_xy.mean()
+
+
+def sets_of_rows() -> list[tuple[Any, ...]]:
+    """Rows (N, D) off the origin, for what must be centred."""
+    return [(3 + random_points(N, D, seed=N),) for N, D in ((6, 2), (9, 4), (20, 7))]
+
+
+def two_answers() -> list[tuple[Any, ...]]:
+    """Which images two probes got right: bool (N,) each."""
+    return [(random_points(n, seed=n) > -1, random_points(n, seed=n + 1) > -0.5) for n in (12, 40, 90)]
+
+
+def neighbour_lists() -> list[tuple[Any, ...]]:
+    """Indices (N, k) of each row's neighbours in two feature spaces."""
+    return [
+        tuple(random_points(n, n, seed=s).topk(k, 1).indices for s in (n, n + 1))
+        for n, k in ((8, 3), (20, 5), (30, 10))
+    ]
 
 
 EXERCISES: dict[str, Exercise] = {
@@ -176,6 +195,21 @@ EXERCISES: dict[str, Exercise] = {
         unbiased_mmd,
         kernel_matrices,
         "k(x_i, x_i) compares an image with itself: leave the diagonals of K_xx and K_yy out, and divide by n (n - 1)",
+    ),
+    "mean distance": Exercise(
+        lambda x: 2 * x.var(0).sum() / x.shape[1],
+        sets_of_rows,
+        "E |x_i - x_j|^2 = 2 tr S over pairs i != j, with S the covariance over N - 1; then / D",
+    ),
+    "discordant": Exercise(
+        lambda first, second: mcnemar(first, second),
+        two_answers,
+        "only images that one probe got right and the other wrong count; under the null each is a fair coin",
+    ),
+    "shared neighbours": Exercise(
+        lambda a, b: (a[:, :, None] == b[:, None]).double().sum((1, 2)).mean() / a.shape[1],
+        neighbour_lists,
+        "for each row the size of the intersection of two sets of k, over k; their order does not matter",
     ),
 }
 

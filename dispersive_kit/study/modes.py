@@ -69,6 +69,19 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "panel_images": (120, 500, 2000),
         "resamples": (20, 100, 100),
     },
+    },
+    "09_dispersion": {
+        "images": (200, 1297, 1297),
+        "noise_images": (64, 200, 1297),  # of which three draws of noise are taken
+        "batches": (2, 8, 32),  # over which gradients are compared
+    },
+    "10_linear_probes": {
+        "train": (300, 997, 997),
+        "validation": (100, 300, 300),
+        "test": (200, 500, 500),
+        "draws": (1, 3, 3),
+    },
+    "11_umap": {},
 }
 
 

@@ -1,0 +1,177 @@
+"""What the features know: linear and neighbour probes, chosen on validation images and tested once.
+
+Features are (draws, N, D): each image under several draws of noise. A probe is fitted on all draws, standardised with
+the training statistics; its accuracy is the mean over draws and images, its interval that of N images, and an image
+counts as right for McNemar's test if most of its draws are.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dispersive_kit.errors import ConfigError, DataError
+
+LAMBDAS = tuple(10.0**k for k in range(-4, 5))  # of ridge, in units of the mean variance of a training feature
+C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
+K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978; as in DINO)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features (draws, N, D) and labels (N,) of one part of the data."""
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        return self.x.flatten(0, 1).double()  # (draws N, D)
+
+    @property
+    def row_labels(self) -> Tensor:
+        return self.y.repeat(len(self.x))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train, validation and test part of one kind of features."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
+
+
+def standardise(train: Split) -> Callable[[Tensor], Tensor]:
+    """Zero mean and unit variance by the training rows; a constant channel becomes zero."""
+    mean, std = train.rows.mean(0), train.rows.std(0)
+    return lambda x: (x.double() - mean) / torch.where(std > 1e-12, std, torch.inf)
+
+
+def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
+    """Least squares on one-hot labels for the whole path of lambda, from one eigendecomposition.
+
+    W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred.
+    """
+    scaled = standardise(train)
+    x, y = scaled(train.rows), F.one_hot(train.row_labels).double()
+    values, v = torch.linalg.eigh(x.T @ x)  # (D,), (D, D)
+    towards = v.T @ (x.T @ (y - y.mean(0)))  # (D, K)
+    shrunk = torch.stack([towards / (values.clamp(min=0) + one * len(x))[:, None] for one in lambdas])
+    return lambda rows: ((scaled(rows) @ v) @ shrunk + y.mean(0)).argmax(-1)
+
+
+def logistic(train: Split, grid: Sequence[float] = C_GRID) -> Predict:
+    """Multinomial logistic regression of scikit-learn, for each C."""
+    from sklearn.linear_model import LogisticRegression
+
+    scaled = standardise(train)
+    x, y = scaled(train.rows).numpy(), train.row_labels.numpy()
+    fitted = [LogisticRegression(C=one, max_iter=500).fit(x, y) for one in grid]
+    return lambda rows: torch.stack([torch.from_numpy(one.predict(scaled(rows).numpy())) for one in fitted])
+
+
+def knn(train: Split, k: int = K, temperature: float = TEMPERATURE) -> Predict:
+    """Vote of the k nearest training rows by cosine s of standardised features, each with weight exp(s / T)."""
+    scaled = standardise(train)
+    x, hot = F.normalize(scaled(train.rows), dim=1), F.one_hot(train.row_labels).double()
+
+    def predict(rows: Tensor) -> Tensor:
+        near = (F.normalize(scaled(rows), dim=1) @ x.T).topk(min(k, len(x)), dim=1)
+        return ((near.values / temperature).exp()[..., None] * hot[near.indices]).sum(1).argmax(-1)[None]
+
+    return predict
+
+
+PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": logistic, "knn": knn}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A probe with the setting that is best on validation; the first of equals, the strongest for ridge's path."""
+
+    predict: Predict
+    setting: int
+    validation: float
+
+    def right(self, split: Split) -> Tensor:
+        """Whether each draw of each image is classified rightly, bool (draws, N)."""
+        return (self.predict(split.rows)[self.setting] == split.row_labels).unflatten(0, split.x.shape[:2])
+
+
+def fit(kind: str, train: Split, validation: Split) -> Fitted:
+    """Fit a probe of `PROBES`, and choose its setting on the validation images.
+
+    Raises:
+        ConfigError: no probe has this name. DataError: features that are not (draws, N, D) with N labels.
+    """
+    if kind not in PROBES:
+        raise ConfigError(f"unknown probe {kind!r}; there are: {', '.join(PROBES)}")
+    for split in (train, validation):
+        if split.x.ndim != 3 or split.x.shape[1] != len(split.y):
+            raise DataError(f"features {tuple(split.x.shape)} of {len(split.y)} labels: give (draws, N, D) and (N,)")
+    predict = PROBES[kind](train)
+    accuracy = (predict(validation.rows) == validation.row_labels).double().mean(1)  # (settings,)
+    return Fitted(predict, int(accuracy.argmax()), float(accuracy.max()))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Test accuracy with its 95 % interval, looked at once, of the candidate that validation chose."""
+
+    chosen: Any
+    validation: float
+    accuracy: float
+    low: float
+    high: float
+    right: Tensor  # bool (N,): most draws of the image right
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result, dict[Any, float]]:
+    """Fit a probe on each candidate (block, level, ...), choose by validation accuracy, and test that one alone.
+
+    Also returns every candidate's validation accuracy, which is what maps are drawn from.
+    """
+    fitted = {key: fit(kind, parts.train, parts.validation) for key, parts in candidates.items()}
+    best = max(fitted, key=lambda key: fitted[key].validation)
+    right = fitted[best].right(candidates[best].test).double()
+    low, high = wilson(float(right.mean()), right.shape[1])
+    majority = right.mean(0) > 0.5
+    result = Result(best, fitted[best].validation, float(right.mean()), low, high, majority)
+    return result, {key: one.validation for key, one in fitted.items()}
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share among n images: not empty at 0 or 1."""
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """Exact two-sided p of McNemar's test for two arms' right (N,) bool on the same images; 1 where they agree."""
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    both = only_first + only_second
+    return float(binomtest(only_first, both).pvalue) if both else 1.0
+
+
+def shuffled(splits: Splits, seed: int = 0) -> Splits:
+    """The control of the probe itself: training and validation labels at random, so that the test is at chance."""
+    generator = torch.Generator().manual_seed(seed)
+    train, validation = (
+        Split(part.x, part.y[torch.randperm(len(part.y), generator=generator)])
+        for part in (splits.train, splits.validation)
+    )
+    return Splits(train, validation, splits.test)

@@ -1,0 +1,79 @@
+"""Two dimensions of many: PCA, UMAP, densMAP, AlignedUMAP, and how far each may be trusted.
+
+UMAP scales each point's neighbourhood to one size, so it is blind to dispersion (UMAP(X) = UMAP(8 X)): it shows who is
+near whom. Dispersion is shown by histograms, spectra and numbers. umap is imported when it is first used (8 to 50 s).
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dispersive_kit.analysis.dispersion import centred
+
+CAPTION = "Areas and distances carry no dispersion meaning; only who is near whom."
+Array = NDArray[np.float64]
+
+
+def pca(x: Tensor, k: int = 2) -> Array:
+    """First k principal components (N, k) of rows (N, D); each axis points to its longer tail, so signs are stable."""
+    rows = centred(x)
+    _, _, axes = torch.linalg.svd(rows, full_matrices=False)
+    found = rows @ axes[:k].T
+    return (found * torch.where((found**3).sum(0) < 0, -1.0, 1.0)).numpy()
+
+
+def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0, dens: bool = False) -> Array:
+    """UMAP (N, 2) of rows (N, D), or densMAP, which keeps some of the local density."""
+    import umap
+
+    reducer = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, densmap=dens, n_jobs=1)
+    with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
+        warnings.simplefilter("ignore")
+        return np.asarray(reducer.fit_transform(x.double().numpy()), dtype=np.float64)
+
+
+def aligned_umap(
+    stages: Sequence[Tensor], *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0
+) -> list[Array]:
+    """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
+    import umap
+
+    same = {i: i for i in range(len(stages[0]))}
+    reducer = umap.AlignedUMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reducer.fit([x.double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
+    return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
+
+
+def trustworthiness(x: Tensor, embedding: Array, neighbours: int = 15) -> float:
+    """1 if every neighbour in the picture is one in the features (Venna & Kaski, 2001), about .5 at random."""
+    from sklearn.manifold import trustworthiness as measure
+
+    return float(measure(x.double().numpy(), embedding, n_neighbors=neighbours))
+
+
+def class_radius(embedding: Array, labels: Tensor, label: int) -> float:
+    """RMS distance of a class to its centre, over that of all points to theirs."""
+    own, whole = (np.sqrt(part.var(0).sum()) for part in (embedding[labels.numpy() == label], embedding))
+    return float(own / whole)
+
+
+def token_maps(tokens: Mapping[str, Tensor]) -> dict[str, Array]:
+    """The first three components of tokens (B, N, D) as colours (B, G, G, 3) in [0, 1], with one basis for all.
+
+    One basis and one scale: a map of its own for each image would hide what they share. Only for features of one
+    network: the axes of two have nothing to do with each other.
+    """
+    flat = torch.cat([z.flatten(0, 1) for z in tokens.values()])
+    colours = pca(flat, 3)
+    low, high = np.percentile(colours, [1, 99], axis=0)
+    scaled = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    parts = np.split(scaled, np.cumsum([len(z) * z.shape[1] for z in tokens.values()])[:-1])
+    grids = [math.isqrt(z.shape[1]) for z in tokens.values()]
+    return {name: part.reshape(-1, grid, grid, 3) for name, part, grid in zip(tokens, parts, grids, strict=True)}

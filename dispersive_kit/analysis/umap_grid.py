@@ -1,0 +1,92 @@
+"""The UMAP pictures that come with the package: numba compiles for a minute before umap draws its first.
+
+`python -m dispersive_kit.analysis.umap_grid RUN` makes the file anew from the shipped digits runs, and from RUN, a
+digits run that kept its checkpoints (`train_preset("digits", checkpoint_every=100, keep_last=6)`).
+"""
+
+import importlib.resources
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dispersive_kit.analysis import projection
+from dispersive_kit.analysis.features import extract, pooled
+from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.errors import DataError
+from dispersive_kit.models.dit import DiT
+from dispersive_kit.training import load_run
+from dispersive_kit.training.checkpoint import checkpoints
+from dispersive_kit.training.shipped import shipped
+
+ARMS = {"base": "digits-base", "paper": "digits-paper"}
+NEIGHBOURS, MIN_DIST, SEEDS = (5, 15, 50), (0.0, 0.1, 0.5), (0, 1)
+IMAGES, LEVEL = 400, 2.0  # held-out digits, log-SNR
+SHRUNK = 0.1  # factor on one class about its mean
+STAGES = (100, 200, 400, 600)
+
+Grid = dict[str, NDArray[np.float16]]
+
+
+def name_of(arm: str, neighbours: int, min_dist: float, seed: int) -> str:
+    return f"{arm}/{neighbours}/{min_dist:g}/{seed}"
+
+
+def last_block(model: DiT, data: ImageSet) -> Tensor:
+    """Pooled features (N, D) after the last block at the level of the pictures."""
+    return extract(pooled(model), data.images[:IMAGES], (LEVEL,))[0][0, -1]
+
+
+def shrink(x: Tensor, labels: Tensor, label: int = 0, factor: float = SHRUNK) -> Tensor:
+    """The same features with one class drawn together about its mean."""
+    own, x = labels == label, x.clone()
+    x[own] = x[own].mean(0) + factor * (x[own] - x[own].mean(0))
+    return x
+
+
+def make(run: Path) -> Grid:
+    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`."""
+    data = load_images("digits", "test")
+    features = {arm: last_block(load_run(shipped(name))[0], data) for arm, name in ARMS.items()}
+    found = {
+        name_of(arm, k, near, seed): projection.umap(x, neighbours=k, min_dist=near, seed=seed)
+        for arm, x in features.items()
+        for k in NEIGHBOURS
+        for near in MIN_DIST
+        for seed in SEEDS
+    }
+    x, small = features["base"], shrink(features["base"], data.labels[:IMAGES])
+    found["umap, 8 X"], found["umap, shrunk"] = projection.umap(8 * x), projection.umap(small)
+    found["densmap"], found["densmap, shrunk"] = (projection.umap(z, dens=True) for z in (x, small))
+    kept = {int(path.name.removeprefix("step-")) for path in checkpoints(run / "checkpoints")}
+    if not set(STAGES) <= kept:
+        raise DataError(f"{run} kept the steps {sorted(kept)}, and {STAGES} are needed")
+    stages = [last_block(load_run(run, step=step)[0], data) for step in STAGES]
+    for step, points in zip(STAGES, projection.aligned_umap(stages), strict=True):
+        found[f"aligned/{step}"] = points
+    return {name: points.astype(np.float16) for name, points in found.items()}
+
+
+def grid_file() -> Path:
+    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / "umap-digits.npz"
+
+
+def load() -> dict[str, projection.Array]:
+    """The pictures (N, 2) of the package by name.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with np.load(grid_file()) as file:
+            return {name: file[name].astype(np.float64) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{grid_file()} cannot be read ({error}): make it with the command its module names") from error
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    np.savez_compressed(grid_file(), **make(Path(sys.argv[1])))  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Probes: the path equals scikit-learn's, choices never see the test, and controls are at chance."""
+
+import copy
+import math
+
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import KNeighborsClassifier
+
+from dispersive_kit.analysis import Split, Splits, choose_and_test, extract, mcnemar, pooled, probes, shuffled
+from dispersive_kit.analysis.controls import patch_pca, raw_pixels
+from dispersive_kit.data import load_images
+from dispersive_kit.errors import ConfigError, DataError
+
+
+def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) -> Splits:
+    """Classes on a simplex in 12 dimensions, with noise that differs by draw."""
+    g = torch.Generator().manual_seed(seed)
+
+    def part(n: int) -> Split:
+        y = torch.arange(n) % classes
+        x = 3 * torch.eye(12)[y] + noise * torch.randn(draws, n, 12, generator=g)
+        return Split(x * torch.arange(1, 13), y)
+
+    return Splits(part(200), part(100), part(300))
+
+
+def test_the_ridge_path_is_scikit_learns_at_every_lambda():
+    parts = splits(noise=2.0)
+    scaled = probes.standardise(parts.train)
+    x, y = scaled(parts.train.rows).numpy(), torch.nn.functional.one_hot(parts.train.row_labels).numpy()
+    lambdas = (1e-3, 1.0, 30.0)
+    ours = probes.ridge(parts.train, lambdas)(parts.test.rows)
+    for one, predicted in zip(lambdas, ours, strict=True):
+        theirs = Ridge(alpha=one * len(x)).fit(x, y).predict(scaled(parts.test.rows).numpy()).argmax(1)
+        assert (predicted.numpy() == theirs).all()
+
+
+def test_the_neighbour_vote_is_scikit_learns():
+    parts = splits(noise=2.0, draws=1)
+    scaled = probes.standardise(parts.train)
+    unit = [torch.nn.functional.normalize(scaled(p.rows), dim=1).numpy() for p in (parts.train, parts.test)]
+    theirs = KNeighborsClassifier(20, weights=lambda d: torch.from_numpy((1 - d**2 / 2) / 0.07).exp().numpy())
+    theirs.fit(unit[0], parts.train.y.numpy())
+    assert (probes.knn(parts.train)(parts.test.rows)[0].numpy() == theirs.predict(unit[1])).all()
+
+
+def test_training_statistics_alone_standardise_and_a_dead_channel_becomes_zero():
+    train = Split(torch.tensor([[[1.0, 5.0], [3.0, 5.0]]]), torch.tensor([0, 1]))
+    assert probes.standardise(train)(torch.tensor([[2.0, 9.0]])).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", probes.PROBES)
+def test_every_probe_finds_separable_classes(kind):
+    result, _ = choose_and_test(kind, {"all": splits(noise=0.3)})
+    assert result.accuracy > 0.99 and result.low > 0.98 and result.right.shape == (300,)
+
+
+@pytest.mark.parametrize("kind", probes.PROBES)
+def test_shuffled_labels_leave_every_probe_at_chance(kind):
+    result, _ = choose_and_test(kind, {"all": shuffled(splits(noise=0.3))})
+    assert result.accuracy < 0.45  # a quarter, and the few labels that fell into place
+
+
+def test_validation_chooses_and_the_test_set_has_no_say():
+    good, bad = splits(noise=0.3), splits(noise=20.0, seed=1)
+    spoilt = Splits(bad.train, bad.validation, good.test)
+    result, validation = choose_and_test(
+        "ridge", {"good": Splits(good.train, good.validation, bad.test), "bad": spoilt}
+    )
+    assert result.chosen == "good" and validation["good"] > validation["bad"]
+    assert result.accuracy < 0.5 < result.validation
+
+
+def test_wilsons_interval_is_scipys():
+    for right, n in ((0, 40), (31, 40), (40, 40)):
+        theirs = binomtest(right, n).proportion_ci(method="wilson")
+        assert probes.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+
+
+def test_mcnemar_counts_only_where_two_arms_differ():
+    first = torch.tensor([True] * 50 + [True] * 9 + [False] * 1 + [False] * 5)
+    second = torch.tensor([True] * 50 + [False] * 9 + [True] * 1 + [False] * 5)
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar(first, first) == 1.0
+
+
+def test_a_label_given_to_the_network_leaks_into_its_features_and_the_null_class_does_not(network):
+    train, test = load_images("digits").subset(torch.arange(600)), load_images("digits", "test")
+    network = copy.deepcopy(network)
+    network.y_embedder.embedding_table.weight.data.mul_(50)  # as training would
+
+    def accuracy(with_labels: bool) -> float:
+        parts = []
+        for data in (train, test):
+            encode = pooled(network, data.labels if with_labels else None)
+            x = extract(encode, data.images, (-8.0,))[0][:, -1]  # next to pure noise
+            parts.append(Split(x, data.labels))
+        return choose_and_test("ridge", {0: Splits(parts[0], parts[1], parts[1])})[0].accuracy
+
+    assert accuracy(with_labels=True) > 0.6
+    assert accuracy(with_labels=False) < 0.2
+
+
+def test_controls_without_a_network_are_encoders_too(digits):
+    pixels = extract(raw_pixels, digits.images, (math.inf, 0.0), draws=2)
+    assert pixels[0].shape == (1, 1, 200, 64) and pixels[1].shape == (2, 1, 200, 64)
+    patches = extract(patch_pca(digits.images, 2, 3), digits.images, (math.inf,))[0]
+    assert patches.shape == (1, 1, 200, 6)
+    assert patches[..., :3].mean(2).abs().max() < 1e-6  # centred on the patches it was fitted to
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    parts = splits()
+    with pytest.raises(ConfigError, match="ridge, logistic, knn"):
+        probes.fit("forest", parts.train, parts.validation)
+    with pytest.raises(DataError, match=r"\(draws, N, D\)"):
+        probes.fit("ridge", Split(parts.train.x[0], parts.train.y), parts.validation)

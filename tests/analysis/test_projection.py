@@ -1,0 +1,74 @@
+"""Projections: scale-blindness shown, trust measured, one basis for all maps."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from dispersive_kit.analysis import projection
+
+
+def clusters(shrunk: float = 1.0, n: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clusters in 10 dimensions, the first `shrunk` times as wide."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3 * n) % 3
+    width = torch.where(y == 0, shrunk, 1.0)[:, None]
+    return 8 * torch.eye(10)[y] + width * torch.randn(3 * n, 10, generator=g), y
+
+
+def test_pca_is_scikit_learns_up_to_signs():
+    x, _ = clusters()
+    theirs = PCA(2).fit_transform(x.double().numpy())
+    assert np.allclose(np.abs(projection.pca(x)), np.abs(theirs), atol=1e-8)
+    assert np.allclose(projection.pca(x), projection.pca(x.flip(0))[::-1])
+
+
+def test_maps_share_one_basis_and_one_scale():
+    z = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(0))
+    maps = projection.token_maps({"a": z, "b": z[:2]})
+    assert maps["a"].shape == (4, 4, 4, 3) and maps["a"].min() >= 0 and maps["a"].max() <= 1
+    assert np.array_equal(maps["a"][:2], maps["b"])
+
+
+def test_trust_is_one_for_the_features_themselves_and_a_half_for_noise():
+    x, _ = clusters()
+    noise = np.random.default_rng(0).normal(size=(len(x), 2))
+    assert projection.trustworthiness(x[:, :2], x[:, :2].numpy()) == pytest.approx(1)
+    assert projection.trustworthiness(x, noise) < 0.65
+
+
+def test_the_radius_of_a_class_is_relative_to_the_whole():
+    x, y = clusters()
+    radius = projection.class_radius(x.numpy(), y, 0)
+    assert projection.class_radius(8 * x.numpy() + 3, y, 0) == pytest.approx(radius, rel=1e-5)
+    assert 0 < radius < 1
+
+
+@pytest.mark.long  # numba compiles for 20 s; notebook 11 asserts the same in the normal run
+def test_umap_is_blind_to_scale_and_shares_its_neighbours():
+    x, y = clusters()
+    plain, larger = projection.umap(x), projection.umap(8 * x)
+    assert np.array_equal(plain, larger)
+    assert projection.trustworthiness(x, plain) > 0.85
+    shrunk = projection.umap(clusters(0.1)[0])
+    assert projection.class_radius(shrunk, y, 0) > 0.6 * projection.class_radius(plain, y, 0)
+
+
+@pytest.mark.long
+def test_densmap_sees_a_class_that_shrank_and_umap_does_not():
+    (x, y), (small, _) = clusters(n=100), clusters(0.1, n=100)
+    plain, dens = (
+        projection.class_radius(projection.umap(small, dens=d), y, 0)
+        / projection.class_radius(projection.umap(x, dens=d), y, 0)
+        for d in (False, True)
+    )
+    assert dens < 0.7 < plain
+
+
+@pytest.mark.long
+def test_aligned_umap_keeps_points_where_they_were():
+    x, _ = clusters()
+    stages = projection.aligned_umap([x, x + 0.1, x + 0.2], neighbours=10)
+    assert [stage.shape for stage in stages] == [(120, 2)] * 3
+    moved = np.linalg.norm(stages[1] - stages[0], axis=1).mean()
+    assert moved < 0.3 * stages[0].std()

@@ -1,0 +1,108 @@
+"""The block x log-SNR map: one pass, the same whatever the batch, the null class always."""
+
+import math
+
+import pytest
+import torch
+
+from dispersive_kit.analysis import LEVELS, Moments, dispersion, extract, noisy, pooled, random_network, sweep, time_of
+from dispersive_kit.analysis.features import null_labels, tokens
+from dispersive_kit.data import to_float
+from dispersive_kit.diffusion.paths import GVPPath
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.models import build_dit
+
+SMALL = (math.inf, 1.0, -3.0)
+
+
+@pytest.fixture(scope="module")
+def swept(network, digits):
+    return sweep(network, digits, SMALL, batch_size=100, keep=120)
+
+
+def test_the_time_of_a_level_has_this_log_snr():
+    for level in LEVELS[1:]:
+        assert time_of(level) == pytest.approx(1 / (1 + math.exp(level / 2)), abs=1e-9)
+        assert float(GVPPath().log_snr(torch.tensor(time_of(level, GVPPath())))) == pytest.approx(level, abs=1e-5)
+    assert time_of(math.inf) == 0
+
+
+def test_an_image_has_one_noise_at_all_levels_and_batch_sizes(digits):
+    whole = {i: x for _, i, x, _ in noisy(digits.images, SMALL, batch_size=200)}
+    parts = [(where, i, x) for where, i, x, _ in noisy(digits.images, SMALL, batch_size=64)]
+    assert all(torch.equal(x, whole[i][where]) for where, i, x in parts)
+    x0 = to_float(digits.images)
+    eps = [(whole[i] - (1 - time_of(SMALL[i])) * x0) / time_of(SMALL[i]) for i in (1, 2)]
+    assert torch.allclose(*eps, atol=1e-5)
+    other = next(x for _, i, x, _ in noisy(digits.images, SMALL, draw=1) if i == 1)
+    assert not torch.allclose(other, whole[1])
+
+
+def test_every_measure_and_its_null_stand_at_every_block_and_level(swept):
+    assert swept.values.keys() - swept.gaussian.keys() == {"feature_rms", "largest_channel"}  # the null has them alike
+    for name, value in (*swept.values.items(), *swept.gaussian.items()):
+        assert value.shape == (3, 3) and value.isfinite().all(), name
+    assert swept.rows.shape == (3, 3, 120, 24) and swept.spectra.shape == (3, 3, 24)
+
+
+def test_the_map_does_not_depend_on_the_batch_size(swept, network, digits):
+    other = sweep(network, digits, SMALL, batch_size=64, keep=120)
+    for name, value in swept.values.items():
+        assert torch.allclose(value, other.values[name], rtol=2e-3, atol=1e-5), name  # two_nn magnifies float32
+
+
+def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network, digits):
+    level = extract(pooled(network), digits.images, SMALL)[1]  # (1, blocks, N, D)
+    x, moments = level[0, 2], Moments(10)
+    moments.update(x, digits.labels)
+    expected = {
+        "pairwise": 2 * x.double().var(0).mean(),
+        "rankme": dispersion.rankme(dispersion.spectrum(x)),
+        "two_nn": dispersion.two_nn(x[:120]),
+        "fisher_ratio": moments.fisher_ratio(),
+    }
+    for name, value in expected.items():
+        assert float(swept.values[name][1, 2]) == pytest.approx(float(value), rel=1e-4), name
+    where, t = next((x, t) for _, i, x, t in noisy(digits.images, SMALL) if i == 1)
+    z = tokens(network, where, t)[2]
+    assert float(swept.values["feature_rms"][1, 2]) == pytest.approx(float(z.square().mean().sqrt()), rel=1e-5)
+    gap, _ = dispersion.saturation(z[:64])
+    assert float(swept.values["saturation_gap"][1, 2]) == pytest.approx(float(gap), rel=1e-4)
+
+
+def test_the_gaussian_null_has_the_covariance_and_knows_no_classes(swept, digits):
+    ratio = swept.gaussian["pairwise"] / swept.values["pairwise"]
+    assert torch.allclose(ratio, torch.ones(3, 3, dtype=torch.double), atol=0.15)
+    chance = (len(digits.classes) - 1) / (len(digits) - 1)
+    assert float(swept.gaussian["fisher_ratio"].mean()) == pytest.approx(chance, abs=0.04)
+    assert float(swept.values["fisher_ratio"][0, 0]) > 2 * chance  # clean pixels do
+
+
+def test_the_label_is_always_the_null_class(network):
+    assert null_labels(network, 3).tolist() == [10, 10, 10]
+    with pytest.raises(ConfigError, match="would hold the label"):
+        null_labels(build_dit("DiT-T/2", input_size=8, num_classes=10, class_dropout_prob=0.0), 3)
+    assert null_labels(build_dit("DiT-T/2", input_size=8, num_classes=0), 3) is None
+
+
+def test_the_clean_level_has_one_draw_and_the_others_differ_by_noise(network, digits):
+    clean, noised = extract(pooled(network), digits.images[:20], (math.inf, 0.0), draws=3)
+    assert clean.shape == (1, 3, 20, 24) and noised.shape == (3, 3, 20, 24)
+    assert not torch.allclose(noised[0], noised[2])
+
+
+def test_the_random_network_acts_in_every_block_and_leaves_the_model_alone(digits):
+    model = build_dit("DiT-T/2", input_size=8, in_channels=1, depth=2, num_classes=10)
+    before, state = model.blocks[0].mlp.fc1.weight.clone(), torch.get_rng_state()
+    network = random_network(model)
+    _, _, x, t = next(noisy(digits.images[:8], (0.0,)))
+    first, second = tokens(network, x, t)
+    assert (first - second).abs().mean() > 0.1 * first.abs().mean()
+    assert torch.equal(before, model.blocks[0].mlp.fc1.weight) and torch.equal(state, torch.get_rng_state())
+
+
+def test_too_few_images_for_the_local_batch_are_refused(network, digits):
+    with pytest.raises(ConfigError, match="at least 64"):
+        sweep(network, digits.subset(torch.arange(40)))
+    with pytest.raises(ConfigError, match="batches of 10"):
+        sweep(network, digits, batch_size=10)

@@ -267,7 +267,6 @@ BROKEN = {
         "the record has what it takes": "record = panels['copies'][0]",
         "the word FID is refused": "refusal = ''",
     },
-    },
     "09_dispersion": {
         "RankMe by hand is the library's": "library = 1.001 * library",
         "the Gaussian null has the same mean distance": "apart = apart + 0.3",

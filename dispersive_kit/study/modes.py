@@ -69,7 +69,6 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "panel_images": (120, 500, 2000),
         "resamples": (20, 100, 100),
     },
-    },
     "09_dispersion": {
         "images": (200, 1297, 1297),
         "noise_images": (64, 200, 1297),  # of which three draws of noise are taken

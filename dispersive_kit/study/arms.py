@@ -50,3 +50,12 @@ def read_previews(run: Path, columns: int = 8) -> dict[int, Tensor]:
         cells = grid[:, 1:, 1:].unfold(1, side, side).unfold(2, side, side)  # (C, rows, columns, side, side)
         grids[int(file.stem[5:])] = cells.flatten(1, 2).transpose(0, 1)[..., :-1, :-1]
     return grids
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The numbers that were measured of a run and lie in its folder, each with its protocol, by step."""
+    found = []
+    for file in run.glob("evaluation-*.json"):
+        content = json.loads(file.read_text())
+        found += [{**number, "protocol": content["protocol"]} for number in content["numbers"]]
+    return sorted(found, key=lambda record: record["protocol"]["step"])

@@ -1,5 +1,6 @@
 """The exercises of the notebooks: each answer is a function, and is held against the right one on several cases."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,16 @@ def neighbour_lists() -> list[tuple[Any, ...]]:
 
 
 EXERCISES: dict[str, Exercise] = {
+    "epochs": Exercise(
+        lambda steps, batch_size, images: steps * batch_size / images,
+        lambda: [(10_000, 64, 50_000), (600, 64, 1297), (3, 7, 5)],
+        "each step shows batch_size images, and a pass is as many as there are",
+    ),
+    "warm-up and cosine": Exercise(
+        lambda peak, k, warmup, steps: peak * min(1, (k + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * k / steps)),
+        lambda: [(1e-3, 0, 200, 10_000), (1e-3, 199, 200, 10_000), (0.5, 60, 20, 100), (2.0, 99, 10, 100)],
+        "two factors: one that reaches 1 at step warmup - 1, and half a cosine that is 1 at step 0 and 0 at the end",
+    ),
     "time on the line": Exercise(
         lambda log_snr: torch.sigmoid(-log_snr / 2),
         lambda: [(3 * random_points(5, seed=seed),) for seed in range(3)],

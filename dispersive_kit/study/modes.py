@@ -60,6 +60,16 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "images": (40, 100, 50_000),
         "num_steps": (3, 20, 125),
     },
+    "07_cifar10": {
+        "overfit_images": (8, 64, 64),
+        "overfit_steps": (60, 250, 500),
+        "max_share": (0.8, 0.1, 0.1),  # of the first loss
+        "source": ("train", "shipped", "train"),
+        "preset": ("smoke", "cifar10-cpu", "cifar10-cpu"),
+        "changes": ({"data": "photos", "model": "DiT-T/4", "steps": 6, "eval_every": 3, "checkpoint_every": 3}, {}, {}),
+        "images": (10, 20, 100),
+        "num_steps": (2, 10, 25),
+    },
     "08_evaluate": {
         "runs": (("digits-base", "digits-paper"),) * 2 + (("cifar10-cpu-base", "cifar10-cpu-paper"),),
         "extractor": ("classifier", "classifier", "effnet-lite0-pca64"),

@@ -103,7 +103,7 @@ def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(write_quick, t
 
 
 def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have(tmp_path):
-    assert {"demo", "quick", "digits"} <= set(shipped_pipelines())
+    assert {"demo", "quick", "digits", "imagenet"} <= set(shipped_pipelines())
     for name in shipped_pipelines():
         pipeline = load_pipeline(name)
         runs = plan(pipeline.stages, tmp_path, mode=pipeline.mode)

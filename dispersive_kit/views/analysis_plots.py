@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dispersive_kit.analysis.sweep import Sweep
 from dispersive_kit.analysis.umap_grid import ARMS, name_of
-from dispersive_kit.views.plots import OKABE_ITO, _look
+from dispersive_kit.views.plots import OKABE_ITO, line_look
 
 Array = NDArray[Any]
 BLUE, RED = OKABE_ITO[:2]
@@ -72,7 +72,7 @@ def measure_curves(arms: Mapping[str, Sweep], random: Sweep, measure: str, block
     x = np.arange(len(random.levels))
     everything = [random.values[measure]]
     for i, (name, one) in enumerate(arms.items()):
-        axis.plot(x, one.values[measure][:, block - 1], label=name, **_look(i))
+        axis.plot(x, one.values[measure][:, block - 1], label=name, **line_look(i))
         everything.append(one.values[measure])
         if measure in one.gaussian:
             axis.plot(x, one.gaussian[measure][:, block - 1], label=f"{name}, Gaussian", color=OKABE_ITO[i],
@@ -102,7 +102,11 @@ def spectra(arms: Mapping[str, Tensor], nulls: Mapping[str, Tensor], *, title: s
         for i, (name, values) in enumerate(arms.items()):
             rank = np.arange(1, len(values) + 1)
             for kind, line in ((name, values), (f"{name}, Gaussian", nulls[name])):
-                look = _look(i, every=12) if kind == name else {"color": OKABE_ITO[i], "linestyle": ":", "linewidth": 3}
+                look = (
+                    line_look(i, every=12)
+                    if kind == name
+                    else {"color": OKABE_ITO[i], "linestyle": ":", "linewidth": 3}
+                )
                 axis.plot(rank, line / line.sum() if scaled else line, label=kind, alpha=0.8, **look)
         share = "share of the variance" if scaled else "variance"
         axis.set(xscale="log", yscale="log", xlabel="component", ylabel=share)
@@ -148,8 +152,8 @@ def pull_panels(arms: Mapping[str, Any]) -> Figure:
         bins, blocks = pull.ratio.shape
         for k in range(bins):
             part = f"t in {k / bins:g} to {(k + 1) / bins:g}"
-            column[0].plot(range(1, blocks + 1), pull.ratio[k].clamp(min=1e-12), label=part, **_look(k))
-            column[1].plot(range(1, blocks + 1), pull.cosine[k], **_look(k))
+            column[0].plot(range(1, blocks + 1), pull.ratio[k].clamp(min=1e-12), label=part, **line_look(k))
+            column[1].plot(range(1, blocks + 1), pull.cosine[k], **line_look(k))
         column[1].axhline(0, color="black", linewidth=0.8)
         column[0].set(yscale="log", title=name)
         column[1].set(xlabel="block", xticks=range(1, blocks + 1), ylim=(-1, 1))
@@ -222,7 +226,7 @@ def intervals(results: Mapping[str, Any], *, chance: float) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(results) + 1.2))
     for i, one in enumerate(results.values()):
         error = [[one.accuracy - one.low], [one.high - one.accuracy]]
-        axis.errorbar(one.accuracy, i, xerr=error, capsize=4, **{**_look(i), "linestyle": "none", "markersize": 7})
+        axis.errorbar(one.accuracy, i, xerr=error, capsize=4, **{**line_look(i), "linestyle": "none", "markersize": 7})
     axis.axvline(chance, color="black", linestyle=":")
     axis.set(
         xlim=(0, 1), yticks=range(len(results)), yticklabels=list(results), xlabel="test accuracy (dotted: chance)"

@@ -1,4 +1,4 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | export | run | runs | lab | doctor.
+"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run ...
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dispersive_kit.cli_latents import encode, latents
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.options import Evaluation
 
@@ -80,7 +81,7 @@ def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> Non
     """Open the notebooks in JupyterLab: on this machine alone, with a token.
 
     Args:
-        port: The first port to try.
+        port: The port to listen on.
         browser: Open a browser; otherwise the address is printed.
         allow_root: Run even as root, as one may be in a container.
     """
@@ -102,7 +103,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 def train(
     out: Path,
     preset: str = "digits",
-    regularizer: str = "none",
+    regularizer: str | None = None,
     resume: bool = False,
     data: str | None = None,
     data_dir: str | None = None,
@@ -124,9 +125,9 @@ def train(
     Args:
         out: Folder of the run.
         preset: Where all settings start from; those given beside it replace its own.
-        regularizer: none, paper, official-pytorch or small.
+        regularizer: none, paper, official-pytorch or small; that of the preset if not given.
         resume: Go on with the run in this folder; a new one is started if there is none.
-        data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images.
+        data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images or of latents.
         data_dir: Folder in which mnist and cifar10 lie.
         model: DiT-{T,S,B,L,XL}/{1,2,4,8}, or MLP for a 2-D set.
         steps: Optimizer steps.
@@ -141,7 +142,7 @@ def train(
         fsdp: Shard the parameters over the processes of the launcher, not only the batch.
         set: Any other setting as NAME=VALUE, e.g. --set accumulation=2 --set regularizer.gather=true.
     """
-    from dispersive_kit.training import RegularizerConfig, progress, train_preset, with_settings
+    from dispersive_kit.training import progress, train_preset, with_settings
     from dispersive_kit.training import train as training_steps
 
     given = {
@@ -157,10 +158,11 @@ def train(
     }
     config = train_preset(
         preset,
-        regularizer=RegularizerConfig(preset=regularizer, at=at, kind=kind, weight=weight, tau=tau),
         **{name: value for name, value in given.items() if value is not None},
     )
-    config = with_settings(config, dict(_parameter(one) for one in set))
+    options = {"preset": regularizer, "at": at, "kind": kind, "weight": weight, "tau": tau}
+    chosen = {f"regularizer.{name}": value for name, value in options.items() if value is not None}
+    config = with_settings(config, chosen | dict(_parameter(one) for one in set))
     for _ in progress(training_steps(config, out, resume=resume)):
         pass
     print(f"done: {out}")
@@ -175,6 +177,7 @@ def sample(
     cfg_scale: float = 1.0,
     seed: int = 0,
     weights: Literal["ema", "model"] = "ema",
+    vae: str | None = None,
 ) -> None:
     """Draw images from a trained run: one PNG grid and one .npz (arr_0, uint8 NHWC).
 
@@ -187,11 +190,12 @@ def sample(
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the first image; image i has seed + i.
         weights: The average (ema), or the weights as last trained (model).
+        vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
     """
     import torch
     from torchvision.utils import save_image
 
-    from dispersive_kit.evaluation import balanced_labels, generate
+    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
     from dispersive_kit.evaluation.export import save_npz
     from dispersive_kit.training import load_run
 
@@ -199,8 +203,10 @@ def sample(
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    objective = card["config"].objective
-    images = generate(net, labels, objective=objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed)
+    images = generate(
+        net, labels, objective=card["config"].objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed,
+        decode=decoder_of(card, path=vae),
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
     save_npz(images, out / "samples.npz")
@@ -271,6 +277,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "encode": encode,
+    "latents": latents,
     "run": run,
     "export": export,
     "runs": runs,

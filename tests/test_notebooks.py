@@ -132,6 +132,15 @@ def test_the_contents_list_the_notebooks_that_exist(monkeypatch: pytest.MonkeyPa
 # ---- their checks: run in smoke mode, then every check again on a wrong quantity
 
 BROKEN = {
+    "01_noise": {
+        "one line equals the library": "by_hand = x_t_by_hand(x0, eps, t + 0.01)",
+        "moments equal the closed form": "worst = standard_errors(x**2, 1.3 * variance).abs().max()",
+        "the velocity is the derivative": "gaps = {**gaps, 'half': velocity_gap(PATHS['VP'], h=0.05)}",
+        "at one log-SNR all paths show one picture": "apart = float((1.001 * x0 - pictures['GVP']).abs().max())",
+        "at one t they do not": "half_way = half_way[:2]",
+        "uniform t is a logistic log-SNR": "uniform = width['GVP, t uniform']",
+        "logit-normal t is a Gaussian one": "logit_normal = width['GVP, t uniform']",
+    },
     "02_denoiser_2d": {
         "the exact velocity is the one Bayes' rule gives by brute force": "bayes_gap = bayes_gap + 0.05",
         "all arms but the placebo start from the same network": (
@@ -146,6 +155,18 @@ BROKEN = {
         ),
         "training brought the samples nearer to the data": "w2 = {**w2, 'trained': wasserstein_2(noise, real)}",
         "the loss made the tapped features larger": "rms = {**rms, 'paper preset': rms['base']}",
+    },
+    "03_samplers": {
+        "four lines equal the library": "by_hand = euler_by_hand(exact_velocity, noise, steps_down(9))",
+        "two lines equal the library's guidance": "one_by_one = guided_by_hand(noise, half, y, w=2.0)",
+        "the error falls with the right order": "gaps = [abs(orders['euler'] - 2)]",
+        "16 evaluations: rk4 beats heun beats euler": "at_16 = {**at_16, 'heun': at_16['euler']}",
+        "in the end all samples are as good as real ones": "best = quality['euler'][0]",
+        "fresh noise forgets a wrong start": "forgot = carried",
+        "guidance narrows the class": "pushed = once",
+        "and leaves the data": (
+            "outside = float((torch.cdist(once, DATA.means.double()).amin(1) > 3 * DATA.std).double().mean())"
+        ),
     },
     "04_dispersive_loss": {
         "three lines equal the library": "by_hand = loss_by_hand(z, tau=0.51)",
@@ -186,6 +207,65 @@ BROKEN = {
         "and finds nothing wrong with fresh images": "fresh = checked['copies'][0]",
         "the record has what it takes": "record = panels['copies'][0]",
         "the word FID is refused": "refusal = ''",
+    },
+    "05_dit_anatomy": {
+        "patches times a matrix are the library's tokens": "token_gap = (tokens(x.mT) - tokens(x)).abs().max()",
+        "so is the condition": "condition_gap = (condition(t + 0.01, y) - condition(t, y)).abs().max()",
+        "and the block": "block_gap = (block(z, c, 'blocks.1') - model.blocks[0](z, c)).abs().max()",
+        "30 lines have parity with the library's DiT": "parity = (dit(x, t, y.flip(0)) - library).abs().max()",
+        "the tap is the block's raw output": "tap_gap = (F.layer_norm(tapped, (96,)) - stream).abs().max()",
+        "of the published B/2 it is the third block": "taps = {**taps, 'DiT-B/2': taps['DiT-S/2']}",
+        "a newborn DiT returns zeros": "first_words = library",
+        "since its blocks pass their input on": "fed = newborn.x_embedder(x)",
+        "training opened the gates": "opened = 0.0",
+    },
+    "14_one_step_meanflow": {
+        "the identity holds for the exact u": "gap = (left - v).abs().max() / left.abs().max()",
+        "six lines equal the library": "by_hand = meanflow_loss(new_model(), 1.01 * x0, draws)",
+        "a hook inside the product is refused": "refusal = ''",
+        "both MeanFlow arms start from the same network": "same_start = torch.equal(noise, 2 * noise)",
+        "one step: MeanFlow beats flow matching": "share = flow[1] / flow[1]",
+        "its one step is near its eight": "mean = {**mean, 1: 3 * mean[8]}",
+        "in eight steps flow matching is there too": "flow = {**flow, 8: flow[1]}",
+    },
+    "15_your_own_model": {
+        "by hand equals the kit, on three models": "apart = abs(loss_by_hand(kept, tau=0.4) - loss_by_hand(kept))",
+        "the pull is as autograd says": "by_formula = by_formula * 31 / 32",
+        "the loss moves what is before the tap": "before = moved('unet', 'conv_in')",
+        "and nothing behind it": "behind = behind - moved('unet', 'up_blocks.1')",
+        "every misuse is refused": "refused = {**refused, 'a batch of one': refusal(lambda: use(mlp, '2', rows=2))}",
+        "a wrong path is told the right one": "refused = {'a wrong path': refusal(lambda: Dispersive(unet, 'middle'))}",
+        "the others name their tap": "named = named[1:]",
+        "a working use is not refused": "mlp = broken",
+        "a copy does not overwrite the capture": "unharmed = False",
+        "the state_dict is unchanged": "same_keys = list(unet.state_dict()) == keys",
+        "in eval the loss is zero": "in_eval = pairs['mlp'][1].item()",
+        "remove leaves no hook": "left_over = 1",
+    },
+    "12_imagenet_latents": {
+        "damaged files are left out, and listed": "left_out = left_out[1:]",
+        "stopped and taken up again, the store has the same bytes": "again = [*again, ('one', 'other')]",
+        "what is read is the encoder's own posterior, to half precision": (
+            "gap = float((store.read(rows[:4], np.full(4, True)).float() - own).abs().max() / own.abs().max())"
+        ),
+        "the decoder gives the images back": ("quality = psnr(255 - originals.numpy(), decoded.numpy())"),
+        "x0 has about the spread of the noise": "spread = float(means.std() / spec.autoencoder.scale)",
+        "one flipped bit is refused, and the shard named": (
+            "refusals = {**refusals, 'flip_one_bit': refusal(lambda folder: None)}"
+        ),
+        "a changed scale is refused": "refusals = {**refusals, 'change_the_scale': refusal(flip_one_bit)}",
+    },
+    "13_imagenet_train": {
+        "eighty epochs are counted": (
+            "costs = {**costs, 'S': dataclasses.replace(costs['S'], images=79 * IMAGENET_IMAGES)}"
+        ),
+        "most operations are those of the blocks' matrices": "share = by_hand / costs['B'].flops_per_image",
+        "training lowered the held-out loss": "held = {**held, 'base': held['base'][::-1]}",
+        "stopped and taken up again, every number is the same": "different = 1",
+        "x0 has about the spread of the noise": "spread = float(x0.std() / spec.autoencoder.scale)",
+        "no arm is nearer to the held-out images than half of what real ones are": (
+            "records = {**records, 'base': measure_frechet(held_out.images, real, held_out, extractor)}"
+        ),
     },
 }
 
@@ -245,6 +325,61 @@ def test_a_check_fails_when_its_quantity_is_perturbed(executed: Any, name: str, 
 # ---- their exercises
 
 WRONG = {
+    "time on the line": [
+        "def time_on_the_line(log_snr): return torch.sigmoid(log_snr / 2)",
+        "def time_on_the_line(log_snr): return torch.sigmoid(-log_snr)",
+        "def time_on_the_line(log_snr): return torch.exp(-log_snr / 2)",
+    ],
+    "change of path": [
+        "def line_to_gvp(x_t, t): return x_t * ((1 - t) ** 2 + t**2).sqrt()",
+        "def line_to_gvp(x_t, t): return x_t / ((1 - t) + t)",
+        "def line_to_gvp(x_t, t): return x_t / ((1 - t) ** 2 + t**2)",
+        "def line_to_gvp(x_t, t): return x_t * torch.cos(t * math.pi / 2) / (1 - t)",
+    ],
+    "heun step": [
+        "def heun_step(f, x, t, s): return x + (s - t) * f(x, t)",
+        "def heun_step(f, x, t, s): return x + (s - t) / 2 * (f(x, t) + f(x, s))",
+        "def heun_step(f, x, t, s): return x + (s - t) / 2 * (f(x, t) + f(x + (s - t) * f(x, t), t))",
+        "def heun_step(f, x, t, s): return x + (t - s) / 2 * (f(x, t) + f(x + (t - s) * f(x, t), s))",
+    ],
+    "guidance": [
+        "def guidance(weak, strong, g): return weak + g * (strong - weak)",
+        "def guidance(weak, strong, g): return strong + (1 + g) * (strong - weak)",
+        "def guidance(weak, strong, g): return (1 + g) * weak - g * strong",
+    ],
+    "adaptive norm": [
+        "def adaptive_norm(z, b, s):\n"
+        f"    n, b, s = torch.layer_norm(z, z.shape[-1:]), b[:, None], s[:, None]\n    return {y}"
+        for y in ("n * s + b", "n * (1 + b) + s", "(n + b) * (1 + s)", "z * (1 + s) + b")
+    ],
+    "tap index": [
+        "def tap_index(depth): return depth // 4",
+        "def tap_index(depth): return depth // 4 - 1",
+        "def tap_index(depth): return (depth - 1) // 4",
+    ],
+    "average of averages": [
+        "def over_the_whole(a, b, r, s, t): return (a + b) / 2",
+        "def over_the_whole(a, b, r, s, t): return (s - r) * a + (t - s) * b",
+        "def over_the_whole(a, b, r, s, t): return ((t - s) * a + (s - r) * b) / (t - r)",
+    ],
+    "jumps": [
+        "def jumps(u, x, n): return x - u(x, 0.0, 1.0)",
+        "def jumps(u, x, n):\n    for k in range(n):\n        x = x - u(x, k / n, (k + 1) / n) / n\n    return x",
+        "def jumps(u, x, n):\n    for k in range(n, 0, -1):\n        x = x - u(x, (k - 1) / n, k / n)\n    return x",
+        "def jumps(u, x, n):\n    for k in range(n, 0, -1):\n        x = x - u(x, k / n, k / n) / n\n    return x",
+    ],
+    "pull": [
+        "def pull(D, tau): return (torch.softmax(-D.flatten() / tau, 0).view_as(D) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.softmax(-D / tau, 1) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.exp(-D / tau) * D).sum()",
+        "def pull(D, tau): return 2 / tau * (torch.softmax(-D.flatten(), 0).view_as(D) * D).sum()",
+    ],
+    "select": [
+        "def mean_output(out): return out[0]",
+        "def mean_output(out): return out[0].mean(0)",
+        "def mean_output(out): return out[1][0]",
+        "def mean_output(out): return out[0].mean(2)",
+    ],
     "score": [
         "def score(x_t, x0_mean, t): return (x_t - (1 - t) * x0_mean) / t**2",
         "def score(x_t, x0_mean, t): return ((1 - t) * x0_mean - x_t) / t",
@@ -285,6 +420,27 @@ WRONG = {
             "(K_xx.sum() - K_xx.trace()) / (n * (n - 1)) + (K_yy.sum() - K_yy.trace()) / (m * (m - 1)) - K_xy.mean()",
             "(K_xx.sum() - n) / (n * (n - 1)) + (K_yy.sum() - m) / (m * (m - 1)) - 2 * K_xy.mean()",  # k(x, x) is not 1
         )
+    ],
+    "store bytes": [
+        "def store_bytes(images, C, h, w, flip): return images * (1 + flip) * C * h * w * 2",  # the mean only
+        "def store_bytes(images, C, h, w, flip): return images * (1 + flip) * 2 * C * h * w",  # values, not bytes
+        "def store_bytes(images, C, h, w, flip): return images * 2 * C * h * w * 2",  # no mirror images
+    ],
+    "sample a posterior": [
+        "def draw(mean, std, eps, scale, shift): return mean * scale + std * eps - shift",
+        "def draw(mean, std, eps, scale, shift): return (mean + std * eps) * scale - shift",
+        "def draw(mean, std, eps, scale, shift): return (mean + std**2 * eps - shift) * scale",
+        "def draw(mean, std, eps, scale, shift): return (mean + std * eps) / scale + shift",
+    ],
+    "gpu hours": [
+        "def gpu_hours(f, epochs, images, tflops): return f * epochs * images / (tflops * 1e12)",
+        "def gpu_hours(f, epochs, images, tflops): return f * images / (tflops * 1e12) / 3600",
+        "def gpu_hours(f, epochs, images, tflops): return f * epochs * images / (tflops * 1e9) / 3600",
+    ],
+    "dispersion batch": [
+        "def dispersion_batch(batch, processes, accumulation): return batch // processes",
+        "def dispersion_batch(batch, processes, accumulation): return batch",
+        "def dispersion_batch(batch, processes, accumulation): return batch // processes * accumulation",
     ],
 }
 
@@ -333,5 +489,5 @@ def test_a_wrong_answer_is_refused_with_a_hint(name: str, wrong: str, capsys: py
 
 
 def test_an_exercise_of_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there are: score"):
+    with pytest.raises(ConfigError, match="there are: .*score"):
         judge("scores", lambda: None)

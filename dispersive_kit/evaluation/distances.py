@@ -104,3 +104,9 @@ def frechet_interval(x: NDArray, y: NDArray, *, resamples: int = 100, seed: int 
     It covers the sampling of x only: not the training seed, which moves more.
     """
     return Interval.around(*frechet_halves(x, y, half_samples(len(x), resamples, seed=seed)))
+
+
+def psnr(x: NDArray, y: NDArray) -> Array:
+    """Peak signal-to-noise ratio (N,) in dB of uint8 images (N, C, H, W) against others: 10 log10(255^2 / MSE)."""
+    error = np.square(np.asarray(x, dtype=np.float64) - np.asarray(y, dtype=np.float64)).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-12))

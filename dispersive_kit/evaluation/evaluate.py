@@ -1,5 +1,6 @@
 """A whole evaluation: samples of a run or of a file, real images, extractor, panel."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import naming
 from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.evaluation.export import load_npz
 from dispersive_kit.evaluation.features import FeatureExtractor, make_extractor
-from dispersive_kit.evaluation.generate import balanced_labels, generate
+from dispersive_kit.evaluation.generate import balanced_labels, decoder_of, generate
 from dispersive_kit.evaluation.options import Evaluation
 from dispersive_kit.evaluation.panel import METRICS, Panel, measure_against_statistics, measure_memorisation
 from dispersive_kit.evaluation.processes import this_process
 from dispersive_kit.evaluation.record import Record, describe_extractor
-from dispersive_kit.training import load_run, shipped, shipped_names
+from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.training import TrainConfig, load_run, shipped, shipped_names
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
 METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
@@ -32,10 +34,7 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
             FID or IS asked of numbers that are not.
     """
     given = _Samples(source, how)
-    train, held_out = (
-        load_images(given.data, split, data_dir=how.data_dir or given.data_dir, size=given.image_size)
-        for split in ("train", "test")
-    )
+    train, held_out = given.real()
     extractor = make_extractor(
         how.extractor, train, held_out, weights=how.inception_weights, device=this_process().device
     )
@@ -97,7 +96,8 @@ class _Samples:
         images = load_npz(file)[: self.how.num]
         if len(images) < self.how.num:
             raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
-        self.data, self.data_dir, self.image_size = self.how.data, None, images.shape[-1]
+        config = TrainConfig(data=self.how.data, data_dir=self.how.data_dir, image_size=images.shape[-1])
+        self.real = lambda: load_reference(config)
         self.images = lambda: images
         digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         self.protocol: dict[str, Any] = {"samples": {"file": file.name, "sha256": digest}}
@@ -106,8 +106,10 @@ class _Samples:
         how = self.how
         model, card = load_run(folder, weights=how.weights, step=how.step)
         model = model.to(this_process().device)
-        config = card["config"]
-        self.data, self.data_dir, self.image_size = how.data or config.data, config.data_dir, config.image_size
+        decode, config = decoder_of(card, device=this_process().device, path=how.vae), card["config"]
+        there = {"data": how.data, "data_dir": how.data_dir}  # a folder may lie elsewhere on this machine
+        config = dataclasses.replace(config, **{name: value for name, value in there.items() if value})
+        self.real = lambda: load_reference(config, decode)
         settings: dict[str, Any] = {
             "num_steps": how.num_steps,
             "cfg_scale": how.cfg_scale,
@@ -116,7 +118,7 @@ class _Samples:
             "first_seed": how.seed,
         }
         labels = balanced_labels(how.num, model.num_classes)
-        self.images = lambda: generate(model, labels, objective=config.objective, **settings)
+        self.images = lambda: generate(model, labels, objective=config.objective, decode=decode, **settings)
         self.protocol = {
             "run": card["run"],
             "step": card["step"],
@@ -125,6 +127,7 @@ class _Samples:
             "training_seed": config.seed,
             "sampler": SAMPLER_NAMES[config.objective],
             "labels": "classes in turn",
+            "autoencoder": card["data"].get("autoencoder"),
             **settings,
         }
 

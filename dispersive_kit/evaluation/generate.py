@@ -1,11 +1,13 @@
 """Images from a trained run, one seed an image: the same image whatever the batch it is drawn in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dispersive_kit.data import to_uint8
+from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation.processes import shared_out
@@ -29,12 +31,15 @@ def generate(
     guidance_high: float = 1.0,
     first_seed: int = 0,
     batch_size: int = 256,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
 
     objective: of the training (flow, ddpm, meanflow), which decides on the sampler; flow is Heun's method.
     Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise). Under a launcher the
     processes take batches in turn, and each gets all images.
+
+    decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
     Raises:
         ConfigError: a label outside the classes; guidance asked of a model without a null class.
@@ -51,6 +56,19 @@ def generate(
         seeds = range(first_seed + rows.start, first_seed + rows.stop)
         guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
         x = sample_batch(model, y, seeds, objective=objective, num_steps=num_steps, guidance=guidance)
-        return to_uint8(x).cpu()
+        return to_uint8(decode(x) if decode else x).cpu()
 
     return torch.cat(shared_out(draw, len(labels), batch_size))
+
+
+def decoder_of(
+    card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
+
+    Raises:
+        DataError: the autoencoder is not here, or its weights, scale or shift are others.
+    """
+    if "autoencoder" not in card["data"]:
+        return None
+    return load_named(AutoencoderCard(**card["data"]["autoencoder"]), device=device, path=path).images

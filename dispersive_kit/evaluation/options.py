@@ -45,3 +45,5 @@ class Evaluation:
     """Data set the samples of an .npz are compared with; a run knows its own."""
     data_dir: str | None = None
     """Folder in which mnist and cifar10 lie."""
+    vae: str | None = None
+    """Where the autoencoder of a run on latents lies now, if it was moved."""

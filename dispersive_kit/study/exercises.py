@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dispersive_kit.diffusion.paths import LINEAR
+from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
 
 
@@ -57,7 +59,74 @@ def unbiased_mmd(K_xx: Tensor, K_yy: Tensor, K_xy: Tensor) -> Tensor:
     return within[0] + within[1] - 2 * K_xy.mean()
 
 
+def heun_step(f: Callable[[Tensor, float], Tensor], x: Tensor, t: float, s: float) -> Tensor:
+    slope = f(x, t)
+    return x + (s - t) / 2 * (slope + f(x + (s - t) * slope, s))
+
+
+def steps_of_a_field() -> list[tuple[Any, ...]]:
+    return [
+        (lambda x, t: torch.sin(x) + t * x, random_points(5, 2, seed=k), 1 - 0.2 * k, 0.5 - 0.1 * k) for k in (0, 1)
+    ]
+
+
+def times_of_points() -> list[tuple[Any, ...]]:
+    return [(x, t) for x, _, t in points_in_time()]
+
+
 EXERCISES: dict[str, Exercise] = {
+    "time on the line": Exercise(
+        lambda log_snr: torch.sigmoid(-log_snr / 2),
+        lambda: [(3 * random_points(5, seed=seed),) for seed in range(3)],
+        "log-SNR = 2 log((1 - t) / t): divide by two, take exp, and solve for t",
+    ),
+    "change of path": Exercise(
+        lambda x_t, t: x_t / ((1 - t) ** 2 + t**2).sqrt(),
+        times_of_points,
+        "the same log-SNR means the same sigma / alpha: alpha = c (1 - t), sigma = c t, and only c is to be found",
+    ),
+    "heun step": Exercise(
+        heun_step,
+        steps_of_a_field,
+        "the second slope is taken at the time s and at the place x + (s - t) f(x, t); the step is the mean of both",
+    ),
+    "guidance": Exercise(
+        lambda weak, strong, g: weak + (1 + g) * (strong - weak),
+        lambda: [
+            (random_points(4, 2, seed=k), random_points(4, 2, seed=9 + k), g) for k, g in enumerate((0.0, 0.5, 3.0))
+        ],
+        "at g = 0 the result is the conditional one, and it moves away from the unconditional one as g grows",
+    ),
+    "adaptive norm": Exercise(
+        lambda z, shift, scale: modulate(torch.nn.functional.layer_norm(z, z.shape[-1:], eps=1e-6), shift, scale),
+        lambda: [(random_points(2, 3, 8, seed=k), *random_points(2, 2, 8, seed=9 + k)) for k in range(2)],
+        "mean 0 and variance 1 over the last axis (divided by D), times (1 + scale), plus shift, for all tokens alike",
+    ),
+    "tap index": Exercise(
+        lambda depth: max(1, depth // 4) - 1,
+        lambda: [(depth,) for depth in (4, 12, 28, 6, 2)],
+        "depth 12: the third block, which has index 2; depth 2: the first, index 0",
+    ),
+    "average of averages": Exercise(
+        lambda u_rs, u_st, r, s, t: ((s - r) * u_rs + (t - s) * u_st) / (t - r),
+        lambda: [(*random_points(2, 5, 2, seed=k), 0.1 * k, 0.3 + 0.1 * k, 0.9) for k in range(3)],
+        "the integral over the whole is the sum of both integrals; an average is an integral over its length",
+    ),
+    "jumps": Exercise(
+        lambda u, x, n: meanflow(lambda x, t, r: u(x, r[0].item(), t[0].item()), x, time_grid(n)),
+        lambda: [(lambda x, r, t: torch.sin(x) + r * x - t, random_points(4, 2, seed=n), n) for n in (1, 2, 5)],
+        "one jump goes from t to r = t - 1 / n, and is x - (t - r) u(x, r, t), beginning at t = 1",
+    ),
+    "pull": Exercise(
+        lambda D, tau: 2 / tau * (torch.softmax(-D.flatten() / tau, 0).view_as(D) * D).sum(),
+        lambda: [(torch.cdist(z, z).square() / z.shape[1], tau) for z, tau in features()],
+        "p is one softmax over all pairs at once, of sum 1; the factor 2 / tau stands outside",
+    ),
+    "select": Exercise(
+        lambda out: out[0].mean(1),
+        lambda: [((h, h[None, :, -1]),) for h in (random_points(3, 4, 5, seed=k) for k in range(2))],
+        "out[0] is (B, T, D), and its second axis is time; every image keeps a row of its own",
+    ),
     "score": Exercise(
         lambda x, x0, t: LINEAR.convert(x0, x, t.squeeze(1), "x0", "score"),
         points_in_time,
@@ -87,6 +156,26 @@ EXERCISES: dict[str, Exercise] = {
         unbiased_mmd,
         kernel_matrices,
         "k(x_i, x_i) compares an image with itself: leave the diagonals of K_xx and K_yy out, and divide by n (n - 1)",
+    ),
+    "store bytes": Exercise(
+        lambda images, C, h, w, flip: 2 * (1 + flip) * images * C * h * w * 2,
+        lambda: [(1_281_167, 4, 32, 32, True), (1_281_167, 4, 32, 32, False), (50_000, 16, 16, 16, True)],
+        "mean and std, two bytes a value, and all of it twice where mirror images are stored",
+    ),
+    "sample a posterior": Exercise(
+        lambda mean, std, eps, scale, shift: (mean + std * eps - shift) * scale,
+        lambda: [(*(random_points(2, 3, seed=10 * k + j) for j in range(3)), 0.2 + k, 0.5 * k) for k in range(3)],
+        "first draw z = mean + std eps, as the encoder means it; then bring z to the scale of the model",
+    ),
+    "gpu hours": Exercise(
+        lambda flops, epochs, images, tflops: flops * epochs * images / (tflops * 1e12) / 3600,
+        lambda: [(711_690_190_848, 80, 1_281_167, 150), (36_321_263_616, 80, 1_281_167, 150), (1e12, 1, 3600, 1)],
+        "operations of all images of all epochs, over operations in an hour; tera is 1e12",
+    ),
+    "dispersion batch": Exercise(
+        lambda global_batch, processes, accumulation: global_batch // (processes * accumulation),
+        lambda: [(256, 8, 1), (256, 16, 1), (256, 4, 2), (512, 1, 4)],
+        "what one process feeds the model at once is all that the loss sees",
     ),
 }
 

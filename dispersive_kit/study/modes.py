@@ -5,9 +5,21 @@ from typing import Any
 
 MODES = ("smoke", "class", "full")
 
+# Of a store of latents: photographs that come with packages in smoke and class mode, the user's own in full mode
+ENCODING: dict[str, tuple[Any, Any, Any]] = {
+    "image_size": (32, 32, 256),
+    "per_class": (8, 60, 60),
+    "vae_steps": (25, 250, 250),
+    "shard_size": (16, 100, 4096),
+    "device": ("cpu", "cpu", "cuda"),
+}
+
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
+    "01_noise": {
+        "points": (4000, 20000, 20000),
+    },
     "02_denoiser_2d": {
         "train_steps": (200, 1200, 20000),
         "batch_size": (128, 256, 1024),
@@ -15,9 +27,15 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "max_error": (0.35, 0.12, 0.08),  # share of |v|^2 that the learned field may miss
         "max_w2": (0.8, 0.5, 0.5),  # distance of the samples to the data, in those of the untrained net
     },
+    "03_samplers": {
+        "points": (200, 500, 2000),
+        "steps": ([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+        "order_gap": (0.3, 0.15, 0.1),
+    },
     "04_dispersive_loss": {
         "descent_steps": (60, 300, 2000),
     },
+    "05_dit_anatomy": {},
     "06_does_it_help": {
         "preset": ("smoke", "digits", "digits"),
         "images": (64, 500, 500),
@@ -31,6 +49,25 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "grid_images": (40, 200, 2000),  # a cell of the grid
         "panel_images": (120, 500, 2000),
         "resamples": (20, 100, 100),
+    },
+    "14_one_step_meanflow": {
+        "train_steps": (150, 1000, 20000),
+        "points": (300, 800, 2000),
+        "max_share": (0.8, 0.4, 0.3),  # W2 of one MeanFlow step, in those of one Euler step of flow matching
+        "max_ratio": (2.5, 1.5, 1.3),  # W2 of one MeanFlow step, in those of eight
+    },
+    "15_your_own_model": {},
+    "12_imagenet_latents": {
+        **ENCODING,
+        "min_psnr": (8, 15, 15),  # dB; the published sd-vae is far above it
+        "shown": (8, 8, 16),
+    },
+    "13_imagenet_train": {
+        **ENCODING,
+        "preset": ("smoke", "photographs", "imagenet-{size}2-{arm}"),
+        "stop_after": (3, 6, 0),
+        "images": (40, 100, 50_000),
+        "num_steps": (3, 20, 125),
     },
 }
 

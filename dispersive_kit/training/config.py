@@ -43,10 +43,12 @@ class RegularizerConfig:
 class TrainConfig:
     """One training run. `batch_size` is global: processes and accumulation divide it."""
 
-    data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or the path of a folder of images
+    data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
     image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
     flip: bool = False  # random horizontal flips
+    classes: tuple[str, ...] = ()  # of a store of latents; empty: all
+    balanced: bool = False  # every class of a store equally often
     model: str = "DiT-T/2"  # or MLP, for 2-D sets
     objective: Literal["flow", "ddpm", "meanflow"] = "flow"
     steps: int = 600
@@ -104,7 +106,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
         fields = json.loads(text)
-        fields["ema_widths"] = tuple(fields.get("ema_widths", ()))
+        fields |= {name: tuple(fields.get(name, ())) for name in ("ema_widths", "classes")}
         return cls(**{**fields, "regularizer": RegularizerConfig(**fields["regularizer"])})
 
 
@@ -159,6 +161,35 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=5000,
         keep_last=3,
     ),
+}
+
+
+# A store of latents of photographs, as notebook 13 makes one: 4x8x8, 600 rows.
+PHOTOGRAPHS = TrainConfig(flip=True, steps=400, batch_size=32, learning_rate=2e-3, ema_decay=0.98, checkpoint_every=100)
+TRAIN_PRESETS |= {"photographs": PHOTOGRAPHS}
+
+# The recipe of the official SiT (AdamW 1e-4 constant, no decay, global batch 256, EMA 0.9999, 256 tokens), 80 epochs.
+# Its gradient is not clipped: no norm comes near this one.
+IMAGENET = TrainConfig(
+    data="data/imagenet-latents",
+    flip=True,
+    steps=80 * 1_281_167 // 256,
+    batch_size=256,
+    learning_rate=1e-4,
+    schedule="constant",
+    warmup_steps=0,
+    grad_clip=1e6,
+    ema_decay=0.9999,
+    log_every=100,
+    eval_every=5_000,
+    checkpoint_every=10_000,
+)
+# The loss as its PyTorch code has it, which the local batch of 32 on 8 processes belongs to.
+IMAGENET_ARMS = {"base": RegularizerConfig(), "disp": RegularizerConfig(preset="official-pytorch")}
+TRAIN_PRESETS |= {
+    f"imagenet-{size.lower()}2-{arm}": dataclasses.replace(IMAGENET, model=f"DiT-{size}/2", regularizer=regularizer)
+    for size in ("S", "B", "L", "XL")
+    for arm, regularizer in IMAGENET_ARMS.items()
 }
 
 

@@ -41,10 +41,10 @@ def sample_batch(
 
 
 def preview(model: Any, n: int, *, objective: str, device: torch.device) -> Tensor:
-    """n samples, classes in turn, always from the same noise; images as uint8 (n, C, H, W), points as they are."""
+    """n samples, classes in turn, always from the same noise; images as uint8, other samples as they are."""
     labels = torch.arange(n, device=device) % max(model.num_classes, 1)
     x = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
-    return to_uint8(x) if x.ndim == 4 else x
+    return to_uint8(x) if x.ndim == 4 and x.shape[1] in (1, 3) else x
 
 
 def save_preview(samples: Tensor, file: Path) -> None:

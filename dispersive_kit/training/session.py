@@ -144,6 +144,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     averages = {"ema": EMA(model, config.ema_decay), **{str(w): PowerEMA(model, w) for w in config.ema_widths}}
     regularizer = attach_regularizer(model, config.regularizer)
     if accelerator.is_main_process:
+        source.verify()
         claim_run_folder(run_dir, config, resume=resume)
     accelerator.wait_for_everyone()
     latest = load_latest(run_dir / "checkpoints") if resume else None

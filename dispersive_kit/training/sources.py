@@ -1,20 +1,26 @@
-"""What a run trains on: a set of images or of 2-D points on the device, its held-out part, and its card."""
+"""What a run trains on: images or 2-D points on the device, or a store of latents; its held-out part, its card."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy
+from dispersive_kit.data.latents import is_store
+from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.draws import HELD_OUT, DeviceSet
+from dispersive_kit.training.latent_set import LatentSet, describe_latents, open_store, verify_store
 
 TOY_POINTS = 50_000
 
 
 @dataclass(frozen=True)
 class Source:
-    """`train` and `held_out` answer `batch(...)` as `DeviceSet` does; `card` goes into run.json.
+    """`train` and `held_out` answer `batch(...)` as `DeviceSet` does; `card` goes into run.json. `verify` reads all
+    of a store of latents, and raises DataError if anything in it is not as it was written.
 
     The card's `shape` (of one sample) and `classes` are enough to build the model again.
     """
@@ -22,20 +28,28 @@ class Source:
     train: Any
     held_out: Any
     card: dict[str, Any]
+    verify: Callable[[], None] = lambda: None
 
 
 def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Source:
     """The data named by `config.data`, on the device.
 
     Raises:
-        DataError: it is not there, is damaged, or has no such name.
+        DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`; classes or balance
+            asked of anything but a store.
     """
+    if is_store(config.data):
+        train, held_out = open_store(config)
+        sets = LatentSet(train, device), LatentSet(held_out, device)
+        return Source(*sets, describe_latents(train), partial(verify_store, train))
+    if config.classes or config.balanced:
+        raise ConfigError(f"classes and balanced are for a store of latents, and {config.data!r} is none")
     if config.data in TOY_SETS:
         return _points(config.data, device)
-    train, held_out = (
+    images, others = (
         load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
-    return Source(DeviceSet.of(train, device), DeviceSet.of(held_out, device), describe_images(train))
+    return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), describe_images(images))
 
 
 def describe_images(data: ImageSet) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def test_the_table_holds_measured_runs_of_notebooks_that_exist():
 
 
 def test_stages_add_up_and_workers_share_the_time_of_a_sweep_but_not_its_memory(seconds):
-    one, smoke = estimate([tasks("06", "class")]), seconds("06", "smoke")
-    assert f"about {seconds('06', 'class'):.0f} s and" in one and measured()["machine"] in one
+    one, smoke = estimate([tasks("06", "smoke")]), seconds("06", "smoke")
+    assert f"about {smoke:.0f} s and" in one and measured()["machine"] in one
     assert f"about {2 * smoke + seconds('00', 'smoke'):.0f} s" in estimate(
         [tasks("00", "smoke"), tasks("06", "smoke", 4)], workers=2
     )

@@ -31,18 +31,19 @@ def lab(tmp_path):
     process = subprocess.Popen(
         command,
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     try:
         said = ""
-        for line in process.stderr:
+        for line in process.stdout:
             said += line
-            if found := re.search(rf"http://127\.0\.0\.1:{port}/lab\?token=\w+", line):
+            if "is running at" in line:
                 break
-        else:
-            pytest.fail(said)
-        yield found[0], process.pid
+        address = re.search(rf"^open (http://127\.0\.0\.1:{port}/lab\?token=\w+)$", said, re.MULTILINE)
+        assert address and "is running at" in said, said
+        yield address[1], process.pid
     finally:
         process.kill()  # no kernel was started
         process.communicate()

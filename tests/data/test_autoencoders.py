@@ -1,0 +1,153 @@
+"""Autoencoders of diffusers, built from a configuration: what is read of them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from encode_jobs import in_processes, make
+
+from dispersive_kit.data.autoencoders import load_autoencoder, load_named
+from dispersive_kit.data.latents import LatentStore
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError
+
+diffusers = pytest.importorskip("diffusers")
+
+# config.json of stabilityai/sd-vae-ft-ema; the scaling factor is the class's default, as in the published file
+SD_VAE = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SMALL = {**SD_VAE, "block_out_channels": [8, 8], "down_block_types": ["DownEncoderBlock2D"] * 2,
+         "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1, "norm_num_groups": 4}  # fmt: skip
+
+
+def saved(folder, config=SMALL, **changes):
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL.from_config({**config, **changes}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("vae") / "small")
+
+
+def test_the_published_configuration_has_its_names_shapes_and_scale():
+    with torch.device("meta"):
+        network = diffusers.AutoencoderKL.from_config(SD_VAE)
+        latents = network.encode(torch.zeros(2, 3, 256, 256)).latent_dist.mean
+    state = network.state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == 83_653_863 and len(state) == 248
+    for name, shape in {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down_blocks.2.resnets.0.conv_shortcut.weight": (512, 256, 1, 1),
+        "encoder.mid_block.attentions.0.to_q.weight": (512, 512),
+        "encoder.conv_out.weight": (8, 512, 3, 3),
+        "quant_conv.weight": (8, 8, 1, 1),
+        "post_quant_conv.weight": (4, 4, 1, 1),
+        "decoder.up_blocks.3.resnets.2.conv2.weight": (128, 128, 3, 3),
+    }.items():
+        assert state[name].shape == shape
+    assert latents.shape == (2, 4, 32, 32) and network.config.scaling_factor == 0.18215
+
+
+@pytest.mark.long
+def test_one_of_the_published_size_is_read_from_its_folder(tmp_path):
+    loaded = load_autoencoder(str(saved(tmp_path / "sd-vae", SD_VAE)))
+    assert loaded.card.kind == "AutoencoderKL" and (loaded.card.scale, loaded.card.shift) == (0.18215, 0.0)
+    posterior = loaded.posterior(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert posterior.shape == (1, 2, 4, 4, 4) and (posterior[:, 1] > 0).all()
+    assert loaded.images(posterior[:, 0] * 0.18215).shape == (1, 3, 32, 32)
+
+
+def test_the_posterior_and_the_images_are_those_of_diffusers(small):
+    network, loaded = diffusers.AutoencoderKL.from_pretrained(small).eval(), load_autoencoder(str(small))
+    network.requires_grad_(False)  # with it, convolutions on a CPU take another way and round otherwise
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        posterior = network.encode(x).latent_dist
+        decoded = network.decode(posterior.mean).sample
+    assert torch.equal(loaded.posterior(x), torch.stack([posterior.mean, posterior.std], 1))
+    x0 = loaded.card.to_model(posterior.mean)
+    assert torch.equal(x0, posterior.mean * 0.18215)
+    torch.testing.assert_close(loaded.images(x0), decoded)
+
+
+@pytest.mark.long
+def test_two_processes_with_one_of_diffusers_store_the_same_bytes_as_one(small, photos, tmp_path):
+    make(photos, tmp_path / "alone", str(small))
+    in_processes(2, photos, tmp_path / "store", str(small))
+    for shard in LatentStore(tmp_path / "alone").spec.shards:
+        assert (tmp_path / "store" / shard.file).read_bytes() == (tmp_path / "alone" / shard.file).read_bytes()
+
+
+def test_scale_and_shift_come_from_the_configuration(tmp_path):
+    card = load_autoencoder(str(saved(tmp_path, scaling_factor=0.3611, shift_factor=0.1159))).card
+    assert (card.scale, card.shift) == (0.3611, 0.1159)
+    z = torch.randn(2, 4, 2, 2)
+    torch.testing.assert_close(card.to_model(z), (z - 0.1159) * 0.3611)
+    torch.testing.assert_close(card.from_model(card.to_model(z)), z)
+
+
+def test_the_tiny_autoencoder_is_a_point_without_spread(tmp_path):
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), scaling_factor=1.5,
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path)
+    loaded = load_autoencoder(str(tmp_path))
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = tiny.eval().encode(x).latents
+    assert loaded.card.kind == "AutoencoderTiny" and loaded.card.scale == 1.5
+    assert torch.equal(loaded.posterior(x)[:, 0], latents) and not loaded.posterior(x)[:, 1].any()
+    assert loaded.images(latents * 1.5).shape == x.shape
+
+
+def test_the_hash_is_of_the_weights_and_not_of_the_file(small, tmp_path):
+    card = load_autoencoder(str(small)).card
+    diffusers.AutoencoderKL.from_pretrained(small).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert load_named(card, path=str(tmp_path)).card == card
+    other = diffusers.AutoencoderKL.from_pretrained(small)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="weights_sha256"):
+        load_named(card, path=str(tmp_path / "other"))
+
+
+def test_a_changed_scale_in_the_autoencoders_folder_is_refused(small, tmp_path):
+    card = load_autoencoder(str(small)).card
+    diffusers.AutoencoderKL.from_pretrained(small).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.18125}))
+    with pytest.raises(DataError, match=r"scale is 0\.18125, not 0\.18215"):
+        load_named(card, path=str(tmp_path))
+
+
+def test_weights_that_do_not_fill_the_configuration_are_refused(small, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    diffusers.AutoencoderKL.from_pretrained(small).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["quant_conv.bias"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 missing keys"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_what_is_no_autoencoder_is_refused_with_what_is_known(tmp_path):
+    with pytest.raises(DataError, match="folder of a diffusers autoencoder"):
+        load_autoencoder(str(tmp_path), download=False)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ConfigError, match="is a UNet2DModel; the kit reads AutoencoderKL"):
+        load_autoencoder(str(tmp_path), download=False)

@@ -1,0 +1,285 @@
+"""Encode once: what is stored, and that neither kills nor company change a bit of it."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encode_jobs import SMALL, in_processes, make, start, write_photos
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from small_autoencoders import register_drawn
+
+from dispersive_kit.cli import main
+from dispersive_kit.data.autoencoders import REGISTERED
+from dispersive_kit.data.encode import EncodeProgress, encode
+from dispersive_kit.data.encoder import EncodeConfig, Encoder
+from dispersive_kit.data.latents import LatentStore
+from dispersive_kit.data.photos import adm_crop, list_photos, read_photo
+from dispersive_kit.data.store_plan import IMAGENET_IMAGES, StorePlan
+from dispersive_kit.errors import ConfigError, DataError
+
+
+def bytes_of(store):
+    """Every file of a store with its hash."""
+    files = sorted(p for p in store.rglob("*") if p.is_file())
+    return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# ---- what is stored
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    count=st.integers(1, 17), shard_size=st.integers(1, 20), batch_size=st.integers(1, 9), flip=st.booleans(),
+    dtype=st.sampled_from(["float16", "bfloat16"]), processes=st.integers(1, 3), factor=st.sampled_from([2, 4, 8]),
+    channels=st.integers(1, 5), size=st.sampled_from([8, 16]), exponent=st.integers(-6, 6),
+)  # fmt: skip
+def test_what_is_read_is_the_encoders_own_posterior_to_the_types_rounding(
+    tmp_path_factory, count, shard_size, batch_size, flip, dtype, processes, factor, channels, size, exponent
+):
+    folder = tmp_path_factory.mktemp("property")
+    images, store = write_photos(folder / "images", ["a", "b"], count, size=(9, 13)), folder / "store"
+    options = {"image_size": size, "shard_size": shard_size, "batch_size": batch_size, "flip": flip, "dtype": dtype}
+    drawn = (factor, channels, exponent)
+    in_processes(processes, images, store, "drawn", drawn=drawn, **options)
+    opened, listed = LatentStore(store), list_photos(images)
+    rows = np.arange(count)[::-1].copy()
+    assert opened.labels(rows).tolist() == [listed.label(listed.files[row]) for row in rows]
+    pixels = torch.stack([read_photo(images, listed.files[row], size).pixels for row in rows]) / 127.5 - 1
+    for flipped in [False, True][: 1 + flip]:
+        expected = torch.stack(register_drawn(*drawn).encode(pixels.flip(-1) if flipped else pixels), dim=1)
+        read = opened.read(rows, np.full(count, flipped))
+        assert read.dtype == getattr(torch, dtype)
+        rounding = torch.finfo(read.dtype)
+        torch.testing.assert_close(read.float(), expected, rtol=rounding.eps / 2, atol=rounding.smallest_normal)
+
+
+def test_every_kind_of_photograph_is_read_or_listed(tmp_path):
+    root = write_photos(tmp_path / "photos", ["n01"], 3)
+    deep = root / "n02" / "deeper" / "still"
+    deep.mkdir(parents=True)
+    whole = Image.open(root / "n01" / "0000.png")
+    for mode in ("CMYK", "L"):
+        whole.convert(mode).save(deep / f"{mode}.jpg")
+    whole.convert("RGBA").save(deep / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    whole.save(deep / "turned.jpg", exif=exif)
+    (deep / "empty.JPEG").write_bytes(b"")
+    (deep / "half.jpg").write_bytes((deep / "CMYK.jpg").read_bytes()[:700])
+    (deep / "text.png").write_text("not an image")
+    (deep / "notes.txt").write_text("not even named like one")
+    spec = make(root, tmp_path / "store").spec
+    assert spec.classes == ("n01", "n02") and spec.class_counts == (3, 4)
+    assert spec.images["odd"] == {"CMYK": 1, "EXIF-rotated": 1, "L": 1, "RGBA": 1}
+    left_out = {photo["file"]: photo["fault"] for photo in spec.images["left_out"]}
+    assert [Path(file).name for file in left_out] == ["empty.JPEG", "half.jpg", "text.png"]
+    assert left_out["n02/deeper/still/empty.JPEG"] == "empty file"
+    upright = read_photo(root, "n02/deeper/still/turned.jpg", 16).pixels
+    lying = adm_crop(Image.open(deep / "turned.jpg").convert("RGB"), 16)
+    turned = lying.rot90(-1, (1, 2))
+    assert (upright.int() - turned.int()).abs().max() <= 2  # resized in another order
+    with pytest.raises(DataError, match=r"empty\.JPEG cannot be read .*--strict"):
+        make(root, tmp_path / "strict", strict=True)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (64, 64), (31, 90), (129, 257)])
+def test_the_crop_is_that_of_adm(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    # center_crop_arr of guided-diffusion, as DiT and SiT copied it
+    pil, S = image, 64
+    while min(*pil.size) >= 2 * S:
+        pil = pil.resize(tuple(x // 2 for x in pil.size), resample=Image.BOX)
+    scale = S / min(*pil.size)
+    pil = pil.resize(tuple(round(x * scale) for x in pil.size), resample=Image.BICUBIC)
+    arr = np.array(pil)
+    y, x = (arr.shape[0] - S) // 2, (arr.shape[1] - S) // 2
+    assert np.array_equal(adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
+
+
+def test_latents_beyond_the_type_are_refused_with_the_cure(photos, tmp_path):
+    with pytest.raises(DataError, match="bfloat16"):
+        make(photos, tmp_path / "store", "bright")
+    assert make(photos, tmp_path / "wide", "bright", dtype="bfloat16").spec.rows == 30
+
+
+# ---- neither kills nor company
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """A store that was never interrupted."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    make(photos, store, "slow patches")
+    return store
+
+
+def kill_two_and_go_on(photos, store, moments):
+    """Two processes at one store, both killed after so many seconds, once for each moment; then one ends it."""
+    finished = 0
+    for seconds in moments:
+        pair = start(2, photos, store, "slow patches")
+        time.sleep(seconds)
+        for process in pair:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        before = {p: p.stat().st_mtime_ns for p in store.glob("shard-*")}
+        finished = max(finished, len(list(store.glob("records/shard-*.json"))))
+    make(photos, store, "slow patches")
+    kept = [p for p, when in before.items() if p.stat().st_mtime_ns == when]
+    assert len(kept) >= finished  # no finished shard was made again
+    return finished
+
+
+def test_two_processes_killed_at_any_moment_and_resumed_give_the_same_bytes(photos, tmp_path, whole):
+    rng = random.Random(0)
+    moments = [rng.uniform(0.02, 0.3) for _ in range(3)]
+    kill_two_and_go_on(photos, tmp_path / "store", moments)
+    assert bytes_of(tmp_path / "store") == bytes_of(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_kills_of_two_processes_give_the_same_bytes(photos, tmp_path, whole, seed):
+    rng = random.Random(seed)
+    kill_two_and_go_on(photos, tmp_path / "store", [rng.uniform(0.0, 0.25) for _ in range(10)])
+    assert bytes_of(tmp_path / "store") == bytes_of(whole)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_bytes_as_one(photos, tmp_path, whole, processes):
+    in_processes(processes, photos, tmp_path / "store", "slow patches")
+    assert bytes_of(tmp_path / "store") == bytes_of(whole)
+
+
+def test_a_killed_process_leaves_its_shard_to_the_one_that_is_still_there(photos, tmp_path, whole):
+    store = tmp_path / "store"
+    pair = start(2, photos, store, "slow patches")
+    time.sleep(0.15)
+    os.kill(pair[0].pid, signal.SIGKILL)
+    pair[1].join()
+    assert pair[1].exitcode == 0 and bytes_of(store) == bytes_of(whole)
+
+
+def test_a_lost_shard_is_made_again_and_nothing_else(photos, tmp_path, whole):
+    store = tmp_path / "store"
+    make(photos, store, "slow patches")
+    (store / "shard-00002.safetensors").unlink()
+    before = {p: p.stat().st_mtime_ns for p in store.glob("shard-*")}
+    make(photos, store, "slow patches")
+    assert bytes_of(store) == bytes_of(whole)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"flip": False}, "flip: True -> False"), ({"image_size": 8}, "image_size: 16 -> 8")]
+)
+def test_a_store_is_not_gone_on_with_under_other_settings(photos, whole, change, said):
+    before = bytes_of(whole)
+    with pytest.raises(ConfigError, match=said):
+        make(photos, whole, "slow patches", **change)
+    assert bytes_of(whole) == before
+
+
+def test_a_folder_that_grew_or_another_autoencoder_is_refused(tmp_path):
+    root = write_photos(tmp_path / "photos", ["a"], 8)
+    make(root, tmp_path / "store")
+    with pytest.raises(ConfigError, match="autoencoder"):
+        make(root, tmp_path / "store", "slow patches")
+    write_photos(root, ["b"], 3)
+    with pytest.raises(ConfigError, match="names_sha256"):
+        make(root, tmp_path / "store")
+
+
+def test_a_folder_of_something_else_is_left_alone(photos, tmp_path):
+    (tmp_path / "thesis.tex").write_text("three years of work")
+    with pytest.raises(ConfigError, match="holds no store"):
+        make(photos, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_progress_tells_count_rate_and_time_left(photos, tmp_path, capsys):
+    encoder = Encoder(EncodeConfig(photos, "slow patches", tmp_path / "store", **SMALL))
+    encode(encoder, on_batch=EncodeProgress())
+    lines = capsys.readouterr().out.splitlines()
+    assert 8 <= len(lines) <= 11
+    assert all("of 30 images, " in line and " a second, 00:0" in line for line in lines)
+    assert lines[-1].startswith("30 of 30")
+
+
+# ---- sizes
+
+
+def test_the_plan_of_imagenet_is_arithmetic():
+    plan = StorePlan(IMAGENET_IMAGES, (4, 32, 32))
+    posterior = 2 * 2 * 4 * 32 * 32 * 2  # image and mirror image, mean and std, values, bytes each
+    assert plan.image_bytes == posterior + 8 == 32_776
+    assert plan.shards == 313 and 312 * 4096 < IMAGENET_IMAGES <= 313 * 4096
+    assert plan.bytes == 41_991_582_176
+    assert StorePlan(IMAGENET_IMAGES, (4, 32, 32), flip=False).bytes == pytest.approx(21.0e9, rel=1e-3)
+    assert plan.hours(200) == pytest.approx(1_281_167 / 200 / 3600) == pytest.approx(1.779, abs=1e-3)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_store_has_the_size_that_was_planned(photos, tmp_path, flip):
+    store = make(photos, tmp_path / "store", flip=flip)
+    plan = StorePlan(30, store.spec.shape, flip, shard_size=SMALL["shard_size"])
+    assert plan.shards == len(store.spec.shards) == 5
+    headers = sum(shard.bytes for shard in store.spec.shards) - 30 * plan.image_bytes
+    assert headers == pytest.approx(plan.bytes - 30 * plan.image_bytes, abs=30 * 5)
+
+
+# ---- the command
+
+
+OPTIONS = ["--image-size", "16", "--shard-size", "7", "--batch-size", "3", "--readers", "2"]
+
+
+@pytest.fixture
+def command(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the processes it starts
+    store = str(tmp_path / "store")
+    return ["encode", "--images", str(photos), "--vae", "small_autoencoders:patches", "--out", store, *OPTIONS]
+
+
+def test_the_command_encodes_with_a_helping_process_and_check_looks_at_it(photos, tmp_path, command, capsys):
+    main([*command, "--processes", "1", "--plan-only"])
+    assert not (tmp_path / "store").exists()
+    main([*command, "--processes", "2"])
+    said = capsys.readouterr().out
+    assert said.count("30 images with mirror images, latents 3x2x2: 104 bytes each, 4.0 kB in 5 shards") == 2
+    make(photos, tmp_path / "alone", "small_autoencoders:patches")
+    assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "alone")
+    main(["latents", "check", str(tmp_path / "store")])
+    assert capsys.readouterr().out.count("ok  ") == 4
+    assert Image.open(tmp_path / "store-grid.png").size == (69, 69)
+
+
+@pytest.mark.long
+def test_the_command_encodes_under_a_launcher(photos, tmp_path, command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, "-m", "dispersive_kit.cli", *command], capture_output=True, text=True, check=True)
+    assert done.stdout.count("done: ") == 1
+    make(photos, tmp_path / "alone", "small_autoencoders:patches")
+    assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "alone")
+
+
+def test_the_command_says_how_large_imagenet_will_be(capsys):
+    main(["latents", "plan"])
+    said = capsys.readouterr().out
+    assert "42.0 GB in 313 shards" in said and "1.78 hours at 200 images a second" in said
+
+
+def test_a_registered_name_is_known_only_where_it_was_registered(tmp_path, photos):
+    assert "patches" in REGISTERED
+    with pytest.raises(DataError, match="module 'no_such' cannot be imported"):
+        make(photos, tmp_path / "store", "no_such:patches")

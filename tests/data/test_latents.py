@@ -1,0 +1,181 @@
+"""A store is read as it was written, or refused by name."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_autoencoders
+import torch
+from encode_jobs import make
+from latent_stores import write_store
+from safetensors.torch import load_file
+
+from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
+from dispersive_kit.data.latents import LatentStore, Moments
+from dispersive_kit.data.selection import Selection
+from dispersive_kit.data.store_check import check_store, decoded_grid
+from dispersive_kit.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def store(photos, tmp_path_factory):
+    return make(photos, tmp_path_factory.mktemp("latents") / "store", "patches")
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    return shutil.copytree(store.path, tmp_path / "store")
+
+
+def test_rows_are_read_in_any_order_as_they_lie_in_the_files(store):
+    files = [load_file(store.path / shard.file) for shard in store.spec.shards]
+    posterior, labels = (torch.cat([file[name] for file in files]) for name in ("posterior", "labels"))
+    rows = np.random.default_rng(0).integers(0, 30, 100)
+    flipped = np.arange(100) % 3 == 0
+    assert torch.equal(store.read(rows, flipped), posterior[rows, torch.from_numpy(flipped).long()])
+    assert torch.equal(store.read(rows), posterior[rows, 0])
+    assert np.array_equal(store.labels(rows), labels[rows])
+    assert torch.equal(torch.cat(list(store.blocks())), posterior)
+
+
+def test_moments_are_those_of_draws_from_the_posterior():
+    mean, std = torch.randn(300, 2, 3, 4, 4), torch.rand(300, 2, 3, 4, 4)
+    moments = Moments.of(torch.stack([mean, std], dim=2))
+    draws = mean + std * torch.randn(20, *mean.shape)
+    torch.testing.assert_close(torch.tensor(moments.mean), mean.mean((0, 1, 3, 4)).double(), check_dtype=False)
+    torch.testing.assert_close(torch.tensor(moments.std), draws.std((0, 1, 2, 4, 5)), rtol=5e-3, atol=0)
+
+
+def test_a_whole_store_passes_its_check_and_shows_its_images(store):
+    assert [line.split(":")[0] for line in check_store(store)] == ["checksums of 5 shards", "counts", "statistics"]
+    grid = decoded_grid(store, load_autoencoder("patches"))
+    assert grid.shape == (16, 3, 16, 16) and grid.dtype == torch.uint8
+    assert grid.float().std() > 1  # patches of noise, averaged: not all grey
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize("shard", range(5))
+def test_one_flipped_bit_in_any_shard_is_refused_by_name(copied, shard):
+    file = copied / f"shard-{shard:05d}.safetensors"
+    content = bytearray(file.read_bytes())
+    for place in (len(content) // 2, len(content) - 1):
+        damaged = content.copy()
+        damaged[place] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{file.name} damaged"):
+            LatentStore(copied).verify()
+    file.write_bytes(content)
+    LatentStore(copied).verify()
+
+
+def test_a_damaged_header_is_refused_by_name(copied):
+    file = copied / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    for place in (0, 9, 40):
+        damaged = content.copy()
+        damaged[place] ^= 0xFF
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"shard-00001\.safetensors"):
+            LatentStore(copied)
+
+
+def test_a_truncated_or_missing_shard_is_refused_by_name(copied):
+    file = copied / "shard-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"shard-00003\.safetensors is truncated"):
+        LatentStore(copied)
+    file.unlink()
+    with pytest.raises(DataError, match=r"shard-00003\.safetensors is missing"):
+        LatentStore(copied)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_truncated_spec_is_refused_by_name(copied, share):
+    text = (copied / "spec.json").read_text()
+    (copied / "spec.json").write_text(text[: int(share * len(text))])
+    with pytest.raises(DataError, match=r"spec\.json is damaged"):
+        LatentStore(copied)
+
+
+def edit(store, change):
+    fields = json.loads((store / "spec.json").read_text())
+    change(fields)
+    (store / "spec.json").write_text(json.dumps(fields))
+
+
+def test_a_changed_scale_is_refused_by_name(copied):
+    edit(copied, lambda fields: fields["autoencoder"].update(scale=0.18125))
+    with pytest.raises(DataError, match=r"changed after it was written .* scale 0\.18125"):
+        LatentStore(copied)
+
+
+def test_a_spec_made_again_from_the_records_is_the_same(photos, copied):
+    written = (copied / "spec.json").read_text()
+    (copied / "spec.json").unlink()
+    with pytest.raises(DataError, match="not finished: give the same encode command again"):
+        LatentStore(copied)
+    make(photos, copied)
+    assert (copied / "spec.json").read_text() == written
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is no store of latents"):
+        LatentStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("replacement", "said"),
+    [
+        ("slow patches", "kind is 'SlowPatches', not 'Patches'"),
+        ("rescaled", "scale is 0.6, not 0.5"),
+    ],
+)
+def test_another_autoencoder_is_refused_with_the_difference(store, replacement, said):
+    @register_autoencoder("rescaled")
+    class Patches(small_autoencoders.Patches):
+        scale = 0.6
+
+    load_named(store.spec.autoencoder)
+    with pytest.raises(DataError, match=said):
+        load_named(store.spec.autoencoder, path=replacement)
+
+
+def test_counts_and_statistics_that_do_not_fit_the_shards_are_found(store):
+    for change, said in (
+        ({"class_counts": (9, 11, 10)}, "rows of the classes"),
+        ({"channel_mean": (0.1, 0.0, 0.0)}, "the mean by channel"),
+        ({"channel_std": (0.1, 0.0, 0.0)}, "the std by channel"),
+    ):
+        opened = LatentStore(store.path)
+        opened.spec = dataclasses.replace(store.spec, **change)
+        with pytest.raises(DataError, match=said):
+            list(check_store(opened))
+
+
+# ---- memory
+
+
+def anonymous_kb():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+def test_anonymous_memory_does_not_grow_with_what_is_read(tmp_path):
+    store = LatentStore(write_store(tmp_path / "store", rows=1000, shape=(4, 32, 32), shard_size=250))  # 33 MB
+    rng = np.random.default_rng(0)
+
+    def read_steps(steps):
+        for _ in range(steps):
+            store.read(rng.integers(0, 1000, 64), rng.random(64) < 0.5)
+            Selection(store).draw(0, 0, 64)
+
+    read_steps(5)
+    before = anonymous_kb()
+    read_steps(200)
+    assert anonymous_kb() - before < 8_000  # kB; what was read passed through as 210 MB

@@ -1,0 +1,204 @@
+"""Training on a store of latents: refused before the first step where anything is wrong, exact where nothing is."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dispersive_kit.cli import main
+from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder
+from dispersive_kit.data.latents import LatentStore
+from dispersive_kit.data.selection import Selection
+from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation import decoder_of, generate, load_reference
+from dispersive_kit.models.dit import build_dit
+from dispersive_kit.training import TRAIN_PRESETS, load_run, train, train_preset
+from dispersive_kit.training.checkpoint import load_latest
+from dispersive_kit.training.latent_set import LatentSet
+
+DATA_TESTS = Path(__file__).parents[1] / "data"
+
+
+def module(name):
+    """A helper of the tests of another room."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, DATA_TESTS / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@register_autoencoder("four channels")
+class FourChannels:
+    scale, shift = 0.5, 0.25
+    gain = 1.0
+
+    def encode(self, x):
+        raise NotImplementedError("the store of these tests is made without images")
+
+    def decode(self, z):
+        return (self.gain * z[:, :3]).repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+
+    def state_dict(self):
+        return {"gain": torch.tensor(self.gain)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "store"
+    card = load_autoencoder("four channels").card
+    return module("latent_stores").write_store(folder, rows=300, shape=(4, 8, 8), card=card)
+
+
+def config(store, **changes):
+    small = {
+        "steps": 6,
+        "checkpoint_every": 2,
+        "eval_every": 3,
+        "batch_size": 8,
+        "model": "DiT-T/2",
+        "flip": True,
+        "preview_images": 0,
+    }
+    return train_preset("smoke", data=str(store), **{**small, **changes})
+
+
+def run(folder, settings, **options):
+    for _ in train(settings, folder, **options):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("trained") / "run", config(store))
+
+
+def batch(store, *, step=0, seed=0, flip=True, size=64):
+    given = LatentSet(Selection(LatentStore(store)), "cpu")
+    return given.batch(FlowMatching(), seed=seed, step=step, size=size, null_label=None, drop_prob=0.0, flip=flip)
+
+
+def test_x0_is_a_scaled_draw_from_the_posterior_of_the_image_or_its_mirror_image(store):
+    opened, drawn = LatentStore(store), batch(store)
+    rows = Selection(opened).draw(0, 0, 64)
+    raw = drawn.x0 / 0.5 + 0.25
+    distance = [
+        (raw - opened.read(rows, np.full(64, flipped))[:, 0].float()).flatten(1).square().mean(1).sqrt()
+        for flipped in (False, True)
+    ]
+    nearest = torch.stack(distance).min(0)
+    assert ((nearest.values - 0.1).abs() < 0.03).all()  # the std stored is 0.1
+    assert 16 < int(nearest.indices.sum()) < 48  # both, about equally often
+    assert torch.equal(drawn.y, torch.from_numpy(opened.labels(rows)))
+
+
+def test_the_next_epoch_draws_anew_and_the_same_step_does_not(store):
+    first, again = batch(store), batch(store)
+    assert torch.equal(first.x0, again.x0) and torch.equal(first.draws.t, again.draws.t)
+    opened = Selection(LatentStore(store))
+    n = len(opened)  # 270 rows: with batches of 270 a step is an epoch
+    one, two = (batch(store, step=step, size=n, flip=False) for step in (0, 1))
+    order = [opened.draw(0, step, n).argsort() for step in (0, 1)]
+    change = one.x0[order[0]] - two.x0[order[1]]
+    assert change.std() == pytest.approx(0.5 * 0.1 * 2**0.5, rel=0.05)  # two draws of std 0.1, scaled
+
+
+def test_a_run_stopped_on_latents_resumes_to_the_same_bits(store, trained, tmp_path):
+    for record in train(config(store), tmp_path / "run"):
+        if record.step == 3:
+            break
+    run(tmp_path / "run", config(store), resume=True)
+    a, b = (load_latest(folder / "checkpoints").groups for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(a[group][k], b[group][k]) for group in a for k in a[group])
+
+
+def test_samples_are_decoded_by_the_stores_autoencoder_and_measured_against_its_decodings(trained, tmp_path, capsys):
+    main(["sample", str(trained), "--out", str(tmp_path / "s"), "--num", "5", "--num-steps", "2"])
+    images = np.load(tmp_path / "s" / "samples.npz")["arr_0"]
+    assert images.shape == (5, 64, 64, 3)
+    assert np.array_equal(images, images[:, ::8, ::8].repeat(8, 1).repeat(8, 2))  # as that decoder, and no other, does
+    main(["evaluate", str(trained), "--num", "40", "--num-steps", "1", "--extractor", "pixels-pca32"])
+    record = json.loads((trained / "evaluation-00000006.json").read_text())
+    assert record["protocol"]["reference"]["data"] == "store-decoded"
+    assert record["protocol"]["autoencoder"]["scale"] == 0.5
+    real, held_out = load_reference(load_run(trained)[1]["config"], decoder_of(load_run(trained)[1]), at_most=20)
+    assert (len(real), len(held_out)) == (20, 20) and real.images.shape[1:] == (3, 64, 64)
+
+
+def test_another_autoencoder_is_refused_before_training_and_before_sampling(store, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(FourChannels, "gain", 1.001)
+    with pytest.raises(DataError, match="weights_sha256"):
+        run(tmp_path / "run", config(store))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="weights_sha256"):
+        decoder_of(load_run(trained)[1])
+
+
+@pytest.mark.parametrize("fault", ["flipped bit", "missing", "spec", "scale"])
+def test_a_damaged_store_is_refused_by_name_before_training(store, tmp_path, fault):
+    copied = shutil.copytree(store, tmp_path / "store")
+    file = copied / ("spec.json" if fault in ("spec", "scale") else "shard-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    if fault == "missing":
+        file.unlink()
+    elif fault == "spec":
+        file.write_bytes(content[:-40])
+    elif fault == "scale":
+        file.write_text(file.read_text().replace('"scale": 0.5', '"scale": 0.18125'))
+    else:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=file.name):
+        run(tmp_path / "run", config(copied))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_that_is_not_here_is_said_and_does_not_stop_training(tmp_path):
+    folder = module("latent_stores").write_store(tmp_path / "store", rows=100, shape=(4, 8, 8))
+    with pytest.warns(UserWarning, match="cannot be decoded here"):
+        run(tmp_path / "run", config(folder, steps=1))
+
+
+def test_classes_and_balance_reach_the_draws(store, tmp_path):
+    folder = run(tmp_path / "run", config(store, classes=("n03", "n01"), balanced=True))
+    model, card = load_run(folder)
+    assert model.num_classes == 2 and card["config"].classes == ("n03", "n01")
+    run(folder, config(store, classes=("n03", "n01"), balanced=True), resume=True)
+    with pytest.raises(ConfigError, match="are for a store"):
+        run(tmp_path / "other", train_preset("smoke", balanced=True))
+
+
+def test_mirror_images_that_are_not_stored_are_refused(tmp_path):
+    folder = module("latent_stores").write_store(tmp_path / "store", rows=100, shape=(4, 8, 8), flip=False)
+    with pytest.raises(ConfigError, match="no mirror images"):
+        run(tmp_path / "run", config(folder))
+
+
+def test_the_imagenet_presets_are_the_official_recipe():
+    names = [name for name in TRAIN_PRESETS if name.startswith("imagenet-")]
+    assert len(names) == 8 and "imagenet-xl2-disp" in names
+    for name in names:
+        c = TRAIN_PRESETS[name]
+        assert (c.learning_rate, c.schedule, c.warmup_steps, c.weight_decay) == (1e-4, "constant", 0, 0.0)
+        assert (c.batch_size, c.ema_decay, c.class_dropout_prob, c.flip) == (256, 0.9999, 0.1, True)
+        assert c.steps * 256 == pytest.approx(80 * 1_281_167, rel=1e-5)
+        assert (c.regularizer.preset != "none") == name.endswith("disp")
+    base, disp = TRAIN_PRESETS["imagenet-b2-base"], TRAIN_PRESETS["imagenet-b2-disp"]
+    assert dataclasses.replace(disp, regularizer=base.regularizer) == base
+    with torch.device("meta"):
+        model = build_dit(base.model, input_size=32, in_channels=4, num_classes=1000)
+    assert model.pos_embed.shape[1] == 256
+
+
+def test_a_decoder_is_what_generate_uses(trained):
+    model = load_run(trained)[0]
+    plain = generate(model, torch.tensor([0]), num_steps=1, decode=lambda x: x[:, :3])
+    assert plain.shape == (1, 3, 8, 8)

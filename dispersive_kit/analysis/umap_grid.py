@@ -81,7 +81,7 @@ def load() -> dict[str, projection.Array]:
         DataError: the file is missing or damaged.
     """
     try:
-        with np.load(grid_file()) as file:
+        with np.load(grid_file(), allow_pickle=False) as file:
             return {name: file[name].astype(np.float64) for name in file.files}
     except (OSError, ValueError) as error:
         raise DataError(f"{grid_file()} cannot be read ({error}): make it with the command its module names") from error

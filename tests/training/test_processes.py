@@ -67,7 +67,7 @@ def test_gathered_two_processes_equal_one_and_ungathered_they_do_not(tmp_path):
     two, card = gradient(tmp_path, "two", config, 2)
     local, _ = gradient(tmp_path, "local", local_config, 2)
     assert apart(one, two) < 1e-5 and card["dispersion_batch"] == 64
-    assert apart(one, local) > 1e-3
+    assert apart(one, local) > 1e-4  # the first gradient of a network whose gates are still shut
 
 
 def finish_and_sample(run_command, out: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -43,10 +44,21 @@ def lab(tmp_path):
                 break
         address = re.search(rf"^open (http://127\.0\.0\.1:{port}/lab\?token=\w+)$", said, re.MULTILINE)
         assert address and "is running at" in said, said
+        wait_until_it_answers(int(port))
         yield address[1], process.pid
     finally:
         process.kill()  # no kernel was started
         process.communicate()
+
+
+def wait_until_it_answers(port, seconds=60):
+    """It says that it runs a little before it listens."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as caller:
+            if caller.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
 
 
 def status(address):

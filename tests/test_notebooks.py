@@ -292,8 +292,8 @@ BROKEN = {
         "pixels alone know a good deal": "control = {**control, 'raw pixels': control['shuffled labels']}",
     },
     "11_umap": {
-        "UMAP of 8 X is UMAP of X, to the last digit": "panels = {**panels, 'UMAP of 8 X': panels['UMAP'] + 1e-3}",
-        "PCA of 8 X is 8 times PCA of X": "eightfold = projection.pca(9 * x) / 8",
+        "UMAP of 8 X is UMAP of X, to the last digit": "same = {**same, '8 X': same['X'] + 1e-3}",
+        "PCA of 8 X is 8 times PCA of X": "eightfold = projection.pca(9 * features['base']) / 8",
         "a class drawn together tenfold keeps its patch": "kept = kept / 10",
         "densMAP sees that it shrank": "kept_dens = kept",
         "the stored pictures are of these features": (

@@ -1,6 +1,15 @@
 """Analysis: the geometry of features by block and noise level, what they know, and how they may be pictured."""
 
-from dispersive_kit.analysis.features import LEVELS, extract, noisy, pooled, random_network, time_of, tokens
+from dispersive_kit.analysis.features import (
+    LEVELS,
+    draw_images,
+    extract,
+    noisy,
+    pooled,
+    random_network,
+    time_of,
+    tokens,
+)
 from dispersive_kit.analysis.gradients import Pull, gradient_pull
 from dispersive_kit.analysis.moments import Moments
 from dispersive_kit.analysis.probes import Split, Splits, choose_and_test, mcnemar, shuffled
@@ -16,6 +25,7 @@ __all__ = [
     "Sweep",
     "choose_and_test",
     "cka_matrix",
+    "draw_images",
     "extract",
     "gradient_pull",
     "linear_cka",

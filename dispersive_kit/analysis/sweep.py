@@ -2,7 +2,8 @@
 
 All blocks are tapped in one forward pass. Covariances, class means and channel scales are streamed over all images;
 measures that look at pairs see the first `KEEP` images, and those of whole token grids the first `LOCAL_BATCH`: fixed
-sets, so that arms, blocks and levels are compared on the same images and the same noise.
+sets, so that arms, blocks and levels are compared on the same images and the same noise. Give the images in random
+order (`draw_images`), or the first are of one class.
 """
 
 import math

@@ -47,6 +47,23 @@ def shrink(x: Tensor, labels: Tensor, label: int = 0, factor: float = SHRUNK) ->
     return x
 
 
+def clusters() -> tuple[Tensor, Tensor]:
+    """Six round classes of 50 rows (300, 20), far apart, and their labels."""
+    labels = torch.arange(300) % 6
+    noise = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    return 8 * torch.eye(20)[labels] + noise, labels
+
+
+def shrinkage() -> dict[str, projection.Array]:
+    """UMAP and densMAP of the clusters, as they are and with class 0 drawn together."""
+    x, labels = clusters()
+    return {
+        f"{kind}, {name}": projection.umap(z, dens=kind == "densmap")
+        for kind in ("umap", "densmap")
+        for name, z in (("wide", x), ("shrunk", shrink(x, labels)))
+    }
+
+
 def make(run: Path) -> Grid:
     """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`."""
     data = load_images("digits", "test")
@@ -58,9 +75,8 @@ def make(run: Path) -> Grid:
         for near in MIN_DIST
         for seed in SEEDS
     }
-    x, small = features["base"], shrink(features["base"], data.labels[:IMAGES])
-    found["umap, 8 X"], found["umap, shrunk"] = projection.umap(8 * x), projection.umap(small)
-    found["densmap"], found["densmap, shrunk"] = (projection.umap(z, dens=True) for z in (x, small))
+    found["umap, 8 X"] = projection.umap(8 * features["base"])
+    found |= shrinkage()
     kept = {int(path.name.removeprefix("step-")) for path in checkpoints(run / "checkpoints")}
     if not set(STAGES) <= kept:
         raise DataError(f"{run} kept the steps {sorted(kept)}, and {STAGES} are needed")

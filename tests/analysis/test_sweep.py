@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from dispersive_kit.analysis import LEVELS, Moments, dispersion, extract, noisy, pooled, random_network, sweep, time_of
+from dispersive_kit.analysis import (
+    LEVELS,
+    Moments,
+    dispersion,
+    draw_images,
+    extract,
+    noisy,
+    pooled,
+    random_network,
+    sweep,
+    time_of,
+)
 from dispersive_kit.analysis.features import null_labels, tokens
 from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import GVPPath
@@ -25,6 +36,13 @@ def test_the_time_of_a_level_has_this_log_snr():
         assert time_of(level) == pytest.approx(1 / (1 + math.exp(level / 2)), abs=1e-9)
         assert float(GVPPath().log_snr(torch.tensor(time_of(level, GVPPath())))) == pytest.approx(level, abs=1e-5)
     assert time_of(math.inf) == 0
+
+
+def test_images_are_drawn_in_random_order_and_the_same_each_time(digits):
+    ordered = digits.subset(digits.labels.argsort())
+    drawn, again = (draw_images(ordered, 100) for _ in range(2))
+    assert torch.equal(drawn.images, again.images) and len(drawn.labels.unique()) == 10
+    assert len(drawn.images.flatten(1).unique(dim=0)) == 100 and len(draw_images(ordered, 10**6)) == len(digits)
 
 
 def test_an_image_has_one_noise_at_all_levels_and_batch_sizes(digits):

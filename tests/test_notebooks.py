@@ -255,9 +255,9 @@ BROKEN = {
     "07_cifar10": {
         "a few images are learnt by heart": "share = 1.0",
         "a stopped training ends in the same bits as one that never stopped": "largest = 1e-9",
-        "both arms logged the same steps": "metrics = {**metrics, 'paper': metrics['paper'][1:]}",
+        "both arms logged the same steps": "logged = {**logged, 'paper': logged['paper'][1:]}",
         "the loss never passed its floor": "metrics = {**metrics, 'paper': [{'step': 1, 'gap': -1}]}",
-        "an image does not depend on what is drawn beside it": "labels = labels.flip(0)",
+        "an image does not depend on what is drawn beside it": "again = 255 - again",
     },
     "08_evaluate": {
         "singular values by hand equal the library": "by_hand = by_hand + frechet_distance(some, some + 0.01)",

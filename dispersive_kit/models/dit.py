@@ -278,7 +278,8 @@ class DiT(nn.Module):
         taps: Sequence[int] = (),
     ) -> Any:
         if x.shape[1:] != self.sample_shape:
-            raise ConfigError(f"the model was built for images (B, *{self.sample_shape}), not {tuple(x.shape)}")
+            shape = ", ".join(map(str, self.sample_shape))
+            raise ConfigError(f"the model was built for images (B, {shape}), not {tuple(x.shape)}")
         rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
         c = self.condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)

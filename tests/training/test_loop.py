@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
 @pytest.mark.parametrize(
     ("config", "error", "words"),
     [
-        ({"data": "digit"}, KitError, "digits, mnist, cifar10"),
+        ({"data": "digit"}, KitError, "digits, photos, mnist, cifar10"),
         ({"model": "DiT-Q/2"}, ConfigError, "DiT-XL"),
         ({"model": "DiT-T/16"}, ConfigError, "patch"),
         ({"regularizer": RegularizerConfig(preset="papers")}, DispersiveError, "official-pytorch"),

@@ -118,8 +118,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D / heads)
+        heads = (B, N, self.num_heads, D // self.num_heads)
+        # Split, not permuted and unbound: the gradients of q, k and v are then joined in one pass.
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).split(D, dim=-1))  # (B, h, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -182,7 +183,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        # Left as a view, the transpose would stay with the residual stream: a strided copy in every layer norm.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
 class DiT(nn.Module):

@@ -1,5 +1,7 @@
 """Placement: which device, which precision, which rows of the global batch; and sharding over processes."""
 
+import ctypes
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,19 @@ def make_accelerator() -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no")
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a Linux CPU: what a step frees stays with the process for the next step, until the process ends.
+
+    glibc would give large blocks back to the kernel and take them again as zeroed pages: up to 200,000 page faults
+    in a training step of DiT-S/4 at batch 32, and a fifth of a guided DiT-T/2's time at batch 16.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and device.type == "cpu":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def check_split(batch_size: int, processes: int, accumulation: int) -> int:

@@ -25,7 +25,15 @@ from dispersive_kit.training.checkpoint import (
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 from dispersive_kit.training.draws import Batch, frozen_batch
 from dispersive_kit.training.ema import EMA, PowerEMA
-from dispersive_kit.training.parallel import check_split, make_accelerator, restore_state, shard, state_of, whole
+from dispersive_kit.training.parallel import (
+    check_split,
+    keep_freed_memory,
+    make_accelerator,
+    restore_state,
+    shard,
+    state_of,
+    whole,
+)
 from dispersive_kit.training.run import SNAPSHOTS, build_model, build_objective, claim_run_folder
 from dispersive_kit.training.sampling import preview, save_preview
 from dispersive_kit.training.sources import Source, open_source
@@ -138,6 +146,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     """Start a run, or take it up at its newest whole checkpoint; see `loop.train` for the errors."""
     accelerator = make_accelerator()
     device, objective = accelerator.device, build_objective(config)
+    keep_freed_memory(device)
     source = open_source(config, device)
     dispersion_batch = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
     model = build_model(config, source.card).to(device)

@@ -187,7 +187,33 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
-class DiT(nn.Module):
+class Conditioned(nn.Module):
+    """What a model is told beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class."""
+
+    time_scale: float
+    num_classes: int
+    null_label: int | None
+    t_embedder: TimestepEmbedder
+    r_embedder: TimestepEmbedder | None
+    y_embedder: LabelEmbedder | None
+
+    def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+        """c (B, D) of t and r (B,) and y (B,)."""
+        c = self.t_embedder(t * self.time_scale)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
+        elif r is not None:
+            raise ConfigError("the model was given a second time r: build it with interval=True")
+        if (self.y_embedder is None) != (y is None):
+            given = "no labels" if y is None else "labels"
+            raise ConfigError(
+                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
+                f"y=None, the others labels (null_label={self.null_label} for none)"
+            )
+        return c if self.y_embedder is None else c + self.y_embedder(y)
+
+
+class DiT(Conditioned):
     """Diffusion transformer on square images or latents.
 
     `forward(x, t, y=None, *, r=None, taps=())` takes x (B, C, H, W), t (B,) in [0, 1] and y (B,) long, and
@@ -295,20 +321,6 @@ class DiT(nn.Module):
                 kept[i] = x
         out = self.unpatchify(self.final_layer(x, c))  # (B, out_channels, H, W)
         return (out, [kept[i] for i in taps]) if taps else out
-
-    def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
-        c = self.t_embedder(t * self.time_scale)
-        if self.r_embedder is not None:
-            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
-        elif r is not None:
-            raise ConfigError("the model was given a second time r: build it with interval=True")
-        if (self.y_embedder is None) != (y is None):
-            given = "no labels" if y is None else "labels"
-            raise ConfigError(
-                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
-                f"y=None, the others labels (null_label={self.null_label} for none)"
-            )
-        return c if self.y_embedder is None else c + self.y_embedder(y)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         B, grid, p = x.shape[0], self.input_size // self.patch_size, self.patch_size

@@ -70,6 +70,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept; older ones are removed
     preview_images: int = 16  # in the grid drawn at each checkpoint; 0 is none
     tensorboard: bool = False  # event files beside metrics.jsonl
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
     compile_blocks: bool = False
     checkpointing: bool = False  # recompute blocks in backward: less memory, more time
@@ -99,6 +100,8 @@ class TrainConfig:
             raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"unknown precision {self.precision!r}; there are: auto, fp32, bf16")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

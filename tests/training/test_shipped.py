@@ -44,8 +44,10 @@ def test_an_exported_run_is_the_average_in_half_precision(run, tmp_path):
 
 def test_an_exported_run_is_not_trained_further(run, tmp_path):
     exported = export_run(run, tmp_path / "out")
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match="exported run"):
         list(train(CONFIG, exported, resume=True))
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
     with pytest.raises(CheckpointError, match="ema weights only"):
         load_run(exported, weights="model")
 

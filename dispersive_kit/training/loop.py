@@ -4,7 +4,11 @@
         ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
 
 Each step draws its batch from (seed, step), adds Dispersive Loss if the configuration asks for it, and yields.
-Nothing is read back from the device but at the steps that are logged.
+Nothing is read back from the device but at the steps that are logged, and every tenth to see that all is well.
+
+On several processes each one runs this same loop: `accelerate launch --multi_gpu --num_processes 8 -m
+dispersive_kit.cli train ...` (its --multi_gpu is right without a GPU too), torchrun, or, from a notebook that has
+trained nothing yet, `accelerate.notebook_launcher(function, arguments, num_processes=8)` of a function that loops.
 """
 
 import contextlib

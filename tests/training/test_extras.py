@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -175,6 +176,7 @@ def test_a_log_gets_a_line_a_tenth_with_rate_time_left_and_memory(tmp_path, run_
 
 def test_a_terminal_gets_a_bar_with_rate_time_left_and_memory(tmp_path):
     reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
     command = [sys.executable, "-m", "dispersive_kit.cli", *PROGRESS, str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.close(terminal)

@@ -62,9 +62,15 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
             f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
             "Sample or evaluate it, or start a new run in another folder"
         )
-    facts = ["data"] if config.regularizer.preset == "none" else ["data", "dispersion_batch"]  # what is only measured
-    before, now = ({**one, "data": one.get("data", {}).get("sha256")} for one in (old, card))
-    changed += [f"{name}: {before[name]!r} -> {now[name]!r}" for name in facts if old and before[name] != now[name]]
+    before, now = (one.get("data", {}).get("sha256") for one in (old, card))
+    if old and before != now:
+        raise CheckpointError(
+            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 {before} "
+            f"then, {now} now). Bring the old data back, or start a new run in another folder"
+        )
+    # In an arm without the loss it is only measured, and no part of the objective.
+    if old and config.regularizer.preset != "none" and old["dispersion_batch"] != card["dispersion_batch"]:
+        changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError(
             f"{run_dir} holds a run of another configuration, which cannot be resumed with this one:\n  "

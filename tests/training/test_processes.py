@@ -148,26 +148,35 @@ def test_a_notebook_trains_on_two_processes(tmp_path):
 LONG = ["train", "--preset", "smoke", "--steps", 80, "--checkpoint-every", 20, "--set", "log_every=1", "--resume"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_one_process_ends_all_after_the_same_step_and_the_run_goes_on(start, run_command, tmp_path, rank):
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory, run_command):
+    out = tmp_path_factory.mktemp("never_stopped") / "run"
+    run_command([*LONG, "--out", out], 2)
+    return out
+
+
+def started_by(launcher: subprocess.Popen) -> dict[str, psutil.Process]:
+    children = psutil.Process(launcher.pid).children()
+    return {p.environ()["RANK"]: p for p in children if "RANK" in p.environ()}
+
+
+@pytest.mark.parametrize("signalled", ["1", "launcher", pytest.param("0", marks=pytest.mark.long)])
+def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on(
+    start, run_command, tmp_path, never_stopped, signalled
+):
     out = tmp_path / "run"
     launcher = start([*LONG, "--out", out], 2)
     while launcher.poll() is None and not checkpoints(out / "checkpoints"):
         time.sleep(0.01)
-    by_rank = {
-        int(process.environ()["RANK"]): process
-        for process in psutil.Process(launcher.pid).children()
-        if "RANK" in process.environ()
-    }
-    by_rank[rank].terminate()
+    (launcher if signalled == "launcher" else started_by(launcher)[signalled]).terminate()
     printed, _ = launcher.communicate(timeout=100)
-    assert "exitcode  : 143" in printed and "SIGKILL" not in printed, printed
+    assert launcher.returncode != 0 and "SIGKILL" not in printed, printed
+    assert signalled == "launcher" or "exitcode  : 143" in printed, printed
     stopped = load_latest(out / "checkpoints").step
     assert 20 <= stopped < 80
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
     run_command([*LONG, "--out", out], 2)
-    run_command([*LONG, "--out", tmp_path / "whole"], 2)
-    assert_same_bits(*(load_latest(tmp_path / name / "checkpoints").groups for name in ("run", "whole")))
+    assert_same_bits(*(load_latest(run / "checkpoints").groups for run in (out, never_stopped)))
 
 
 def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_path):

@@ -255,7 +255,7 @@ def test_other_data_is_refused_on_resume(tmp_path, cifar_folder):
         arrays = dict(file)
     arrays["images"] = arrays["images"] ^ 1
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    with pytest.raises(CheckpointError, match=r"data: '[0-9a-f]{64}' -> '[0-9a-f]{64}'"):
+    with pytest.raises(CheckpointError, match="was trained on other data"):
         run(tmp_path / "run", dataclasses.replace(config, data_dir=str(tmp_path)), resume=True)
 
 

@@ -28,7 +28,7 @@ from dispersive_kit.training.ema import EMA, PowerEMA
 from dispersive_kit.training.parallel import check_split, make_accelerator, restore_state, shard, state_of, whole
 from dispersive_kit.training.run import SNAPSHOTS, build_model, build_objective, claim_run_folder
 from dispersive_kit.training.sampling import preview, save_preview
-from dispersive_kit.training.sources import Source, open_source
+from dispersive_kit.training.sources import Source, open_source, refuse_other_data
 
 
 @dataclass
@@ -146,6 +146,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     if accelerator.is_main_process:
         source.verify()
         claim_run_folder(run_dir, config, resume=resume)
+        refuse_other_data(run_dir, source.card)
     accelerator.wait_for_everyone()
     latest = load_latest(run_dir / "checkpoints") if resume else None
     if latest:

@@ -1,15 +1,17 @@
 """What a run trains on: images or 2-D points on the device, or a store of latents; its held-out part, its card."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy
 from dispersive_kit.data.latents import is_store
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.draws import HELD_OUT, DeviceSet
 from dispersive_kit.training.latent_set import LatentSet, describe_latents, open_store, verify_store
@@ -50,6 +52,23 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
     return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), describe_images(images))
+
+
+def refuse_other_data(run_dir: Path, card: dict[str, Any]) -> None:
+    """Before a run is taken up again: the data must be what it began with, not only lie at the same place.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    try:
+        before = json.loads((run_dir / "run.json").read_text())["data"]["sha256"]
+    except (OSError, ValueError, KeyError):  # a new run, or one that was killed before it wrote its card
+        return
+    if before != card["sha256"]:
+        raise CheckpointError(
+            f"{run_dir} was trained on other data: {card['source']} has changed since (sha256 {before[:12]} then, "
+            f"{card['sha256'][:12]} now). Bring the old data back, or start a new run in another folder"
+        )
 
 
 def describe_images(data: ImageSet) -> dict[str, Any]:

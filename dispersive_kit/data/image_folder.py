@@ -52,11 +52,13 @@ def list_images(root: Path) -> ImageFolder:
 
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one that holds a folder of images for each class")
-    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    files = tuple(sorted(f.relative_to(root).as_posix() for f in found if f.suffix.lower() in IMG_EXTENSIONS))
+    files: list[str] = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        below = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
+        files += [below + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not files:
         raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
-    return ImageFolder(root, files, tuple(sorted({_class_of(f) for f in files})))
+    return ImageFolder(root, tuple(sorted(files)), tuple(sorted({_class_of(f) for f in files})))
 
 
 def _class_of(file: str) -> str:

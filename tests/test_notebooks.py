@@ -233,8 +233,16 @@ BROKEN = {
         "what is read is the encoder's own posterior, to half precision": (
             "gap = float((store.read(rows[:4], np.full(4, True)).float() - own).abs().max() / own.abs().max())"
         ),
+        "one line equals the library's PSNR": "by_hand = psnr_by_hand(originals, decoded.flip(-1))",
         "the decoder gives the images back": ("quality = psnr(255 - originals.numpy(), decoded.numpy())"),
-        "x0 has about the spread of the noise": "spread = float(means.std() / spec.autoencoder.scale)",
+        "x0 has about the spread of the noise": (
+            "spread = float(posterior[:, 0].float().std() / spec.autoencoder.scale)"
+        ),
+        "no row comes twice in an epoch": "epoch = np.append(epoch[1:], epoch[1])",
+        "balanced classes come equally often": (
+            "plain = Selection(undisturbed, classes=few.classes)\n"
+            "drawn = np.bincount(plain.labels(plain.draw(seed, 0, 300)))"
+        ),
         "one flipped bit is refused, and the shard named": (
             "refusals = {**refusals, 'flip_one_bit': refusal(lambda folder: None)}"
         ),

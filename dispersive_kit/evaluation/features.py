@@ -111,10 +111,9 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
-    moments = stream_moments(base, train_images)
-    components = np.linalg.eigh(moments.covariance)[1][:, ::-1][:, :k]  # (D, k), largest variance first
+    centre, components = _principal_axes(base, train_images, k)
     signs = np.sign(components[np.abs(components).argmax(0), np.arange(k)])  # else the linear algebra's to choose
-    mean, basis = torch.from_numpy(moments.mean), torch.from_numpy(components * signs)
+    mean, basis = torch.from_numpy(centre), torch.from_numpy(components * signs)
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
     return replace(
         base,
@@ -123,6 +122,20 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
         note=f"PCA fitted on {len(train_images)} training images (sha256 {digest}). {base.note}".strip(),
         project=lambda x: (x.double() - mean) @ basis,
     )
+
+
+def _principal_axes(base: FeatureExtractor, images: Tensor, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (D,) and the first k axes (D, k), largest variance first: those of the covariance (D, D), or of the Gram
+    matrix (N, N), which gives the same ones, where there are fewer images than dimensions.
+    """
+    if len(images) > base.dim:
+        moments = stream_moments(base, images)
+        return moments.mean, np.linalg.eigh(moments.covariance)[1][:, ::-1][:, :k]
+    x = base(images).astype(np.float64)  # (N, D)
+    mean = x.mean(0)
+    x -= mean
+    axes = x.T @ np.linalg.eigh(x @ x.T)[1][:, ::-1][:, :k]
+    return mean, axes / np.linalg.norm(axes, axis=0)
 
 
 def small_classifier(train: ImageSet, held_out: ImageSet, *, seed: int = 0) -> FeatureExtractor:

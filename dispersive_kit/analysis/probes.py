@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dispersive_kit.analysis.features import LEVELS, Encoder, extract
+from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError, DataError
 
-LAMBDAS = tuple(10.0**k for k in range(-4, 5))  # of ridge, in units of the mean variance of a training feature
+# The strongest shrinkage first: of settings that are equal on validation, the first is taken.
+LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of the variance of a training feature
 C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
 K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978; as in DINO)
 
@@ -44,6 +47,21 @@ class Splits:
     train: Split
     validation: Split
     test: Split
+
+
+def candidates(
+    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *, draws: int = 1
+) -> dict[tuple[int, int], Splits]:
+    """(level, block) -> features of training, validation and test images, to choose among.
+
+    Each part has noise of its own: a training image under the noise of a test image would be its nearest neighbour.
+    """
+    features = [extract(encode, part.images, levels, draws=draws, seed=i) for i, part in enumerate(parts)]
+    return {
+        (level, block): Splits(*(Split(f[level][:, block], p.labels) for f, p in zip(features, parts, strict=True)))
+        for level in range(len(levels))
+        for block in range(features[0][0].shape[1])
+    }
 
 
 Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
@@ -95,7 +113,7 @@ PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": log
 
 @dataclass(frozen=True)
 class Fitted:
-    """A probe with the setting that is best on validation; the first of equals, the strongest for ridge's path."""
+    """A probe with the setting that is best on validation; the first of equals, so the strongest shrinkage."""
 
     predict: Predict
     setting: int

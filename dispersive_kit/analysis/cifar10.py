@@ -1,4 +1,4 @@
-"""The shipped CIFAR-10 runs, analysed. Notebooks may not download 170 MB of images, so the numbers come with the package.
+"""The shipped CIFAR-10 runs, analysed: notebooks may not download 170 MB of images, so the numbers are in the package.
 
 `python -m dispersive_kit.analysis.cifar10 DATA_DIR` makes the file anew; cifar10 lies in DATA_DIR. A quarter of an hour
 on one core. Beside each number stand the hashes of the weights and images it was measured on.

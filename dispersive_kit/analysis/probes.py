@@ -5,7 +5,6 @@ the training statistics; its accuracy is the mean over draws and images, its int
 counts as right for McNemar's test if most of its draws are.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from dispersive_kit.analysis.features import LEVELS, Encoder, extract
 from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.distances import wilson
 
 # The strongest shrinkage first: of settings that are equal on validation, the first is taken.
 LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of the variance of a training feature
@@ -76,14 +76,17 @@ def standardise(train: Split) -> Callable[[Tensor], Tensor]:
 def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
     """Least squares on one-hot labels for the whole path of lambda, from one eigendecomposition.
 
-    W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred.
+    W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred; with fewer rows than
+    features the same from X X^T = U L U^T, as W(lambda) = X^T U (L + lambda n)^-1 U^T Y.
     """
     scaled = standardise(train)
     x, y = scaled(train.rows), F.one_hot(train.row_labels).double()
-    values, v = torch.linalg.eigh(x.T @ x)  # (D,), (D, D)
-    towards = v.T @ (x.T @ (y - y.mean(0)))  # (D, K)
+    few = len(x) < x.shape[1]
+    values, v = torch.linalg.eigh(x @ x.T if few else x.T @ x)  # (m,), (m, m) with m = min(n, D)
+    towards = v.T @ ((y - y.mean(0)) if few else x.T @ (y - y.mean(0)))  # (m, K)
+    axes = x.T @ v if few else v  # (D, m)
     shrunk = torch.stack([towards / (values.clamp(min=0) + one * len(x))[:, None] for one in lambdas])
-    return lambda rows: ((scaled(rows) @ v) @ shrunk + y.mean(0)).argmax(-1)
+    return lambda rows: ((scaled(rows) @ axes) @ shrunk + y.mean(0)).argmax(-1)
 
 
 def logistic(train: Split, grid: Sequence[float] = C_GRID) -> Predict:
@@ -167,13 +170,6 @@ def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result
     majority = right.mean(0) > 0.5
     result = Result(best, fitted[best].validation, float(right.mean()), low, high, majority)
     return result, {key: one.validation for key, one in fitted.items()}
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share among n images: not empty at 0 or 1."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:

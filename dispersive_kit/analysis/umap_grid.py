@@ -105,7 +105,7 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def load() -> dict[str, projection.Array]:
-    """The pictures (N, 2) of the package by name, and `TRUST` of the stages (stages,). Raises DataError: no such file."""
+    """The pictures (N, 2) of the package by name, and `TRUST` (stages,). Raises DataError: no such file."""
     return {name: values.astype(np.float64) for name, values in read_arrays(artefact(FILE)).items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import kernels, naming
-from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples
+from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples, wilson
 from dispersive_kit.evaluation.features import FeatureExtractor
 from dispersive_kit.evaluation.moments import Moments, file_sha256, frechet_from_statistics, load_statistics
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
@@ -141,10 +141,20 @@ class Panel:
 def _record(
     metric: str, value: float, halves: Array, floor: float, n: int, n_reference: int | None, protocol: dict[str, Any]
 ) -> Record:
-    interval = Interval.around(value, halves)
+    low, high = _ends(metric, value, halves, n)
     better: Literal["lower", "higher"] = "higher" if metric in HIGHER_IS_BETTER else "lower"
     name = naming.number_name(metric, protocol["extractor"], n, protocol["reference"])
-    return Record(name, value, interval.low, interval.high, floor, n, n_reference, protocol, better)
+    return Record(name, value, low, high, floor, n, n_reference, protocol, better)
+
+
+def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
+    """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
+    interval = Interval.around(value, halves)
+    if metric == "precision" and len(halves):
+        return wilson(value, n)
+    if metric in ("recall", "coverage"):
+        return max(interval.low, 0.0), min(interval.high, 1.0)
+    return interval.low, interval.high
 
 
 def shared_protocol(
@@ -157,7 +167,7 @@ def shared_protocol(
         "extractor": describe_extractor(extractor),
         "resize": "none before the extractor's own",
         "uint8_rule": UINT8_RULE,
-        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0",
+        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
         "versions": library_versions(),
     }
 

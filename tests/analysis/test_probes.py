@@ -23,6 +23,7 @@ from dispersive_kit.analysis import (
 from dispersive_kit.analysis.controls import patch_pca, raw_pixels
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.distances import wilson
 
 
 def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) -> Splits:
@@ -37,8 +38,10 @@ def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) 
     return Splits(part(200), part(100), part(300))
 
 
-def test_the_ridge_path_is_scikit_learns_at_every_lambda():
+@pytest.mark.parametrize("rows", [200, 5], ids=["n > D", "n < D"])
+def test_the_ridge_path_is_scikit_learns_at_every_lambda(rows):
     parts = splits(noise=2.0)
+    parts = Splits(Split(parts.train.x[:, :rows], parts.train.y[:rows]), parts.validation, parts.test)
     scaled = probes.standardise(parts.train)
     x, y = scaled(parts.train.rows).numpy(), torch.nn.functional.one_hot(parts.train.row_labels).numpy()
     lambdas = (1e-3, 1.0, 30.0)
@@ -109,7 +112,7 @@ def test_candidates_are_every_level_and_block_of_the_same_images(network, digits
 def test_wilsons_interval_is_scipys():
     for right, n in ((0, 40), (31, 40), (40, 40)):
         theirs = binomtest(right, n).proportion_ci(method="wilson")
-        assert probes.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+        assert wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
 
 
 def test_mcnemar_counts_only_where_two_arms_differ():

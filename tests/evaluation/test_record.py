@@ -19,9 +19,10 @@ from dispersive_kit.evaluation import (
 )
 from dispersive_kit.evaluation import features as features_module
 from dispersive_kit.evaluation.baselines import pixel_gaussian
+from dispersive_kit.evaluation.distances import half_samples, wilson
 from dispersive_kit.evaluation.features import random_convolutions
 from dispersive_kit.evaluation.moments import save_statistics
-from dispersive_kit.evaluation.panel import METRICS, Features, measure_against_statistics
+from dispersive_kit.evaluation.panel import METRICS, Features, Pair, _ends, measure_against_statistics
 from dispersive_kit.evaluation.record import table, to_json
 
 NAMES = ["FD", "KID", "MMD-RBF", "energy", "sliced-W2", "precision", "recall", "density", "coverage"]
@@ -94,6 +95,32 @@ def test_a_gaussian_of_pixels_is_worse_than_real_by_every_metric_but_recall(gaus
             continue
         worse = record.value < record.floor if record.better == "higher" else record.value > record.floor
         assert worse, record.name
+
+
+def clouds(seed):
+    """200 features in four dimensions, a little off the reference's."""
+    return np.random.default_rng(seed).normal(0.4, 1, (200, 4))
+
+
+def test_every_interval_has_the_width_of_repeated_sampling():
+    y, none = np.random.default_rng(99).normal(size=(300, 4)), half_samples(200, 0)
+    logits = np.random.default_rng(5).normal(size=(4, 10))
+
+    def measured(x, halves):
+        pair = Pair(Features(x, 3 * x @ logits), Features(y, y @ logits), halves)
+        return {k: v for metric in METRICS.values() for k, v in metric(pair).items()}
+
+    fresh = [measured(clouds(seed), none) for seed in range(100)]
+    kept = [measured(clouds(1000 + seed), half_samples(200, 60)) for seed in range(5)]
+    for name in fresh[0]:
+        low, high = np.percentile([one[name][0] for one in fresh], [2.5, 97.5])
+        ends = [_ends(name, *one[name], 200) for one in kept]
+        assert 0.65 < np.mean([b - a for a, b in ends]) / (high - low) < 1.5, name
+
+
+def test_shares_end_at_zero_and_one_and_a_full_precision_is_not_certain():
+    assert _ends("precision", 1.0, np.ones(50), 200) == wilson(1.0, 200) and wilson(1.0, 200)[0] < 0.99
+    assert _ends("coverage", 0.99, np.array([0.9, 0.95, 0.99]), 200)[1] == 1.0
 
 
 def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, extractor):

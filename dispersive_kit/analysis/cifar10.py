@@ -19,7 +19,7 @@ from dispersive_kit.analysis import dispersion, projection
 from dispersive_kit.analysis.controls import patch_pca, raw_pixels
 from dispersive_kit.analysis.features import LEVELS, Encoder, extract, pooled, random_network
 from dispersive_kit.analysis.gradients import Pull, gradient_pull
-from dispersive_kit.analysis.probes import candidates, choose_and_test, mcnemar, shuffled
+from dispersive_kit.analysis.probes import Result, candidates, choose_and_test, mcnemar, shuffled
 from dispersive_kit.analysis.similarity import cka_matrix
 from dispersive_kit.analysis.sweep import Sweep, sweep
 from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, artefact, name_of, read_arrays
@@ -93,7 +93,7 @@ def _probes(models: Mapping[str, DiT], train: ImageSet, test: ImageSet) -> dict[
     encoders: dict[str, Encoder] = {arm: pooled(model) for arm, model in models.items()}
     encoders |= {"raw pixels": raw_pixels, "patch PCA": patch_pca(parts[0].images, 4, PATCH_COMPONENTS)}
     tables: dict[str, dict[str, Tensor]] = {"ridge": {}, "knn": {}}
-    results = {}
+    results: dict[str, Result] = {}
     for name, encode in encoders.items():
         cells = candidates(encode, parts, draws=DRAWS)
         for kind in tables if name in ARMS else ["ridge"]:

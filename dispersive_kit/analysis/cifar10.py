@@ -5,11 +5,13 @@ on one core. Beside each number stand the hashes of the weights and images it wa
 """
 
 import dataclasses
+import importlib.resources
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from dispersive_kit.analysis.gradients import Pull, gradient_pull
 from dispersive_kit.analysis.probes import Result, candidates, choose_and_test, mcnemar, shuffled
 from dispersive_kit.analysis.similarity import cka_matrix
 from dispersive_kit.analysis.sweep import Sweep, sweep
-from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, artefact, name_of, read_arrays
+from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, name_of
 from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.errors import DataError
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models.dit import DiT
@@ -145,9 +148,21 @@ class Shipped:
     pictures: dict[str, projection.Array]
 
 
+def file() -> Path:
+    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / FILE
+
+
 def load() -> Shipped:
-    """The analysis that comes with the package. Raises DataError: the file is missing or damaged."""
-    found: Any = nested(read_arrays(artefact(FILE)))
+    """The analysis that comes with the package.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with np.load(file(), allow_pickle=False) as arrays:
+            found: Any = nested({name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise DataError(f"{file()} cannot be read ({error}): make it with the command its module names") from error
     protocol, labels, probes = json.loads(str(found["protocol"])), torch.from_numpy(found["labels"]), found["probes"]
     return Shipped(
         sweeps={
@@ -195,7 +210,7 @@ def save(found: Nested) -> None:
     for name, array in arrays.items():
         if array.dtype == np.float64:
             arrays[name] = array.astype(np.float16 if name.startswith("pictures") else np.float32)
-    np.savez_compressed(artefact(FILE), **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(file(), **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

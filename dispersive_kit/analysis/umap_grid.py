@@ -7,8 +7,6 @@ digits run that kept its checkpoints (`train_preset("digits", checkpoint_every=1
 import importlib.resources
 import sys
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ NEIGHBOURS, MIN_DIST, SEEDS = (5, 15, 50), (0.0, 0.1, 0.5), (0, 1)
 IMAGES, LEVEL = 400, 2.0  # held-out digits, log-SNR
 SHRUNK = 0.1  # factor on one class about its mean
 STAGES = (100, 200, 400, 600)
-FILE, TRUST = "umap-digits.npz", "aligned trust"
+TRUST = "aligned trust"
 
 Grid = dict[str, NDArray[np.float16]]
 
@@ -68,7 +66,10 @@ def shrinkage() -> dict[str, projection.Array]:
 
 
 def make(run: Path) -> Grid:
-    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`."""
+    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`.
+
+    `TRUST` is that of each stage of the last (stages,).
+    """
     data = load_images("digits", "test")
     features = {arm: last_block(load_run(shipped(name))[0], data) for arm, name in ARMS.items()}
     found = {
@@ -90,25 +91,23 @@ def make(run: Path) -> Grid:
     return {name: points.astype(np.float16) for name, points in found.items()}
 
 
-def artefact(name: str) -> Path:
-    """A file that comes with the package."""
-    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / name
-
-
-def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of such a file by name. Raises DataError: it is missing or damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise DataError(f"{file} cannot be read ({error}): make it with the command its module names") from error
+def grid_file() -> Path:
+    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / "umap-digits.npz"
 
 
 def load() -> dict[str, projection.Array]:
-    """The pictures (N, 2) of the package by name, and `TRUST` (stages,). Raises DataError: no such file."""
-    return {name: values.astype(np.float64) for name, values in read_arrays(artefact(FILE)).items()}
+    """The pictures (N, 2) of the package by name.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with np.load(grid_file(), allow_pickle=False) as file:
+            return {name: file[name].astype(np.float64) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{grid_file()} cannot be read ({error}): make it with the command its module names") from error
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    np.savez_compressed(artefact(FILE), **make(Path(sys.argv[1])))  # type: ignore[arg-type]
+    np.savez_compressed(grid_file(), **make(Path(sys.argv[1])))  # type: ignore[arg-type]

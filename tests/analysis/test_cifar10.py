@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dispersive_kit.analysis import LEVELS, cifar10, projection
-from dispersive_kit.analysis.umap_grid import artefact
 from dispersive_kit.errors import DataError
 from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.training import load_run
@@ -45,9 +44,10 @@ def test_the_stored_rows_have_the_stored_spectrum_and_their_pictures(stored):
         assert projection.trustworthiness(one.rows[-1], picture) > 0.7
 
 
-def test_a_missing_file_is_said_with_the_cure():
+def test_a_missing_file_is_said_with_the_cure(monkeypatch):
+    monkeypatch.setattr(cifar10, "FILE", "none.npz")
     with pytest.raises(DataError, match="command its module names"):
-        cifar10.read_arrays(artefact("none.npz"))
+        cifar10.load()
 
 
 def test_names_nest_and_unnest():

@@ -38,7 +38,7 @@ ARMS = {"base": "cifar10-cpu-base", "with loss": "cifar10-cpu-paper"}
 RANDOM = "random weights"
 LEVEL = 2  # log-SNR 2: of the rows that are kept, and of the pictures
 IMAGES, KEPT, NOISED = 2000, 400, 400  # test images: in the map; rows kept and drawn; under three draws of noise
-TRAIN, VALIDATION, TEST, DRAWS = 4000, 1000, 2000, 3  # images of the probes
+TRAIN, VALIDATION, TEST, DRAWS = 2000, 500, 1000, 3  # images of the probes, and draws of noise of each
 PATCH_COMPONENTS = 16
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping

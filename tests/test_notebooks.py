@@ -295,6 +295,7 @@ BROKEN = {
         "pixels alone know a good deal": "control = {**control, 'raw pixels': control['shuffled labels']}",
     },
     "11_umap": {
+        "trustworthiness by hand is the library's": "by_hand = trust_by_hand(features['base'], some, k=14)",
         "UMAP of 8 X is UMAP of X, to the last digit": "same = {**same, '8 X': same['X'] + 1e-3}",
         "PCA of 8 X is 8 times PCA of X": "eightfold = projection.pca(9 * features['base']) / 8",
         "a class drawn together tenfold keeps its patch": "kept = kept / 10",

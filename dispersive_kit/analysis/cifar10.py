@@ -27,6 +27,7 @@ from dispersive_kit.analysis.sweep import Sweep, sweep
 from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, name_of
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.errors import DataError
+from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models.dit import DiT
@@ -178,6 +179,11 @@ def load() -> Shipped:
         mcnemar=float(probes["mcnemar"]),
         pictures={name: points.astype(np.float64) for name, points in flat(found.get("pictures", {})).items()},
     )
+
+
+def weights_here() -> dict[str, str]:
+    """Hash of each arm's weights as they are in the package now: those the numbers were measured on?"""
+    return {arm: weights_sha256(load_run(shipped(run))[0].state_dict()) for arm, run in ARMS.items()}
 
 
 def flat(tree: Nested, above: str = "") -> dict[str, Any]:

@@ -6,9 +6,6 @@ import torch
 
 from dispersive_kit.analysis import LEVELS, cifar10, projection
 from dispersive_kit.errors import DataError
-from dispersive_kit.evaluation.classifier import weights_sha256
-from dispersive_kit.training import load_run
-from dispersive_kit.training.shipped import shipped
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +14,8 @@ def stored():
 
 
 def test_it_is_of_the_shipped_weights_and_of_one_set_of_images(stored):
-    for arm, run in cifar10.ARMS.items():
-        model, _ = load_run(shipped(run))
-        assert stored.sweeps[arm].protocol["checkpoint_sha256"] == weights_sha256(model.state_dict())
+    for arm, digest in cifar10.weights_here().items():
+        assert stored.sweeps[arm].protocol["checkpoint_sha256"] == digest
     assert len({one.protocol["sha256"] for one in stored.sweeps.values()}) == 1
     assert all(one.protocol["images"] == cifar10.IMAGES for one in stored.sweeps.values())
 

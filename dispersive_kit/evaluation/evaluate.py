@@ -24,6 +24,7 @@ from dispersive_kit.training import load_run, shipped, shipped_names
 from dispersive_kit.training.draws import stream
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
+PLACES = ("data_dir", "inception_weights", "vae")  # options that say where files lie on this machine
 METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
 
 
@@ -153,4 +154,6 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     if "run" in record.protocol:
         name = f"{record.protocol['step']:08d}-{name}-{record.protocol['sampler']}{how.num_steps}-cfg{how.cfg_scale:g}"
     folder = Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
-    return folder / f"evaluation-{source.stem}-{name}.json"
+    everything = {key: value for key, value in dataclasses.asdict(how).items() if key not in PLACES}
+    mark = hashlib.sha256(repr(everything).encode()).hexdigest()[:6]  # of the settings that the name does not spell out
+    return folder / f"evaluation-{source.stem}-{name}-{mark}.json"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dispersive_kit.data import load_images
-from dispersive_kit.evaluation.evaluate import evaluate
+from dispersive_kit.evaluation.evaluate import evaluate, record_file
 from dispersive_kit.evaluation.export import save_npz
 from dispersive_kit.evaluation.options import Evaluation
 
@@ -46,6 +46,14 @@ def test_the_arm_stands_in_the_record_by_the_hash_of_its_weights(plain):
     (other,) = evaluate(Path("digits-paper"), HOW)
     assert other.protocol["checkpoint_sha256"] != plain.protocol["checkpoint_sha256"]
     assert other.protocol["run"] == "digits-paper" and other.protocol["device"] == "cpu"
+
+
+def test_every_setting_has_a_file_of_its_own(plain):
+    files = {record_file(Path("digits-base"), dataclasses.replace(HOW, **{k: v}), plain) for k, v in CHANGES.items()}
+    files.add(record_file(Path("digits-base"), HOW, plain))
+    assert len(files) == len(CHANGES) + 1
+    elsewhere = dataclasses.replace(HOW, data_dir="/another/place")
+    assert record_file(Path("digits-base"), elsewhere, plain) in files
 
 
 def test_the_number_is_the_same_when_it_is_measured_again(plain):

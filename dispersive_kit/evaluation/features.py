@@ -18,6 +18,7 @@ from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.evaluation.classifier import WIDTH, train_classifier, weights_sha256
 from dispersive_kit.evaluation.moments import file_sha256, stream_moments
 from dispersive_kit.evaluation.naming import INCEPTION, INCEPTION_SHA256
+from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models import efficientnet
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -213,7 +214,7 @@ EXTRACTORS: dict[str, Callable[[ImageSet, ImageSet, Path | None, torch.device | 
     "random-conv": lambda train, held_out, weights, device: random_convolutions(train.images.shape[1]),
     "pixels-pca32": lambda train, held_out, weights, device: pca(pixels(train.images), train.images, 32),
     "effnet-lite0-pca64": lambda train, held_out, weights, device: pca(
-        effnet_lite0(device=device), train.images[:EFFNET_PCA_IMAGES], 64
+        effnet_lite0(device=device), draw_images(train, EFFNET_PCA_IMAGES).images, 64
     ),
     "inception": lambda train, held_out, weights, device: inception(weights or INCEPTION_WEIGHTS, device=device),
 }

@@ -1,4 +1,4 @@
-"""Notebooks in a JupyterLab as the kit starts it, in Chromium: run from top to bottom, every slider moved by keyboard."""
+"""Notebooks in a JupyterLab as the kit starts it, in Chromium: all cells run, every slider moved by keyboard."""
 
 import json
 import os
@@ -116,7 +116,8 @@ class Lab:
 
     def elsewhere(self, address: str) -> list[str]:
         """The address, if it is not of this server."""
-        return [] if re.match(rf"(http|ws)://{re.escape(self.base.partition('//')[2])}/|data:|blob:", address) else [address]
+        own = tuple(f"{protocol}://{self.base.partition('//')[2]}/" for protocol in ("http", "ws"))
+        return [] if address.startswith((*own, "data:", "blob:")) else [address]
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +141,9 @@ def controls(page: Page) -> list[Locator]:
 
 def keys(control: Locator) -> tuple[str, str]:
     """A key that moves the control, and the one that moves it back."""
-    at_start = "e => e.matches('select') ? e.selectedIndex == 0 : e.ariaValueNow == e.ariaValueMin"
-    forth, back = ("ArrowDown", "ArrowUp") if control.evaluate("e => e.matches('select')") else ("ArrowRight", "ArrowLeft")
+    is_menu = control.evaluate("e => e.matches('select')")
+    forth, back = ("ArrowDown", "ArrowUp") if is_menu else ("ArrowRight", "ArrowLeft")
+    at_start = "e => e.selectedIndex == 0" if is_menu else "e => e.ariaValueNow == e.ariaValueMin"
     return (forth, back) if control.evaluate(at_start) else (back, forth)
 
 

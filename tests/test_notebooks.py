@@ -28,7 +28,8 @@ TEACHING = {path.stem for path in PATHS if path.stem[:2] in ("01", "02", "03", "
 # What a goal tells one to do
 VERBS = {
     "add", "catch", "choose", "compare", "draw", "encode", "find", "hold", "keep", "know",
-    "learn", "look", "measure", "meet", "mix", "put", "read", "rebuild", "sample", "say", "see", "stop", "train", "write",
+    "learn", "look", "measure", "meet", "mix", "put", "read", "rebuild", "sample", "say", "see", "stop", "train",
+    "write",
 }  # fmt: skip
 
 

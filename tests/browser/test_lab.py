@@ -159,7 +159,7 @@ def wait_for(page: Page, condition: str, *arguments: object) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name.startswith(SHORT) else pytest.mark.long) for name in ALIVE]
 )
-def test_a_notebook_runs_and_each_of_its_sliders_changes_a_picture_in_one_view_and_back(lab: Lab, name: str) -> None:
+def test_all_cells_run_and_each_slider_changes_the_picture_below_it_and_back(lab: Lab, name: str) -> None:
     page = lab.run_all(name)
     expect(tracebacks(page)).to_have_count(0)
     moved = controls(page)

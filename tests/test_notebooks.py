@@ -24,6 +24,13 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 NO_LESSON = {"00_start_here"}  # shows the way, and asks nothing
+TEACHING = {path.stem for path in PATHS if path.stem[:2] in ("01", "02", "03", "05", "08", "09", "14", "15")}
+# What a goal tells one to do
+VERBS = {
+    "add", "catch", "choose", "compare", "draw", "encode", "find", "hold", "keep", "know",
+    "learn", "look", "measure", "meet", "mix", "put", "read", "rebuild", "sample", "say", "see", "stop", "train",
+    "write",
+}  # fmt: skip
 
 
 def read(path: Path) -> Any:
@@ -78,6 +85,29 @@ def test_half_of_the_cells_have_at_most_eight_lines(path: Path) -> None:
     assert statistics.median(len(cell.source.splitlines()) for cell in code_cells(path)) <= 8
 
 
+def count_words(path: Path) -> int:
+    """Of the text, solutions included; a formula in a line is one word, one that stands alone is none."""
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", "", re.sub(r"\$[^$]*\$", "formula", text))
+    return sum(bool(re.search(r"\w", word)) for word in text.split())
+
+
+@each_notebook
+def test_a_lesson_is_neither_too_short_nor_too_long_to_read(path: Path) -> None:
+    least = 1200 if path.stem in TEACHING else 300
+    assert least <= count_words(path) <= 2500
+
+
+@each_notebook
+def test_a_goal_has_at_most_four_verbs(path: Path) -> None:
+    """It is written in imperatives: the verbs are the first words of its clauses."""
+    goal = next(entry.goal for entry in contents(FOLDER) if entry.name == path.stem)
+    firsts = [clause.split()[0].lower() for clause in re.split(r"[,;:.] (?:and )?| and ", goal) if clause]
+    assert firsts[0] in VERBS, f"{firsts[0]!r} is not in VERBS: add it, if it is one"
+    assert sum(word in VERBS for word in firsts) <= 4, goal
+
+
 @each_notebook
 def test_a_lesson_has_all_its_parts(path: Path) -> None:
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
@@ -96,6 +126,33 @@ def test_every_figure_has_alternative_text(path: Path) -> None:
         alt = argument(call, "alt")
         assert alt is not None, ast.unparse(call)
         assert not isinstance(alt, ast.Constant) or len(alt.value) > 40, ast.unparse(call)
+
+
+def dotted_names(node: ast.AST) -> set[str]:
+    """The names in an expression, each with all of its dots: `plots.grid`, and not `plots`."""
+    if isinstance(node, ast.Name | ast.Attribute):
+        return {ast.unparse(node)}
+    return {name for child in ast.iter_child_nodes(node) for name in dotted_names(child)}
+
+
+@each_notebook
+def test_what_a_slider_moves_is_a_plain_figure_before(path: Path) -> None:
+    """So that there is something to see without a front end, and an error of the view stops the notebook."""
+    shown: set[str] = set()
+    for name, call in calls(path):
+        if name == "show":
+            shown |= dotted_names(call.args[0])
+        elif name in ("explore", "scrub"):
+            assert shown & dotted_names(call.args[0]), ast.unparse(call)
+
+
+@each_notebook
+def test_the_mode_is_for_the_package_and_no_cell_asks_for_it(path: Path) -> None:
+    """What differs between modes lies in study/modes.py."""
+    first, *rest = code_cells(path)
+    assert 'mode: str = "class"' in first.source
+    asked = [node for cell in rest for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.If | ast.IfExp)]
+    assert not [ast.unparse(node) for node in asked if "mode" in re.findall(r"\w+", ast.unparse(node.test))]
 
 
 @each_notebook
@@ -132,6 +189,7 @@ def test_the_contents_list_the_notebooks_that_exist(monkeypatch: pytest.MonkeyPa
 # ---- their checks: run in smoke mode, then every check again on a wrong quantity
 
 BROKEN = {
+    "00_start_here": {"this machine is ready": "wrong = ['memory']"},
     "01_noise": {
         "one line equals the library": "by_hand = x_t_by_hand(x0, eps, t + 0.01)",
         "moments equal the closed form": "worst = standard_errors(x**2, 1.3 * variance).abs().max()",
@@ -203,6 +261,15 @@ BROKEN = {
         "a newborn DiT returns zeros": "first_words = library",
         "since its blocks pass their input on": "fed = newborn.x_embedder(x)",
         "training opened the gates": "opened = 0.0",
+    },
+    "06_does_it_help": {
+        "both arms logged the same steps": "metrics = {**metrics, 'base': metrics['base'][1:]}",
+        "the loss never passed its floor": "metrics = {**metrics, regularizer: [{'step': 1, 'gap': -1}]}",
+        "the base arm is a real model: it beats pixel-Gaussian samples threefold": "if_trained, ratio = True, 2.9",
+        "nothing is better than real: the base arm is not far below the floor": (
+            "from dataclasses import replace\n"
+            "records = {**records, 'base': replace(records['base'], value=0.4 * records['base'].floor)}"
+        ),
     },
     "14_one_step_meanflow": {
         "the identity holds for the exact u": "gap = (left - v).abs().max() / left.abs().max()",
@@ -352,15 +419,19 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         os.environ[MODE_VARIABLE] = before
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_every_check_has_its_perturbation(name: str) -> None:
-    assert list(BROKEN[name]) == list(checks_of(name))
+@each_notebook
+def test_every_check_has_its_perturbation(path: Path) -> None:
+    assert list(BROKEN[path.stem]) == list(checks_of(path.stem))
 
 
-CASES = [(name, promise) for name, broken in BROKEN.items() for promise in broken]
+# The checks of one notebook in one worker: it is executed once.
+CASES = [
+    pytest.param(name, promise, marks=pytest.mark.xdist_group(name))
+    for name, broken in BROKEN.items()
+    for promise in broken
+]
 
 
-@pytest.mark.xdist_group("executed notebooks")
 @pytest.mark.parametrize(("name", "promise"), CASES, ids=lambda value: value)
 def test_a_check_fails_when_its_quantity_is_perturbed(executed: Any, name: str, promise: str) -> None:
     space = dict(executed(name))

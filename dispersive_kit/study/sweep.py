@@ -37,12 +37,19 @@ class Executor:
 
     workers: at most so many at once; None: one per GPU, or one, in a pool, and all on a cluster.
     gpus: one for each worker of a pool, as CUDA_VISIBLE_DEVICES. request: what submitit asks of the cluster for a run.
+
+    Raises:
+        ConfigError: less than one worker.
     """
 
     kind: Literal["pool", "slurm", "local"] = "pool"
     workers: int | None = None
     gpus: tuple[str, ...] | None = None
     request: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"{self.workers} workers cannot run anything: --workers takes 1 or more")
 
     def asking(self, request: dict[str, Any]) -> "Executor":
         """The same executor with another request."""
@@ -71,7 +78,7 @@ def run_tasks(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterator[
     """Run all tasks, and yield each result as it ends.
 
     Raises:
-        ConfigError: more workers than GPUs.
+        ConfigError: more workers than GPUs, or a request that submitit does not understand.
     """
     if executor.kind != "pool":
         yield from _on_cluster(tasks, out, executor)
@@ -142,11 +149,17 @@ def _on_cluster(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterato
     """Submit each task as a job of its own.
 
     submitit hands the job over as a pickle of our own making in OUT/.submitit; results are read from stage.json.
+
+    Raises:
+        ConfigError: the request holds what submitit does not know, or a value of the wrong type.
     """
     import submitit
 
     submitter = submitit.AutoExecutor(folder=out / ".submitit", cluster=executor.kind)
-    submitter.update_parameters(name=out.name, **{**REQUEST, **executor.request})
+    try:
+        submitter.update_parameters(name=out.name, **{**REQUEST, **executor.request})
+    except (NameError, AssertionError) as fault:
+        raise ConfigError(f"cluster: {fault}") from fault
     waiting = [task for task in tasks if not ended_well(task.notebook, out / task.name, task.parameters)]
     yield from (StageResult(task.name, "skipped", 0.0, out / task.name) for task in tasks if task not in waiting)
     running: dict[str, tuple[Any, Task]] = {}

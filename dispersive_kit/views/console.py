@@ -133,4 +133,5 @@ def console_html() -> str:
 
 def write_console(file: Path) -> int:
     """Write the page, and say how many bytes it has."""
-    return file.write_text(console_html())
+    file.write_text(console_html(), encoding="utf-8")
+    return file.stat().st_size

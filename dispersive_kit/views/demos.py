@@ -42,7 +42,7 @@ def noise(data: str = "eight-gaussians", path: str = "linear", t: float = 0.5) -
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     p, time = PATHS[path], torch.tensor(t, dtype=torch.float64)
     alpha, sigma, snr = (float(f(time)) for f in (p.alpha, p.sigma, p.log_snr))
-    plane, curves = Panel(LEFT, (-4, 4), (-4, 4)), Panel((*RIGHT[:3], 320), (0, 1), (0, 1.02))
+    plane, curves = Panel(LEFT, (-3, 3), (-3, 3)), Panel((*RIGHT[:3], 320), (0, 1), (0, 1.02))
     line = torch.linspace(0, 1, 60, dtype=torch.float64)
     known = f"{snr:.1f}" if abs(snr) < 30 else "infinite" if snr > 0 else "minus infinite"
     return picture(
@@ -69,8 +69,8 @@ def sampler(sampler: str = "euler", steps: int = 4, part: float = 1.0) -> str:
         left.dots(ways[done, :SAMPLES], RED, 6),
         right.frame("the same noise, carried exactly"),
         right.dots(trajectory("rk4", 128)[-1, :SAMPLES], BLUE, 6),
-        alt=f"{SAMPLES} samples after step {done} of {steps} of {sampler}, {calls} evaluations of the velocity, beside the "
-        "same noise carried exactly to eight Gaussians.",
+        alt=f"{SAMPLES} samples after step {done} of {steps} of {sampler}, {calls} evaluations of the velocity, beside "
+        "the same noise carried exactly to eight Gaussians.",
     )
 
 
@@ -117,20 +117,19 @@ def block_map(arm: str = "base", level: str = "2", block: int = 3) -> str:
     at, data = LEVEL_NAMES.index(level), stored()
     near = data[f"nearest/{arm}"][at, block - 1].long()  # (QUERIES, NEAREST)
     share = float(agreement(arm)[at, block - 1])
-    side, top = 76, 34
-    parts = [text(10, top + 46, "seen"), text(10, top + 46 + side, "clean"), text(10, top + 3 * side, "nearest")]
-    for i, others in enumerate(near):
-        x = 130 + 150 * i
-        parts.append(image_grid(data["noisy"][at, i : i + 1], (x, top, 70, 70), 1))
-        parts.append(image_grid(data["digits"][i : i + 1], (x, top + side, 70, 70), 1))
-        for k, j in enumerate(others[:3]):
-            y = top + 2 * side + 14 + 92 * k
-            own = bool(data["labels"][j] == data["labels"][i])
-            parts.append(image_grid(data["digits"][j : j + 1], (x, y, 70, 70), 1))
-            parts.append(text(x + 80, y + 44, "✓" if own else "✗", color=GREEN if own else RED))
     where = f"log-SNR {level}" if level != "clean" else "no noise"
-    title = f"{ARMS[arm]}, block {block}, {where}: {share:.0%} of the 5 nearest share the class"
-    return picture(text(10, 22, title), *parts, alt=f"{title}. Six digits, and the three nearest others of each.")
+    title = f"block {block}, {where}: {share:.0%} of the 5 nearest share the class"
+    parts = [text(0, 24, title), *(text(0, y, word) for y, word in ((88, "seen"), (176, "clean"), (280, "nearest")))]
+    for i, others in enumerate(near):
+        x = 96 + 128 * i
+        parts.append(image_grid(data["noisy"][at, i : i + 1], (x, 40, 80, 80), 1))
+        parts.append(image_grid(data["digits"][i : i + 1], (x, 128, 80, 80), 1))
+        for k, j in enumerate(others[:3]):
+            y, own = 232 + 82 * k, bool(data["labels"][j] == data["labels"][i])
+            parts.append(image_grid(data["digits"][j : j + 1], (x, y, 74, 74), 1))
+            parts.append(text(x + 80, y + 46, "✓" if own else "✗", color=GREEN if own else RED))
+    alt = f"{ARMS[arm]}, {title}. Six digits as the network sees them, and the three nearest others of each."
+    return picture(*parts, alt=alt, width=870)
 
 
 @cache

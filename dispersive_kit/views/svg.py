@@ -21,10 +21,10 @@ INK, GREY = "#1a1a1a", "#6e6e6e"
 Box = tuple[float, float, float, float]  # left, top, width, height
 
 
-def picture(*parts: str, alt: str) -> str:
-    """An SVG element of these parts, with its alternative text."""
+def picture(*parts: str, alt: str, width: int = WIDTH) -> str:
+    """An SVG element of these parts, with its alternative text; narrower where something stands beside it."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(alt, quote=True)}" '
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(alt, quote=True)}" '
         f'font-family="sans-serif" font-size="{SIZE}" style="width:100%;background:#fff">{"".join(parts)}</svg>'
     )
 

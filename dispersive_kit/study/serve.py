@@ -8,6 +8,7 @@ from dispersive_kit.study.lookup import notebooks_folder
 
 LAB = "lab"
 CONSOLE = "voila/render/90_lecture_console.ipynb"
+BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
 TEMPLATES = Path(__file__).parent / "jupyter"  # of the console's page, which fetches nothing
 
 
@@ -32,6 +33,7 @@ def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool, pag
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",  # the other one asks PyPI
         "--VoilaConfiguration.template=offline",
+        f"--VoilaConfiguration.resources={BUNDLED_MATHJAX}",
     ]
 
 

@@ -22,12 +22,19 @@ from dispersive_kit.views.widgets import Explorer, display_box
 
 QUESTION = "Six digits from each network, from the same noises. Which look better to you?"
 LARGE_TYPE = """<style>
-.lecture, .lecture button, .lecture select, .lecture .widget-readout, .lecture .widget-label
-  {font-size: 20px !important}
-.lecture .widget-dropdown, .lecture .widget-hslider, .lecture button {height: 36px !important; line-height: 32px}
-.lecture select {height: 34px !important} .lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px}
-.lecture svg {max-height: calc(100vh - 300px); min-height: 240px}
-.lecture :focus-visible {outline: 3px solid #d55e00}
+.lecture {width: 100%; overflow: hidden}
+.lecture button, .lecture select, .lecture .widget-readout, .lecture .widget-label, .lecture .widget-html-content {
+  font-size: 20px !important; line-height: 1.3}
+.lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
+.lecture .widget-dropdown, .lecture .widget-hslider, .lecture button {height: 38px !important}
+.lecture select {height: 36px !important} .lecture .widget-hslider {width: 300px !important}
+.lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
+.lecture .widget-readout {min-width: 60px !important}
+.lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}
+.lecture .noUi-connects, .lecture .noUi-target {background: #6e6e6e}
+.lecture svg {max-height: calc(100vh - 230px); min-height: 240px}
+.lecture .mod-active, .lecture .noUi-handle {background: #0072b2 !important; color: #fff !important}
+.lecture :focus-visible {outline: 3px solid #d55e00 !important}
 </style>"""
 
 
@@ -46,15 +53,17 @@ class Console:
         pages.append(self._page("Blind test", "", self.quiz))
         titles = ["Playground", *(demo.title.split(",")[0] for demo in DEMOS.values()), "Blind test"]
         self.tabs = ipywidgets.ToggleButtons(options=titles, style={"button_width": "auto"})
-        self.stack = ipywidgets.Stack(pages, selected_index=0)
+        self.stack = ipywidgets.Stack(pages, selected_index=0, layout={"width": "100%"})
         self.link = ipywidgets.jslink((self.tabs, "index"), (self.stack, "selected_index"))
         self.box = ipywidgets.VBox([ipywidgets.HTML(LARGE_TYPE), self.tabs, self.stack])
         self.box.add_class("lecture")
 
     @staticmethod
     def _page(title: str, hint: str, inside: Any) -> ipywidgets.VBox:
-        words = ipywidgets.HTML(f"<h2>{title}</h2><p>{hint}</p>")
-        return ipywidgets.VBox([words, inside.box])
+        inside.box.layout.width = "100%"
+        return ipywidgets.VBox(
+            [ipywidgets.HTML(f"<h2>{title}</h2><p>{hint}</p>"), inside.box], layout={"width": "100%"}
+        )
 
 
 def cell_look(values: Tensor) -> list[list[tuple[str, str, str]]]:
@@ -92,7 +101,7 @@ def add_cells(explorer: Explorer, demo: Demo) -> None:
     free = [one for one in explorer.controls.values() if one not in (across, down)]
     words = ipywidgets.Label(f"{demo.cells[1]} down, {demo.cells[0]} across" if demo.cells else "")
     beside = ipywidgets.VBox([*free, words, grid], layout={"flex": "0 0 auto"})
-    explorer.box.children = [ipywidgets.HBox([beside, explorer.picture])]
+    explorer.box.children = [ipywidgets.HBox([beside, explorer.picture], layout={"width": "100%"})]
 
 
 def open_console(seed: int = 0) -> Console:

@@ -1,6 +1,6 @@
 """Sliders around views, and nothing else: a view is a function of its state that returns a Figure, or SVG text.
 
-    explore(gradient_field, {"tau": TAUS, "B": BATCHES}, start={"tau": 0.5}, alt="... tau = {tau}, B = {B} ...")
+    explore(noise_frame, {"path": tuple(PATHS), "t": TIMES}, start={"t": 0.5}, alt="... {path} at t = {t} ...")
     scrub({0: figure, 100: figure}, label="training step", alt="... after {label} steps ...")
 
 A redraw takes longer than a repeated arrow key waits. So `explore` keeps every picture it has drawn and draws the

@@ -23,7 +23,8 @@ from dispersive_kit.study.notebook import MODE_VARIABLE, CheckError
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-NO_LESSON = {"00_start_here"}  # shows the way, and asks nothing
+NO_LESSON = {"00_start_here", "90_lecture_console"}  # show the way, and ask nothing
+NO_FIGURE = {"90_lecture_console"}  # its pictures, with their words, are those of tests/views/test_console.py
 
 
 def read(path: Path) -> Any:
@@ -91,7 +92,7 @@ def test_a_lesson_has_all_its_parts(path: Path) -> None:
 @each_notebook
 def test_every_figure_has_alternative_text(path: Path) -> None:
     figures = [call for name, call in calls(path) if name in ("show", "explore", "scrub")]
-    assert figures
+    assert figures or path.stem in NO_FIGURE
     for call in figures:
         alt = argument(call, "alt")
         assert alt is not None, ast.unparse(call)
@@ -290,6 +291,9 @@ BROKEN = {
         "shuffled labels are at chance": "control = {**control, 'shuffled labels': results['base']}",
         "validation chose, not the test": "top = {arm: result.accuracy + 0.01 for arm, result in results.items()}",
         "pixels alone know a good deal": "control = {**control, 'raw pixels': control['shuffled labels']}",
+    },
+    "90_lecture_console": {
+        "the offline console is at most 3 MB": "size = 10 * size",
     },
     "11_umap": {
         "UMAP of 8 X is UMAP of X, to the last digit": "same = {**same, '8 X': same['X'] + 1e-3}",

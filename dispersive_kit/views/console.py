@@ -43,13 +43,10 @@ class Console:
 
     def __init__(self, seed: int = 0) -> None:
         self.playground = Playground(B=16, s=1.0, tau=0.5)
-        self.explorers = {name: Explorer(demo.view, demo.controls, demo.start) for name, demo in DEMOS.items()}
+        self.explorers = {name: _explorer(demo) for name, demo in DEMOS.items()}
         self.quiz = Quiz(quiz_samples(), question=QUESTION, seed=seed)
         pages = [self._page("Playground", "Choose a point and move it. What brings dead arrows back?", self.playground)]
-        for name, demo in DEMOS.items():
-            pages.append(self._page(demo.title, demo.hint, self.explorers[name]))
-            if demo.cells:
-                add_cells(self.explorers[name], demo)
+        pages += [self._page(demo.title, demo.hint, self.explorers[name]) for name, demo in DEMOS.items()]
         pages.append(self._page("Blind test", "", self.quiz))
         titles = ["Playground", *(demo.title.split(",")[0] for demo in DEMOS.values()), "Blind test"]
         self.tabs = ipywidgets.ToggleButtons(options=titles, style={"button_width": "auto"})
@@ -75,9 +72,9 @@ def cell_look(values: Tensor) -> list[list[tuple[str, str, str]]]:
     return [[look(share) for share in row] for row in values.tolist()]
 
 
-def add_cells(explorer: Explorer, demo: Demo) -> None:
-    """Put a button for each cell of the map in the place of the two controls it sets."""
-    across, down = (explorer.controls[name] for name in demo.cells or ())
+def add_cells(explorer: Explorer, names: tuple[str, str]) -> None:
+    """Put a button for each cell of the map in place of the controls it sets: the one across, the one down."""
+    across, down = (explorer.controls[name] for name in names)
     grid = ipywidgets.GridspecLayout(len(down.options), len(across.options) + 1, width="420px", grid_gap="2px")
     for row, name in enumerate(down.options):
         grid[row, 0] = ipywidgets.Label(str(name))
@@ -99,7 +96,7 @@ def add_cells(explorer: Explorer, demo: Demo) -> None:
         one.observe(paint, names="value")
     paint()
     free = [one for one in explorer.controls.values() if one not in (across, down)]
-    words = ipywidgets.Label(f"{demo.cells[1]} down, {demo.cells[0]} across" if demo.cells else "")
+    words = ipywidgets.Label(f"{names[1]} down, {names[0]} across")
     beside = ipywidgets.VBox([*free, words, grid], layout={"flex": "0 0 auto"})
     explorer.box.children = [ipywidgets.HBox([beside, explorer.picture], layout={"width": "100%"})]
 
@@ -109,6 +106,20 @@ def open_console(seed: int = 0) -> Console:
     console = Console(seed)
     display_box(console.box)
     return console
+
+
+def open_demo(name: str) -> Explorer:
+    """Display one of `DEMOS` in a notebook, and return it."""
+    explorer = _explorer(DEMOS[name])
+    display_box(explorer.box)
+    return explorer
+
+
+def _explorer(demo: Demo) -> Explorer:
+    explorer = Explorer(demo.view, demo.controls, demo.start)
+    if demo.cells:
+        add_cells(explorer, demo.cells)
+    return explorer
 
 
 def frames_of(name: str) -> dict[str, Any]:

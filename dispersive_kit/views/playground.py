@@ -58,19 +58,20 @@ def playground(
     """
     z = points(B, moved or {})
     leaf = (s * z).requires_grad_()
-    loss = loss_of(leaf, variant, tau)
-    (gradient,) = torch.autograd.grad(loss, leaf)
+    differentiable = loss_of(leaf, variant, tau)
+    (gradient,) = torch.autograd.grad(differentiable, leaf)
+    loss = differentiable.item()
     with torch.no_grad():
         curve = [float(loss_of(float(k) * z, variant, tau)) for k in GRID]
     low = floor_of(variant, tau, B)
     size = B * float(gradient.square().sum(1).mean().sqrt())
     words = f"{B} points at scale {s:g}, {variant}, tau = {tau:g}: loss {loss:.3f}, " + (
-        f"{float(loss) - low:.3f} above its floor {low:.3f}" if low > -np.inf else "which has no floor"
+        f"{loss - low:.3f} above its floor {low:.3f}" if low > -np.inf else "which has no floor"
     )
     return picture(
         _plane(leaf.detach(), gradient, chosen),
-        _curve(curve, float(loss), low, variant, s),
-        _gauge(float(loss), low, size, variant),
+        _curve(curve, loss, low, variant, s),
+        _gauge(loss, low, size, variant),
         alt=f"{words}. Arrows show where each point is pushed; B times the size of the gradient is {size:.2g}.",
     )
 

@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
     "covariance": ({"kind": "covariance"}, (0.4, 1.05)),
 }
-GRID = np.geomspace(0.1, 6.0, 25)  # scales of the curve beside the cloud
+GRID = np.geomspace(0.1, 6.0, 15)  # scales of the curve beside the cloud
 
 
 def two_axes(width: float = 10.0, height: float = 3.9) -> tuple[Figure, Axes, Axes]:

@@ -64,15 +64,15 @@ def test_the_words_say_the_loss_of_the_library() -> None:
     assert f"loss {loss:.3f}, {loss + np.log(8):.3f} above its floor {-np.log(8):.3f}" in label
 
 
-def test_a_callback_takes_at_most_20_ms_in_95_of_100_cases() -> None:
-    torch.set_num_threads(1)
-    opened = p.Playground(B=32)
-    times = []
+def test_a_callback_takes_at_most_20_ms_of_a_core_in_95_of_100_cases() -> None:
+    """Of the processor's time, not the clock's: other tests run beside this one."""
+    opened, times = p.Playground(B=32), []
     for k in range(60):
-        start = time.perf_counter()
+        start = time.process_time()
         opened.x.value = -1 + k / 30
-        times.append(time.perf_counter() - start)
-    assert statistics.quantiles(times, n=20)[-1] < 0.020 * (1 + 3 * ("PYTEST_XDIST_WORKER" in __import__("os").environ))
+        times.append(time.process_time() - start)
+    assert len(opened.moved) == 1
+    assert statistics.quantiles(times, n=20)[-1] < 0.020
 
 
 def test_choosing_a_point_moves_nothing_and_moving_it_moves_it_alone() -> None:

@@ -20,19 +20,19 @@ def artefact(name: str, folder: Path = FOLDER) -> Path:
     Raises:
         DataError: it is not listed, missing, or not the file that was listed.
     """
-    names = [one for one in _listed(folder) if one == name or one.startswith(f"{name}/")]
-    if not names:
+    listed = {one: digest for one, digest in _listed(folder).items() if one == name or one.startswith(f"{name}/")}
+    if not listed:
         raise DataError(f"no artefact {name!r} is listed in {folder / SUMS}")
-    if bad := [fault for one in names if (fault := _fault(folder, one))]:
+    if bad := _faults(folder, listed):
         raise DataError(f"{'; '.join(bad)}: {CURE}")
     return folder / name
 
 
 def faults(folder: Path = FOLDER) -> list[str]:
     """What is wrong with the shipped files, in words: changed, missing, or there without being listed."""
-    names = _listed(folder)
-    found = [fault for name in names if (fault := _fault(folder, name))]
-    return found + [f"{folder / name} is not listed in {SUMS}" for name in sorted(set(_present(folder)) - set(names))]
+    listed = _listed(folder)
+    unlisted = sorted(set(_present(folder)) - set(listed))
+    return _faults(folder, listed) + [f"{folder / name} is not listed in {SUMS}" for name in unlisted]
 
 
 def seal(folder: Path = FOLDER) -> int:
@@ -57,13 +57,15 @@ def _listed(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def _fault(folder: Path, name: str) -> str:
-    file = folder / name
-    if not file.is_file():
-        return f"{file} is missing"
-    stat = file.stat()
-    same = _sha256(file, stat.st_mtime_ns, stat.st_size) == _listed(folder)[name]
-    return "" if same else f"{file} is not the file that {SUMS} lists"
+def _faults(folder: Path, listed: dict[str, str]) -> list[str]:
+    found = []
+    for name, digest in listed.items():
+        file = folder / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif _sha256(file, file.stat().st_mtime_ns, file.stat().st_size) != digest:
+            found.append(f"{file} is not the file that {SUMS} lists")
+    return found
 
 
 @cache

@@ -98,7 +98,7 @@ def bitmap(image: Image.Image, box: Box) -> str:
     """A small picture enlarged into the box: what has few pixels as PNG, exactly, photographs as WebP."""
     buffer = io.BytesIO()
     kind = "webp" if image.mode == "RGB" else "png"
-    image.save(buffer, kind, **({"quality": 80, "method": 6} if kind == "webp" else {"optimize": True}))
+    image.save(buffer, kind, **({"quality": 80} if kind == "webp" else {"optimize": True}))
     left, top, width, height = box
     data = base64.b64encode(buffer.getvalue()).decode()
     return (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dispersive_kit.analysis import classroom
+from dispersive_kit.cli import main
 from dispersive_kit.views import console
 from dispersive_kit.views.demos import ARMS, DEMOS, agreement, stored
 from dispersive_kit.views.svg import SIZE, WIDTH
@@ -45,15 +46,15 @@ def test_type_is_large_enough_for_the_back_of_a_room(name: str) -> None:
 
 
 @each_demo
-def test_no_frame_takes_longer_than_a_key_repeats(name: str) -> None:
-    """Drawn once before, since a demo's data are read and computed only the first time."""
-    slowest = 0.0
-    for state in states(name)[-3:]:
+def test_a_callback_takes_at_most_20_ms_of_a_core_in_95_of_100_cases(name: str) -> None:
+    """Of the processor's time, other tests running beside; a demo reads its data when it is first shown."""
+    DEMOS[name].view(**states(name)[0])
+    times = []
+    for state in states(name):
+        start = time.process_time()
         DEMOS[name].view(**state)
-        start = time.perf_counter()
-        DEMOS[name].view(**state)
-        slowest = max(slowest, time.perf_counter() - start)
-    assert slowest < 0.2
+        times.append(time.process_time() - start)
+    assert sorted(times)[int(0.95 * (len(times) - 1))] < 0.020
 
 
 def test_the_neighbours_of_the_map_are_those_its_numbers_count() -> None:
@@ -95,3 +96,11 @@ def test_the_classroom_file_is_made_from_the_shipped_runs() -> None:
     drawn = classroom.samples("digits-base", 2.0, 4).int()
     kept = stored()["guided/digits/base/2"][:4].int()
     assert (drawn - kept).abs().float().mean() < 2
+
+
+def test_the_commands_write_the_page_and_check_the_files(tmp_path, capsys) -> None:
+    main(["console", "--out", str(tmp_path / "page.html")])
+    assert f"{tmp_path / 'page.html'}: 2." in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text() == console.console_html()
+    main(["artefacts", "check"])
+    assert "every file is the one that was listed" in capsys.readouterr().out

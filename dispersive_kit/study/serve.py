@@ -45,7 +45,7 @@ def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) ->
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)
-    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(TEMPLATES), os.environ.get("JUPYTER_PATH", "")])
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(TEMPLATES), os.environ.get("JUPYTER_PATH")]))
     # JupyterLab itself prints no token that it was given.
     print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)
     LabApp.launch_instance(lab_arguments(port, token, browser=browser, allow_root=allow_root, page=page))

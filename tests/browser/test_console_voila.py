@@ -171,7 +171,8 @@ def test_without_the_token_there_is_no_console(address: str) -> None:
             return None
 
     opener = urllib.request.build_opener(NoRedirect)
-    for url in (address.partition("?")[0], address.partition("?")[0] + "?token=wrong"):
+    page = address.partition("?")[0]
+    for url in (page, f"{page}?token=wrong", page.replace("render/90_lecture_console.ipynb", "files/figures/demo.png")):
         with pytest.raises(urllib.error.HTTPError) as refused:
             opener.open(url, timeout=20)
         assert refused.value.code in (302, 403)

@@ -32,6 +32,13 @@ def test_every_state_has_a_picture_and_words_of_its_own(name: str) -> None:
     assert min(map(len, labels)) > 40
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "guidance"])
+def test_every_state_shows_samples_of_its_own_from_both_runs(name: str) -> None:
+    pictures = [re.findall(r'href="([^"]*)"', DEMOS[name].view(**state)) for state in states(name)]
+    assert {len(one) for one in pictures} == {len(ARMS)}
+    assert len({image for one in pictures for image in one}) == len(ARMS) * len(pictures)
+
+
 def duplicates(name: str) -> int:
     """Of samplers, parts of few steps round to the same step: 5 parts of 1 step are 2 pictures, of 2 steps 3."""
     return {"sampler": 4 * (3 + 2)}.get(name, 0)

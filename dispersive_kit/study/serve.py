@@ -33,6 +33,7 @@ def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool, pag
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",  # the other one asks PyPI
         "--VoilaConfiguration.template=offline",
+        "--VoilaConfiguration.file_denylist=.*",  # it would give images to whoever asks, without the token
         f"--VoilaConfiguration.resources={BUNDLED_MATHJAX}",
     ]
 

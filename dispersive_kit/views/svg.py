@@ -9,7 +9,6 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,14 +30,6 @@ def picture(*parts: str, alt: str, width: int = WIDTH) -> str:
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", color: str = INK) -> str:
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{color}">{html.escape(words)}</text>'
-
-
-def line(pixels: NDArray[Any], color: str, width: float = 3, dash: str = "") -> str:
-    """A polyline through pixels (n, 2)."""
-    points = " ".join(f"{x:.0f},{y:.0f}" for x, y in pixels)
-    return (
-        f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}" stroke-dasharray="{dash}"/>'
-    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,10 @@ class Panel:
         return f'<path d="{path}" fill="none" {look}/>'
 
     def line(self, points: ArrayLike, color: str, width: float = 3, dash: str = "") -> str:
-        return line(self.pixels(points), color, width, dash)
+        """A polyline."""
+        path = " ".join(f"{x:.0f},{y:.0f}" for x, y in self.pixels(points))
+        look = f'stroke="{color}" stroke-width="{width}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+        return f'<polyline points="{path}" fill="none" {look}/>'
 
     def frame(self, title: str, x: str = "", ticks: Sequence[float] = ()) -> str:
         """Border, title above, and ticks and name of the x axis below."""

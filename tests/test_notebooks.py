@@ -23,8 +23,7 @@ from dispersive_kit.study.notebook import MODE_VARIABLE, CheckError
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-NO_LESSON = {"00_start_here", "90_lecture_console"}  # show the way, and ask nothing
-NO_FIGURE = {"90_lecture_console"}  # its pictures, with their words, are those of tests/views/test_console.py
+NO_LESSON = {"00_start_here"}  # shows the way, and asks nothing
 
 
 def read(path: Path) -> Any:
@@ -45,6 +44,9 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 def argument(call: ast.Call, name: str) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+CONSOLE = {"90_lecture_console"}  # no lesson; its pictures, with their words, are those of tests/views/test_console.py
 
 
 # ---- as files
@@ -83,7 +85,7 @@ def test_half_of_the_cells_have_at_most_eight_lines(path: Path) -> None:
 def test_a_lesson_has_all_its_parts(path: Path) -> None:
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     assert re.match(rf"# {path.stem[:2]} · .+\n\n\*\*Goal\.\*\* ", text)
-    if path.stem not in NO_LESSON:
+    if path.stem not in NO_LESSON | CONSOLE:
         headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
         assert headings == ["Predict", "Do", "Check", "So what", "Exercises"]
         assert "<details><summary>Solution</summary>" in text
@@ -92,7 +94,7 @@ def test_a_lesson_has_all_its_parts(path: Path) -> None:
 @each_notebook
 def test_every_figure_has_alternative_text(path: Path) -> None:
     figures = [call for name, call in calls(path) if name in ("show", "explore", "scrub")]
-    assert figures or path.stem in NO_FIGURE
+    assert figures or path.stem in CONSOLE
     for call in figures:
         alt = argument(call, "alt")
         assert alt is not None, ast.unparse(call)

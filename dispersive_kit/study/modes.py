@@ -17,6 +17,7 @@ ENCODING: dict[str, tuple[Any, Any, Any]] = {
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
+    "90_lecture_console": {},
     "01_noise": {
         "points": (4000, 20000, 20000),
     },
@@ -91,7 +92,6 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "draws": (1, 3, 3),
     },
     "11_umap": {},
-    "90_lecture_console": {},
 }
 
 

@@ -21,15 +21,15 @@ from dispersive_kit.views.widgets import control, display_box
 TAUS = (0.25, 0.5, 1.0, 2.0)
 BATCHES = (2, 4, 8, 16, 32)
 SCALES = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
-REACH = 1.5  # of a point's coordinates at scale 1
+REACH, STEP = 1.5, 0.05  # of the sliders that move a point at scale 1
 PLANE = Panel((20, 44, 420, 420), (-CLOUD_EXTENT, CLOUD_EXTENT), (-CLOUD_EXTENT, CLOUD_EXTENT))
 CURVE_BOX, GAUGE_BOX = (560, 44, 400, 340), (1030, 44, 50, 340)
 Moved = Mapping[int, Sequence[float]]  # point -> its place at scale 1
 
 
 def points(B: int, moved: Moved) -> Tensor:
-    """The cloud (B, 2) at scale 1, some of its points moved."""
-    z = cloud(B).clone()
+    """The cloud (B, 2) at scale 1, in whole steps of the sliders, and some of its points moved."""
+    z = STEP * (cloud(B) / STEP).round()
     for i, place in moved.items():
         if i < B:
             z[i] = torch.tensor(place, dtype=z.dtype)
@@ -129,7 +129,7 @@ class Playground:
         self.controls = {name: control(name, values, start.get(name)) for name, values in choices.items()}
         self.point = ipywidgets.IntSlider(description="point", max=self.controls["B"].value - 1)
         self.x, self.y = (
-            ipywidgets.FloatSlider(description=name, min=-REACH, max=REACH, step=0.05, readout_format=".2f")
+            ipywidgets.FloatSlider(description=name, min=-REACH, max=REACH, step=STEP, readout_format=".2f")
             for name in "xy"
         )
         self.moved: dict[int, tuple[float, float]] = {}
@@ -173,7 +173,7 @@ def open_playground(**start: Any) -> Playground:
 def for_the_browser() -> dict[str, Any]:
     """What the lecture console needs to draw the same in the browser."""
     return {
-        "clouds": {B: cloud(B).tolist() for B in BATCHES},
+        "clouds": {B: points(B, {}).tolist() for B in BATCHES},
         "variants": {
             name: {"kind": options["kind"], "diagonal": LossOptions(**options).with_diagonal, "limits": limits}
             for name, (options, limits) in VARIANTS.items()
@@ -192,5 +192,4 @@ def for_the_browser() -> dict[str, Any]:
         "plane": PLANE.box,
         "curve": CURVE_BOX,
         "gauge": GAUGE_BOX,
-        "reach": REACH,
     }

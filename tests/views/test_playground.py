@@ -12,7 +12,7 @@ import torch
 
 from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.views import playground as p
-from dispersive_kit.views.toy_plots import ARROW, CLOUD_EXTENT, VARIANTS, cloud
+from dispersive_kit.views.toy_plots import ARROW, CLOUD_EXTENT, VARIANTS
 
 ENDS = [(values[0], values[-1]) for values in (p.TAUS, p.BATCHES, p.SCALES)]
 CORNERS = [{"variant": v, "tau": tau, "B": B, "s": s} for v, tau, B, s in itertools.product(VARIANTS, *ENDS)]
@@ -47,17 +47,17 @@ def test_the_axes_stay_while_sliders_move(variant: str) -> None:
 def test_the_loss_stays_inside_its_axis_and_above_its_floor(variant: str) -> None:
     low, high = VARIANTS[variant][1]
     for tau, B, s in itertools.product(p.TAUS, p.BATCHES, p.SCALES):
-        loss = p.loss_of(s * cloud(B), variant, tau).item()
+        loss = p.loss_of(s * p.points(B, {}), variant, tau).item()
         assert low <= loss <= high
         assert loss >= p.floor_of(variant, tau, B) - 1e-9
 
 
 def test_every_cloud_and_its_arrows_fit_in_the_picture() -> None:
-    assert cloud(p.BATCHES[-1]).abs().max() * p.SCALES[-1] + ARROW <= CLOUD_EXTENT
+    assert p.points(p.BATCHES[-1], {}).abs().max() * p.SCALES[-1] + ARROW <= CLOUD_EXTENT
 
 
 def test_the_words_say_the_loss_of_the_library() -> None:
-    z = 2 * cloud(8)
+    z = 2 * p.points(8, {})
     z[3] = torch.tensor([2.0, -1.0], dtype=z.dtype)
     loss = dispersive_loss(z, tau=0.25).item()
     label = ET.fromstring(p.playground(tau=0.25, B=8, s=2.0, moved={3: (1.0, -0.5)})).attrib["aria-label"]
@@ -79,13 +79,16 @@ def test_choosing_a_point_moves_nothing_and_moving_it_moves_it_alone() -> None:
     opened = p.Playground(B=8)
     opened.point.value = 5
     assert opened.moved == {}
-    assert (opened.x.value, opened.y.value) == pytest.approx(cloud(8)[5].tolist())
+    assert (opened.x.value, opened.y.value) == pytest.approx(p.points(8, {})[5].tolist())
     before = opened.picture.value
     opened.y.value = 1.2
-    assert opened.moved == {5: (pytest.approx(cloud(8)[5, 0].item()), 1.2)}
+    assert opened.moved == {5: (pytest.approx(p.points(8, {})[5, 0].item()), 1.2)}
     assert opened.picture.value != before
+    opened.y.value = p.points(8, {})[5, 1].item()
+    assert opened.picture.value == before  # and back
+    opened.y.value = 1.2
     placed = p.points(8, opened.moved)
-    assert (placed != cloud(8)).any(1).nonzero().tolist() == [[5]]
+    assert (placed != p.points(8, {})).any(1).nonzero().tolist() == [[5]]
 
 
 def test_fewer_points_leave_none_chosen_that_is_not_there() -> None:
@@ -95,3 +98,8 @@ def test_fewer_points_leave_none_chosen_that_is_not_there() -> None:
     opened.controls["B"].value = 4
     assert opened.point.value == 3
     assert "4 points" in opened.picture.value
+
+
+def test_no_two_points_of_a_cloud_are_in_one_place() -> None:
+    for B in p.BATCHES:
+        assert torch.pdist(p.points(B, {})).min() > p.STEP

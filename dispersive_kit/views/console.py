@@ -23,11 +23,11 @@ from dispersive_kit.views.widgets import Explorer, display_box
 QUESTION = "Six digits from each network, from the same noises. Which look better to you?"
 LARGE_TYPE = """<style>
 .lecture {width: 100%; overflow: hidden}
-.lecture button, .lecture select, .lecture .widget-readout, .lecture .widget-label, .lecture .widget-html-content {
+.lecture button, .lecture .widget-readout, .lecture .widget-label, .lecture .widget-html-content {
   font-size: 20px !important; line-height: 1.3}
 .lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
-.lecture .widget-dropdown, .lecture .widget-hslider, .lecture button {height: 38px !important}
-.lecture select {height: 36px !important} .lecture .widget-hslider {width: 300px !important}
+.lecture .widget-hslider, .lecture button {height: 38px !important}
+.lecture .widget-hslider {width: 265px !important} .lecture .words {width: 390px !important}
 .lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
 .lecture .widget-readout {min-width: 60px !important}
 .lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}

@@ -97,11 +97,13 @@ class Explorer:
         self._later(states[1:])
 
 
-def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidgets.Widget:
-    """Words in a menu, numbers on a slider that the arrow keys move."""
-    kind = ipywidgets.Dropdown if isinstance(values[0], str) else ipywidgets.SelectionSlider
+def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidgets.SelectionSlider:
+    """A slider over values that the arrow keys move; words too, since JupyterLab takes the arrow keys from a menu."""
+    words = isinstance(values[0], str)
     value = values[0] if start is None else start
-    return kind(options=list(values), value=value, description=name, style=WIDE, layout={"width": "245px"})
+    layout = {"width": "290px" if words else "245px"}
+    slider = ipywidgets.SelectionSlider(options=list(values), value=value, description=name, style=WIDE, layout=layout)
+    return slider.add_class("words") if words else slider
 
 
 def explore(
@@ -112,7 +114,7 @@ def explore(
     start: Mapping[str, Any] | None = None,
     caption: str = "",
 ) -> Explorer:
-    """Display `view(**state)` with a slider, or a menu, for each name in `sliders`, and return the explorer.
+    """Display `view(**state)` with a slider for each name in `sliders`, and return the explorer.
 
     alt: alternative text, a format string of the state. start: values to begin with, the first of each otherwise.
     """

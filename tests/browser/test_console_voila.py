@@ -96,17 +96,14 @@ def wait_for_another(page: Page, before: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_control_is_moved_by_keyboard_and_picture_and_words_follow(page: Page, name: str) -> None:
     open_demo(page, name)
-    controls = page.locator(".lecture :is(.noUi-handle, select):visible").all()
+    controls = page.locator(".lecture .noUi-handle:visible").all()
     assert controls or name == "quiz"
     for control in controls:
         before = picture(page)
         words = re.search(r'aria-label="(.*?)"', before)
         control.focus()
-        end = (
-            "one => one.options ? one.selectedIndex === one.options.length - 1 : one.ariaValueNow === one.ariaValueMax"
-        )
-        back, menu = control.evaluate(end), control.evaluate("one => !!one.options")
-        page.keyboard.press(("ArrowUp" if back else "ArrowDown") if menu else "ArrowLeft" if back else "ArrowRight")
+        at_end = control.evaluate("one => one.ariaValueNow === one.ariaValueMax")
+        page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
         wait_for_another(page, before)
         after = re.search(r'aria-label="(.*?)"', picture(page))
         assert words and after

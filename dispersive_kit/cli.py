@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dispersive_kit.cli_classroom import artefacts, console, lab
 from dispersive_kit.cli_latents import encode, latents
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.options import Evaluation
@@ -75,19 +76,6 @@ def runs(
     from dispersive_kit.study.commands import show_runs
 
     print(show_runs(action, names, folder))
-
-
-def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> None:
-    """Open the notebooks in JupyterLab: on this machine alone, with a token.
-
-    Args:
-        port: The port to listen on.
-        browser: Open a browser; otherwise the address is printed.
-        allow_root: Run even as root, as one may be in a container.
-    """
-    from dispersive_kit.study.serve import serve_lab
-
-    serve_lab(port, browser=browser, allow_root=allow_root)
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -288,6 +276,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "runs": runs,
     "lab": lab,
+    "console": console,
+    "artefacts": artefacts,
     "doctor": doctor,
 }
 

@@ -15,6 +15,7 @@ PRACTICE: dict[str, tuple[Any, Any, Any]] = {
 # notebook -> setting -> (smoke, class, full)
 SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     "00_start_here": {},
+    "90_lecture_console": {},
     "01_noise": {
         "points": (4000, 20000, 20000),
     },

@@ -19,7 +19,8 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.execute import StageResult, ended_well, input_hash, read_stage, run_notebook
 from dispersive_kit.study.schema import read_result, write_json
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 POLL_S = 0.5
 REQUEST = {"timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "tasks_per_node": 1, "nodes": 1}
 

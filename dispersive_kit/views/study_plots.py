@@ -1,7 +1,7 @@
 """Figures of a study: pairs as lines, and beside them the interval of the difference. Results as in results.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -73,3 +73,50 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"]) -> None:
     side.set_major_locator(LogLocator(subs=(1, 2, 5)))
     side.set_major_formatter("{x:g}")
     side.set_minor_formatter("")
+
+
+WORDS = ("better", "equivalent", "worse", "inconclusive")  # a colour and a marker each
+
+
+def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figure:
+    """Every verdict of several studies as ratio with interval, one line each; show: all of them, or those of one word.
+
+    Rows: verdicts as in results.json, each with its `study`. All states have one axis and one height.
+    """
+    figure, axis = plt.subplots(figsize=(10, 1.4 + 0.42 * len(rows)))
+    shown = [row for row in rows if show in ("all", row["word"])]
+    for i, row in enumerate(shown):
+        low, mid, high = np.exp([row["low"], row["mean"], row["high"]])
+        look: dict[str, Any] = {
+            "color": OKABE_ITO[WORDS.index(row["word"])],
+            "marker": MARKERS[WORDS.index(row["word"])],
+        }
+        axis.errorbar(mid, i, xerr=[[mid - low], [high - mid]], capsize=4, **look)
+        axis.annotate(row["word"], (high, i), xytext=(8, -4), textcoords="offset points", fontsize=9)
+    labels = [f"{row['study']}: {row['arm']}, {row['measure']}" for row in shown]
+    lows, highs = (np.exp([row[end] for row in rows]) for end in ("low", "high"))
+    axis.axvline(1, color="black", linestyle=":", lw=1)
+    axis.set(
+        yticks=range(len(shown)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6), xscale="log",
+        xlim=(0.9 * lows.min(), 1.5 * highs.max()), xlabel="ratio to the reference arm (log axis)",
+    )  # fmt: skip
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    return figure
+
+
+def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
+    """What each seed alone would have told of an arm: its ratio to the reference, and the interval of all together."""
+    values = {(run["arm"], run["seed"]): run["values"][measure] for run in results["runs"] if measure in run["values"]}
+    seeds = sorted({seed for name, seed in values if name == arm})
+    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(seeds)))
+    for i, seed in enumerate(seeds):
+        axis.plot(values[arm, seed] / values[results["reference"], seed], i, "o", color=OKABE_ITO[0])
+    low, mid, high = np.exp([verdict["low"], verdict["mean"], verdict["high"]])
+    axis.errorbar(mid, len(seeds), xerr=[[mid - low], [high - mid]], color="black", marker="s", capsize=4)
+    axis.axvline(1, color="black", linestyle=":", lw=1)
+    names = [*(f"seed {seed} alone" for seed in seeds), "all, 95 %"]
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=f"ratio, {arm}")
+    return figure

@@ -1,7 +1,7 @@
 """The commands around a pre-registered study: dispersive-kit study run | report | list."""
 
+import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,27 +73,30 @@ def _report(plan: "Plan", results: dict[str, Any], folder: Path) -> None:
     from dispersive_kit.study.registry import as_table
     from dispersive_kit.study.study_report import verdict_rows, write_study_report
 
-    page = write_study_report(plan, results, study_figures(results), folder / "report.html")
+    folder.mkdir(parents=True, exist_ok=True)
+    page = write_study_report(plan, results, draw_figures(results, folder), folder / "report.html")
     used = results["cpu_hours"]["used"]
     print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
 
 
-def study_figures(results: dict[str, Any]) -> list[str]:
-    """A slope graph for each measure that has a verdict, as HTML elements."""
+def draw_figures(results: dict[str, Any], folder: Path) -> list[str]:
+    """A slope graph for each measure that has a verdict, as HTML elements and as FOLDER/MEASURE.png."""
     from dispersive_kit.views.plots import figure_html, style
     from dispersive_kit.views.study_plots import slope_graph
 
     style()
-    measures: Sequence[str] = list(dict.fromkeys(v["measure"] for v in results["verdicts"]))
-    return [figure_html(slope_graph(results, one), alt=slopes_in_words(results, one)) for one in measures]
+    elements = []
+    for measure in dict.fromkeys(v["measure"] for v in results["verdicts"]):
+        figure = slope_graph(results, measure)
+        figure.savefig(folder / f"{measure.replace(' ', '-')}.png")
+        elements.append(figure_html(figure, alt=slopes_in_words(results, measure)))
+    return elements
 
 
 def slopes_in_words(results: dict[str, Any], measure: str) -> str:
     """The alternative text of a slope graph: its verdicts."""
-    from math import exp
-
     found = [v for v in results["verdicts"] if v["measure"] == measure]
-    said = [f"{v['arm']} in {v['condition']}: {exp(v['mean']):.2f} times, {v['word']}" for v in found]
+    said = [f"{v['arm']} in {v['condition']}: {math.exp(v['mean']):.2f} times, {v['word']}" for v in found]
     return f"Slope graph of {measure} over arms, a line a seed; ratio to {results['reference']}: {'; '.join(said)}."
 
 

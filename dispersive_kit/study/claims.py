@@ -58,8 +58,11 @@ def load_claims() -> tuple[Claim, ...]:
     file = notebooks_folder() / "claims.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     check_form(content, "claims", str(file), DataError)
-    listed = ("numbers", "runs")
-    return tuple(Claim(**{k: tuple(v) if k in listed else v for k, v in one.items()}) for one in content)
+    return tuple(map(_read, content))
+
+
+def _read(one: dict[str, Any]) -> Claim:
+    return Claim(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
 
 
 def run_ids(claim: Claim) -> list[str]:

@@ -47,6 +47,5 @@ def write_study_report(plan: Plan, results: dict[str, Any], figures: Sequence[st
         environments=json.dumps(results["environments"], indent=1),
         offline=OFFLINE,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
     return file

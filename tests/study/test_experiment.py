@@ -13,6 +13,7 @@ import time
 import pytest
 import yaml
 
+from dispersive_kit.cli import main
 from dispersive_kit.errors import DataError
 from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import is_done, run_cell
@@ -87,6 +88,21 @@ def test_the_page_stands_alone_and_shows_plan_verdict_and_runs(finished):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2 and not re.search(r"(src|href)=.https?:", page)
     assert "stop_rule: six pairs" in page and "co-primary" in page and "paper/one/seed=5" in page
+
+
+def test_what_ships_can_be_reported_without_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(tmp_path))
+    main(["study", "report", "1-noise-floor", "--out", str(tmp_path / "page")])
+    said = capsys.readouterr().out
+    assert re.search(r"primary +base-again +lr-0\.004 +frechet +\w+ \(regulariser inactive\)", said)
+    assert (tmp_path / "page" / "report.html").is_file() and (tmp_path / "page" / "frechet.png").is_file()
+    main(["study", "list"])
+    assert re.search(
+        r"^1-noise-floor +12 +0\.15 +(equivalent|inconclusive|better|worse) ", capsys.readouterr().out, re.M
+    )
+    with pytest.raises(SystemExit):
+        main(["study", "run", "nowhere"])
+    assert "no plan 'nowhere'" in capsys.readouterr().err
 
 
 def test_killed_in_the_middle_of_a_training_it_goes_on_to_equal_results(finished, tmp_path, small_plan):

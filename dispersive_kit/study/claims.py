@@ -22,7 +22,7 @@ from dispersive_kit.study.results import load_results
 from dispersive_kit.study.schema import check_form
 from dispersive_kit.training import shipped
 
-TABLE = re.compile(r"^## What is known\n\n\|.*\n\|[-|]+\n((?:\|.*\n)+)(.*?)(?=^## )", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^## What is known\n\n\|.*\n\|[-|]+\n((?:\|.*\n)+)((?:(?!## ).*\n)*)", re.MULTILINE)
 OTHERS = ("the paper's official README", "the same")  # sources of rows that are not the kit's own
 
 
@@ -62,7 +62,8 @@ def load_claims() -> tuple[Claim, ...]:
 
 
 def _read(one: dict[str, Any]) -> Claim:
-    return Claim(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in one.items()}
+    return Claim(**fields)
 
 
 def run_ids(claim: Claim) -> list[str]:

@@ -12,6 +12,7 @@ from dispersive_kit.analysis.probes import Split, Splits, choose_and_test
 from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.evaluation.features import make_extractor
 from dispersive_kit.evaluation.panel import Panel
+from dispersive_kit.evaluation.processes import this_process
 from dispersive_kit.evaluation.reference import load_reference
 from dispersive_kit.study.arms import read_metrics
 from dispersive_kit.study.plan import Sampling
@@ -31,17 +32,18 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     model, card = load_run(run)
     lines = read_metrics(run)
     last = lines[-1]
+    probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
+    model = model.to(this_process().device)
     panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
     labels = balanced_labels(how.num, model.num_classes)
-    values, records = {}, []
+    values: dict[str, float] = {}
+    records = []
     for name, scale in how.frechets.items():
         images = generate(model, labels, objective=config.objective, num_steps=how.num_steps, cfg_scale=scale)
         record = panel.measure(images)[0]
         values[name] = record.value
         records.append(record)
-    values["held_out"] = last["held_out"]
-    if how.probe:
-        values["probe"] = _probe_accuracy(model, config)
+    values |= {"held_out": last["held_out"], **probe}
     ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
     bins = {name: value for name, value in last.items() if name.startswith("held_out_t")}
     described = {"gradient_ratio": statistics.median(ratios), **bins, **{name: last[name] for name in DESCRIBED}}

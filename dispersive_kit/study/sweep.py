@@ -81,8 +81,6 @@ def run_tasks(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterator[
         return
     gpus = visible_gpus() if executor.gpus is None else executor.gpus
     workers = min(worker_count(executor), len(tasks))
-    if gpus and workers > len(gpus):
-        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     if workers == 1:
         yield from (run_task(task, out) for task in tasks)
     else:
@@ -115,7 +113,12 @@ def in_pool(
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
     A worker has one of `gpus` for good. The workers end with this process, also when it is killed.
+
+    Raises:
+        ConfigError: more workers than GPUs.
     """
+    if gpus and workers > len(gpus):
+        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     free = spawn.SimpleQueue()
     for gpu in gpus[:workers]:

@@ -98,3 +98,30 @@ def test_a_plan_is_plain_values_and_no_code(tmp_path):
 @pytest.mark.parametrize("name", shipped_plans())
 def test_a_shipped_plan_states_its_hours_and_keeps_below_six(name):
     assert load_plan(name).cpu_hours <= 6
+
+
+LATER = {
+    "norm penalty": {"regularizer.norm_penalty": 0.1},
+    "layer-normalised": {"regularizer.normalize": "layer"},
+    "cosine on pooled tokens": {"regularizer.kind": "infonce_cosine", "regularizer.pool": "mean"},
+    "diagonal-free": {"regularizer.diagonal": False},
+    "warm-up": {"regularizer.schedule": "warmup", "regularizer.schedule_steps": 100},
+    "early stop": {"regularizer.schedule": "stop-at", "regularizer.schedule_steps": 60},
+    "another block": {"regularizer.at": "blocks.2"},
+    "tau by the median": {"regularizer.tau": "auto"},
+    "window of t": {"regularizer.t_window": 0.1},
+    "local batch of 16": {"accumulation": 4, "batch_size": 64},
+    "DDPM": {"objective": "ddpm"},
+    "MeanFlow": {"objective": "meanflow"},
+    "MNIST": {"data": "mnist"},
+}
+
+
+@pytest.mark.parametrize("arm", LATER)
+def test_an_arm_is_a_matter_of_the_plan_alone(load, arm):
+    plan = load(arms__paper={"regularizer.preset": "paper", **LATER[arm]}, evaluation__cfg_scales=[1.0, 1.5, 3.0])
+    config = plan.config(plan.cells()[1])
+    for name, value in LATER[arm].items():
+        place, _, field = name.rpartition(".")
+        assert getattr(config.regularizer if place else config, field) == value
+    assert list(plan.evaluation.frechets) == ["frechet", "frechet cfg 1.5", "frechet cfg 3"]

@@ -1,4 +1,4 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run ...
+"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run | study ...
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
@@ -13,6 +13,7 @@ import tyro
 
 from dispersive_kit.cli_classroom import artefacts, console, lab
 from dispersive_kit.cli_latents import encode, latents
+from dispersive_kit.cli_study import study
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.options import Evaluation
 
@@ -275,6 +276,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "export": export,
     "runs": runs,
+    "study": study,
     "lab": lab,
     "console": console,
     "artefacts": artefacts,

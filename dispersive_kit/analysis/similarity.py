@@ -56,11 +56,15 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
     return float((first & second).sum() / (k * len(x)))
 
 
+def neighbours(x: Tensor, k: int) -> Tensor:
+    """Indices (N, k) of the k nearest other rows, the nearest first."""
+    x = centred(x)
+    return torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
+
+
 def is_neighbour(x: Tensor, k: int) -> Tensor:
     """Whether row j is one of the k nearest other rows of row i, bool (N, N)."""
-    x = centred(x)
-    nearest = torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
-    return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, nearest, True)
+    return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, neighbours(x, k), True)
 
 
 def shared_neighbours(x: Tensor, k: int = 10) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dispersive_kit.analysis.features import LEVELS, draw_images, extract, pooled
+from dispersive_kit.analysis.features import LEVELS, extract, pooled
 from dispersive_kit.analysis.probes import Split, Splits, choose_and_test
-from dispersive_kit.evaluation import balanced_labels, generate
+from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.features import make_extractor
 from dispersive_kit.evaluation.panel import Panel
 from dispersive_kit.evaluation.processes import this_process

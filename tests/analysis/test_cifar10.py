@@ -1,10 +1,12 @@
 """The analysis of the CIFAR-10 runs that comes with the package: of these weights, and made by the command it names."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from dispersive_kit.analysis import LEVELS, cifar10, projection
+from dispersive_kit.analysis import LEVELS, cifar10, gradient_pull, projection
 from dispersive_kit.errors import DataError
 
 
@@ -56,11 +58,12 @@ def test_the_command_makes_what_load_reads(tmp_path, monkeypatch):
     noise = rng.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)
     label, split = np.arange(400) % 10, np.arange(400) // 250
     np.savez(tmp_path / "cifar10.npz", images=noise, labels=label, split=split, classes=np.array(list("abcdefghij")))
-    small = {"IMAGES": 100, "KEPT": 40, "NOISED": 30, "TRAIN": 120, "VALIDATION": 60, "TEST": 90, "DRAWS": 2}
+    small = {"IMAGES": 64, "KEPT": 40, "NOISED": 10, "TRAIN": 40, "VALIDATION": 20, "TEST": 30, "DRAWS": 2}
+    monkeypatch.setattr(cifar10, "gradient_pull", partial(gradient_pull, batches=1))
     for name, value in {**small, "NEIGHBOURS": (), "FILE": str(tmp_path / "made.npz")}.items():
         monkeypatch.setattr(cifar10, name, value)  # no pictures: numba compiles for a minute
     cifar10.save(cifar10.make(tmp_path))
     made = cifar10.load()
     assert made.sweeps["base"].rows.shape == (4, 40, 96) and made.pictures == {}
     assert made.tested.keys() == {*cifar10.ARMS, cifar10.RANDOM, "raw pixels", "patch PCA", "shuffled labels"}
-    assert all(one.accuracy < 0.3 for one in made.tested.values()) and 0 <= made.mcnemar <= 1
+    assert all(one.accuracy < 0.5 for one in made.tested.values()) and 0 <= made.mcnemar <= 1

@@ -1,11 +1,10 @@
 """The UMAP pictures that come with the package: numba compiles for a minute before umap draws its first.
 
-`python -m dispersive_kit.analysis.umap_grid RUN` makes the file anew from the shipped digits runs, and from RUN, a
-digits run that kept its checkpoints (`train_preset("digits", checkpoint_every=100, keep_last=6)`).
+`dispersive-kit artefacts build umap` makes the file anew from the shipped digits runs, and from a digits run that it
+trains in order to keep its checkpoints.
 """
 
-import importlib.resources
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,20 @@ from torch import Tensor
 from dispersive_kit.analysis import projection
 from dispersive_kit.analysis.features import extract, pooled
 from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.data.artefacts import FOLDER, artefact
 from dispersive_kit.errors import DataError
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.training import load_run
+from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.training.checkpoint import checkpoints
 from dispersive_kit.training.shipped import shipped
 
+FILE = "umap-digits.npz"
 ARMS = {"base": "digits-base", "paper": "digits-paper"}
 NEIGHBOURS, MIN_DIST, SEEDS = (5, 15, 50), (0.0, 0.1, 0.5), (0, 1)
 IMAGES, LEVEL = 400, 2.0  # held-out digits, log-SNR
 SHRUNK = 0.1  # factor on one class about its mean
 STAGES = (100, 200, 400, 600)
+TRUST = "aligned trust"
 
 Grid = dict[str, NDArray[np.float16]]
 
@@ -65,7 +67,10 @@ def shrinkage() -> dict[str, projection.Array]:
 
 
 def make(run: Path) -> Grid:
-    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`."""
+    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`.
+
+    `TRUST` is that of each stage of the last (stages,).
+    """
     data = load_images("digits", "test")
     features = {arm: last_block(load_run(shipped(name))[0], data) for arm, name in ARMS.items()}
     found = {
@@ -81,13 +86,19 @@ def make(run: Path) -> Grid:
     if not set(STAGES) <= kept:
         raise DataError(f"{run} kept the steps {sorted(kept)}, and {STAGES} are needed")
     stages = [last_block(load_run(run, step=step)[0], data) for step in STAGES]
-    for step, points in zip(STAGES, projection.aligned_umap(stages), strict=True):
-        found[f"aligned/{step}"] = points
+    drawn = projection.aligned_umap(stages)
+    found |= {f"aligned/{step}": points for step, points in zip(STAGES, drawn, strict=True)}
+    found[TRUST] = np.array([projection.trustworthiness(x, z) for x, z in zip(stages, drawn, strict=True)])
     return {name: points.astype(np.float16) for name, points in found.items()}
 
 
-def grid_file() -> Path:
-    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / "umap-digits.npz"
+def build() -> None:
+    """Train the run whose stages are shown, and write the file; some ten minutes on one core."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "digits"
+        for _ in train(train_preset("digits", checkpoint_every=100, keep_last=6), run):
+            pass
+        np.savez_compressed(FOLDER / FILE, **make(run))  # type: ignore[arg-type]
 
 
 def load() -> dict[str, projection.Array]:
@@ -96,13 +107,5 @@ def load() -> dict[str, projection.Array]:
     Raises:
         DataError: the file is missing or damaged.
     """
-    try:
-        with np.load(grid_file(), allow_pickle=False) as file:
-            return {name: file[name].astype(np.float64) for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{grid_file()} cannot be read ({error}): make it with the command its module names") from error
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    np.savez_compressed(grid_file(), **make(Path(sys.argv[1])))  # type: ignore[arg-type]
+    with np.load(artefact(FILE), allow_pickle=False) as file:
+        return {name: file[name].astype(np.float64) for name in file.files}

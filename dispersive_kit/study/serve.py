@@ -1,11 +1,18 @@
-"""JupyterLab for the notebooks, on this machine alone."""
+"""JupyterLab for the notebooks, and Voila for the lecture console, on this machine alone."""
 
+import os
 import secrets
+from pathlib import Path
 
 from dispersive_kit.study.lookup import notebooks_folder
 
+LAB = "lab"
+CONSOLE = "voila/render/90_lecture_console.ipynb"
+BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
+TEMPLATES = Path(__file__).parent / "jupyter"  # of the console's page, which fetches nothing
 
-def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool) -> list[str]:
+
+def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool, page: str = LAB) -> list[str]:
     """Arguments of JupyterLab: they override any configuration file, which may say otherwise."""
     return [
         "--ServerApp.ip=127.0.0.1",
@@ -21,17 +28,25 @@ def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool) -> 
         "--ServerApp.port_retries=0",  # the address printed is the one that is served
         f"--ServerApp.open_browser={browser}",
         f"--ServerApp.root_dir={notebooks_folder()}",
+        f"--LabApp.default_url=/{page}",
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",  # the other one asks PyPI
+        "--VoilaConfiguration.template=offline",
+        "--VoilaConfiguration.file_denylist=.*",  # it would give images to whoever asks, without the token
+        f"--VoilaConfiguration.resources={BUNDLED_MATHJAX}",
     ]
 
 
-def serve_lab(port: int, *, browser: bool, allow_root: bool) -> None:
-    """Start JupyterLab in this process, so that the token is on no command line, and print the address to open."""
+def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) -> None:
+    """Start JupyterLab in this process, so that the token is on no command line, and print the address to open.
+
+    page: what the browser opens: `LAB`, or `CONSOLE`, which Voila serves on the same server and behind the same token.
+    """
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(TEMPLATES), os.environ.get("JUPYTER_PATH")]))
     # JupyterLab itself prints no token that it was given.
-    print(f"open http://127.0.0.1:{port}/lab?token={token}", flush=True)
-    LabApp.launch_instance(lab_arguments(port, token, browser=browser, allow_root=allow_root))
+    print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)
+    LabApp.launch_instance(lab_arguments(port, token, browser=browser, allow_root=allow_root, page=page))

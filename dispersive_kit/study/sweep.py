@@ -6,11 +6,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.execute import StageResult, ended_well, input_hash, read_stage, run_notebook
 from dispersive_kit.study.schema import read_result, write_json
 
+T = TypeVar("T")
+R = TypeVar("R")
 POLL_S = 0.5
 REQUEST = {"timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "tasks_per_node": 1, "nodes": 1}
 
@@ -85,8 +88,6 @@ def run_tasks(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterator[
         return
     gpus = visible_gpus() if executor.gpus is None else executor.gpus
     workers = min(worker_count(executor), len(tasks))
-    if gpus and workers > len(gpus):
-        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     if workers == 1:
         yield from (run_task(task, out) for task in tasks)
     else:
@@ -109,16 +110,32 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _in_pool(tasks: Sequence[Task], out: Path, workers: int, gpus: tuple[str, ...]) -> Iterator[StageResult]:
+    for task, future in in_pool(partial(run_task, out=out), tasks, workers, gpus):
+        yield _outcome(future, task, out)
+
+
+def in_pool(
+    call: Callable[[T], R], items: Iterable[T], workers: int, gpus: tuple[str, ...] = ()
+) -> Iterator[tuple[T, Future[R]]]:
+    """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
+
+    A worker has one of `gpus` for good. The workers end with this process, also when it is killed.
+
+    Raises:
+        ConfigError: more workers than GPUs.
+    """
+    if gpus and workers > len(gpus):
+        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     free = spawn.SimpleQueue()
     for gpu in gpus[:workers]:
         free.put(gpu)
     setup = (free,) if gpus else (None,)
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=setup) as pool:
-        futures = {pool.submit(run_task, task, out): task for task in tasks}
+        futures = {pool.submit(call, item): item for item in items}
         try:
             for future in as_completed(futures):
-                yield _outcome(future, futures[future], out)
+                yield futures[future], future
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

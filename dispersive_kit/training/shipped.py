@@ -1,13 +1,13 @@
 """Trained runs that come with the package, and how one is made: weights in half precision, curves, and its card."""
 
 import dataclasses
-import importlib.resources
 import json
 import shutil
 from pathlib import Path
 
 import torch
 
+from dispersive_kit.data.artefacts import FOLDER, artefact
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.training.checkpoint import Checkpoint, save_checkpoint
 from dispersive_kit.training.run import pick_checkpoint, read_config
@@ -15,7 +15,7 @@ from dispersive_kit.training.run import pick_checkpoint, read_config
 
 def shipped_names() -> list[str]:
     """Names of the runs inside the package."""
-    return sorted(p.name for p in _folder().iterdir() if (p / "config.json").is_file())
+    return sorted(p.name for p in FOLDER.iterdir() if (p / "config.json").is_file())
 
 
 def shipped(name: str) -> Path:
@@ -23,14 +23,15 @@ def shipped(name: str) -> Path:
 
     Raises:
         ConfigError: no shipped run has this name.
+        DataError: one of its files is missing or damaged.
     """
     if name not in shipped_names():
         raise ConfigError(f"no shipped run is named {name!r}; there are: {', '.join(shipped_names())}")
-    return _folder() / name
+    return artefact(name)
 
 
 def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
-    """Write the averaged weights of a run as float16, with its curves and card, for others to sample and measure.
+    """Write the averaged weights of a run as float16, with its curves, previews, measurements and card, for others.
 
     Such a folder can be loaded, sampled and evaluated, and not trained further. Returns `out`.
 
@@ -52,9 +53,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
     card |= {"exported": "ema weights, float16", "command": command, "note": note}
     (out / "run.json").write_text(json.dumps(card, indent=2))
     (out / "config.json").write_text(config.to_json())
-    shutil.copyfile(run_dir / "metrics.jsonl", out / "metrics.jsonl")
+    for file in (run_dir / "metrics.jsonl", *run_dir.glob("previews/*"), *run_dir.glob("evaluation-*.json")):
+        copied = out / file.relative_to(run_dir)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)
     return out
-
-
-def _folder() -> Path:
-    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts"

@@ -39,22 +39,26 @@ def style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def figure_html(figure: Figure, alt: str, caption: str = "") -> str:
-    """The figure as one HTML element with its alternative text inside: it survives every export."""
+def figure_html(figure: Figure | str, alt: str, caption: str = "") -> str:
+    """The figure, or SVG text, as one HTML element with its alternative text inside: it survives every export."""
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    alt = html.escape(alt, quote=True)
+    if isinstance(figure, str):
+        return f'<figure style="margin:0" aria-label="{alt}">{figure}{text}</figure>'
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
-    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt, quote=True)}" style="max-width:100%">'
+    image = f'<img src="data:image/png;base64,{data}" alt="{alt}" style="max-width:100%">'
     return f'<figure style="margin:0">{image}{text}</figure>'
 
 
-def show(figure: Figure, alt: str, caption: str = "") -> None:
-    """Display a figure in a notebook, with alternative text that says what there is to see."""
+def show(figure: Figure | str, alt: str, caption: str = "") -> None:
+    """Display a figure, or SVG text, in a notebook, with alternative text that says what there is to see."""
     from IPython.display import HTML, display
 
     display(HTML(figure_html(figure, alt, caption)))
-    plt.close(figure)
+    if isinstance(figure, Figure):
+        plt.close(figure)
 
 
 def line_look(i: int, *, every: int | None = None) -> dict[str, Any]:

@@ -17,14 +17,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.views.plots import DASHES, MARKERS, OKABE_ITO
 
 Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, 2), t (B,)) -> (B, 2)
 
 BLUE, RED, GREEN, GREY = *OKABE_ITO[:3], "0.55"
 EXTENT = 2.8  # half side of every picture of a 2-D set
-RADIUS = 1.3  # of the cloud of `gradient_field` at scale 1
+RADIUS = 1.3  # of the playground's cloud at scale 1
 CLOUD_EXTENT = 7.8  # half side of its picture: the largest scale, and its arrows
 ARROW = 1.3  # length of an arrow for a gradient of 1 or more; none below 1e-3, logarithmic between
 
@@ -36,10 +35,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
     "covariance": ({"kind": "covariance"}, (0.4, 1.05)),
 }
-TAUS = (0.25, 0.5, 1.0, 2.0)
-BATCHES = (2, 4, 8, 16, 32, 64)
-SCALES = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
-GRID = np.geomspace(0.1, 6.0, 25)  # scales of the curves beside the cloud
+GRID = np.geomspace(0.1, 6.0, 15)  # scales of the curve beside the cloud
 
 
 def two_axes(width: float = 10.0, height: float = 3.9) -> tuple[Figure, Axes, Axes]:
@@ -138,75 +134,11 @@ def cloud(B: int) -> Tensor:
     return disc[chosen]
 
 
-@cache
-def loss_and_gradient(variant: str, tau: float, B: int, s: float) -> tuple[float, Tensor]:
-    """The loss of the cloud times s, and its gradient (B, 2)."""
-    z = (s * cloud(B)).requires_grad_()
-    options = dict(VARIANTS[variant][0])
-    if options["kind"] != "covariance":  # which has no scale
-        options["tau"] = tau
-    loss = dispersive_loss(z, **options)
-    loss.backward()
-    return loss.item(), z.grad if z.grad is not None else torch.zeros_like(z)
-
-
 def arrows(gradient: Tensor) -> NDArray[np.float64]:
     """Downhill arrows (B, 2), log in length: ARROW for B |g| >= 1, none for B |g| <= 1e-3."""
     norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-300)
     length = (1 + (len(gradient) * norm).log10() / 3).clamp(0, 1)
     return (-gradient / norm * length * ARROW).numpy()
-
-
-def scale_axis(axis: Axes) -> None:
-    """Plain labels: a formula in a tick label takes longer to draw than all the points."""
-    axis.set(xscale="log", xlim=(GRID[0], GRID[-1]))
-    axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
-    axis.minorticks_off()
-
-
-def gradient_field(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> Figure:
-    """Where Dispersive Loss pushes B points of the plane, and what it is, and its gradient, at every scale s.
-
-    Right: loss and floor above, below B times the RMS gradient of a point, which makes batches comparable.
-    """
-    gradient = loss_and_gradient(variant, tau, B, s)[1]
-    figure = plt.figure(figsize=(10, 4.4), layout="none")
-    left = figure.add_axes((0.05, 0.11, 0.36, 0.8))
-    z, step = s * cloud(B), arrows(gradient)
-    left.quiver(*z.T, *step.T, angles="xy", scale_units="xy", scale=1, color=RED, width=0.006)
-    left.plot(*z.T, "o", color=BLUE, markersize=4)
-    square(left, f"{B} points, downhill of the loss", CLOUD_EXTENT)
-    _loss_against_scale(figure.add_axes((0.51, 0.57, 0.47, 0.34)), variant, tau, B, s)
-    _gradient_against_scale(figure.add_axes((0.51, 0.11, 0.47, 0.34)), variant, tau, B, s)
-    return figure
-
-
-def _loss_against_scale(axis: Axes, variant: str, tau: float, B: int, s: float) -> None:
-    options, limits = VARIANTS[variant]
-    losses = [loss_and_gradient(variant, tau, B, float(one))[0] for one in GRID]
-    axis.plot(GRID, losses, color=BLUE)
-    axis.plot(s, loss_and_gradient(variant, tau, B, s)[0], "D", color=RED, markersize=9, clip_on=False)
-    scale = None if options["kind"] == "covariance" else tau
-    low = floor(options["kind"], B, scale, dim=2, diagonal=options.get("diagonal"))
-    if low > limits[0]:
-        axis.axhline(low, color="black", linestyle="--", linewidth=1)
-        axis.annotate(f"floor {low:.2f}", (0.104, low), xytext=(0, 4), textcoords="offset points", fontsize=9)
-    else:
-        axis.annotate("no floor", (0.104, limits[0]), xytext=(0, 4), textcoords="offset points", fontsize=9)
-    axis.set(ylim=limits, title=f"loss: {variant}, " + (f"tau = {scale:g}, " if scale else "no tau, ") + f"B = {B}")
-    scale_axis(axis)
-    axis.tick_params(labelbottom=False)
-
-
-def _gradient_against_scale(axis: Axes, variant: str, tau: float, B: int, s: float) -> None:
-    def size(scale: float) -> float:
-        return B * float(loss_and_gradient(variant, tau, B, scale)[1].square().sum(1).mean().sqrt())
-
-    axis.plot(GRID, [size(float(one)) for one in GRID], color=RED)
-    axis.plot(s, size(s), "D", color=RED, markersize=9)
-    axis.set(yscale="log", ylim=(1e-6, 1e3), xlabel="scale s of the cloud", title="size of its gradient")
-    axis.set_yticks([1e-6, 1e-3, 1, 1e3], ["1e-6", "0.001", "1", "1000"])
-    scale_axis(axis)
 
 
 def floor_against_batch(batches: Sequence[int], curves: Mapping[str, Sequence[float]]) -> Figure:

@@ -1,6 +1,6 @@
-"""Sliders around views, and nothing else: a view is a function of its state that returns a Figure.
+"""Sliders around views, and nothing else: a view is a function of its state that returns a Figure, or SVG text.
 
-    explore(gradient_field, {"tau": TAUS, "B": BATCHES}, start={"tau": 0.5}, alt="... tau = {tau}, B = {B} ...")
+    explore(noise_frame, {"path": tuple(PATHS), "t": TIMES}, start={"t": 0.5}, alt="... {path} at t = {t} ...")
     scrub({0: figure, 100: figure}, label="training step", alt="... after {label} steps ...")
 
 A redraw takes longer than a repeated arrow key waits. So `explore` keeps every picture it has drawn and draws the
@@ -29,16 +29,16 @@ class Explorer:
 
     def __init__(
         self,
-        view: Callable[..., Figure],
+        view: Callable[..., Figure | str],
         sliders: Mapping[str, Sequence[Hashable]],
         start: Mapping[str, Any],
-        alt: str,
-        caption: str,
+        alt: str = "",
+        caption: str = "",
     ) -> None:
         self.view, self.alt, self.caption = view, alt, caption
         self.controls = {name: control(name, values, start.get(name)) for name, values in sliders.items()}
         self.pictures: dict[tuple[Any, ...], str] = {}
-        self.picture = ipywidgets.HTML()
+        self.picture = ipywidgets.HTML(layout={"width": "100%"})
         self._idle: asyncio.TimerHandle | None = None
         self._moved: ipywidgets.Widget | None = None
         for one in self.controls.values():
@@ -63,10 +63,14 @@ class Explorer:
     def draw(self, state: Mapping[str, Any]) -> str:
         key = tuple(state.values())
         if key not in self.pictures:
-            figure = self.view(**state)
-            self.pictures[key] = figure_html(figure, self.alt.format(**state), self.caption)
-            plt.close(figure)
+            self.pictures[key] = self._html(self.view(**state), state)
         return self.pictures[key]
+
+    def _html(self, drawn: Figure | str, state: Mapping[str, Any]) -> str:
+        if isinstance(drawn, str):
+            return drawn  # SVG, which holds its alternative text
+        plt.close(drawn)
+        return figure_html(drawn, self.alt.format(**state), self.caption)
 
     def neighbours(self) -> list[dict[str, Any]]:
         """States one step away in one control that were not drawn yet, those of the control moved last first."""
@@ -93,11 +97,13 @@ class Explorer:
         self._later(states[1:])
 
 
-def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidgets.Widget:
-    """Words in a menu, numbers on a slider that the arrow keys move."""
-    kind = ipywidgets.Dropdown if isinstance(values[0], str) else ipywidgets.SelectionSlider
+def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidgets.SelectionSlider:
+    """A slider over values that the arrow keys move; words too, since JupyterLab takes the arrow keys from a menu."""
+    words = isinstance(values[0], str)
     value = values[0] if start is None else start
-    return kind(options=list(values), value=value, description=name, style=WIDE, layout={"width": "245px"})
+    layout = {"width": "290px" if words else "245px"}
+    slider = ipywidgets.SelectionSlider(options=list(values), value=value, description=name, style=WIDE, layout=layout)
+    return slider.add_class("words") if words else slider
 
 
 def explore(
@@ -108,12 +114,12 @@ def explore(
     start: Mapping[str, Any] | None = None,
     caption: str = "",
 ) -> Explorer:
-    """Display `view(**state)` with a slider, or a menu, for each name in `sliders`, and return the explorer.
+    """Display `view(**state)` with a slider for each name in `sliders`, and return the explorer.
 
     alt: alternative text, a format string of the state. start: values to begin with, the first of each otherwise.
     """
     explorer = Explorer(view, sliders, start or {}, alt, caption)
-    _display(explorer.box)
+    display_box(explorer.box)
     return explorer
 
 
@@ -132,7 +138,7 @@ def scrub(frames: Mapping[Any, Figure], *, label: str, alt: str, caption: str = 
     stack = ipywidgets.Stack(pictures, selected_index=last)
     box = ipywidgets.VBox([slider, stack])
     box.link = ipywidgets.jslink((slider, "index"), (stack, "selected_index"))
-    _display(box)
+    display_box(box)
     return box
 
 
@@ -187,12 +193,13 @@ class LatencyTest:
 def latency_test() -> LatencyTest:
     """Display the test and start it; the verdict appears once the cell has ended."""
     test = LatencyTest()
-    _display(test.box)
+    display_box(test.box)
     test.start()
     return test
 
 
-def _display(box: ipywidgets.Widget) -> None:
+def display_box(box: ipywidgets.Widget) -> None:
+    """Display a widget of this room."""
     from IPython.display import display
 
     display(box)

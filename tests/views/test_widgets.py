@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
@@ -111,3 +112,8 @@ def test_a_slow_front_end_is_called_slow() -> None:
     test.round_trips = [9.0, 0.2, 0.2, 0.3]
     assert "median 200 ms, slowest 300 ms of 3" in test.verdict()
     assert "lag" in test.verdict()
+
+
+def test_words_are_on_a_slider_too_since_jupyterlab_takes_the_arrow_keys_from_a_menu() -> None:
+    explorer = widgets.explore(Painter(), SLIDERS, start={"size": 2}, alt="")
+    assert all(isinstance(one, ipywidgets.SelectionSlider) for one in explorer.controls.values())

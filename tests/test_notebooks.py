@@ -27,9 +27,9 @@ NO_LESSON = {"00_start_here"}  # shows the way, and asks nothing
 TEACHING = {path.stem for path in PATHS if path.stem[:2] in ("01", "02", "03", "05", "08", "09", "14", "15")}
 # What a goal tells one to do
 VERBS = {
-    "add", "catch", "choose", "compare", "draw", "encode", "find", "hold", "keep", "know",
-    "learn", "look", "measure", "meet", "mix", "put", "read", "rebuild", "sample", "say", "see", "stop", "train",
-    "write",
+    "add", "catch", "choose", "compare", "draw", "encode", "filter", "find", "hold", "keep", "know", "learn",
+    "look", "measure", "meet", "mix", "predict", "put", "re-run", "read", "rebuild", "refuse", "sample", "say",
+    "see", "stop", "trace", "train", "weigh", "write",
 }  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def keys(control: Locator) -> tuple[str, str]:
 
 
 def wait_for(page: Page, condition: str, *arguments: object) -> None:
-    page.wait_for_function(condition, arg=arguments, timeout=1000 * MOVE_S)
+    page.wait_for_function(condition, arg=list(arguments), timeout=1000 * MOVE_S)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
 	$(RUN)/dispersive-kit lab
 
 test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
-	$(RUN)/python -m pytest -n 2 -m "not long"
+	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 	DISPERSIVE_KIT_MODE=smoke OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
 
 test-long: $(VENV)/.test  ## the long kill and fuzz series
-	$(RUN)/python -m pytest -n 2 -m long
+	$(RUN)/python -m pytest -n 2 --dist loadgroup -m long
 
 bench: $(VENV)/.test  ## every benchmark: ratios against a named alternative
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN)/python $$script || exit 1; done

@@ -1,4 +1,4 @@
-"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run ...
+"""The command line: dispersive-kit demo | train | sample | evaluate | encode | latents | export | run | study ...
 
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
@@ -13,6 +13,7 @@ import tyro
 
 from dispersive_kit.cli_classroom import artefacts, console, lab
 from dispersive_kit.cli_latents import encode, latents
+from dispersive_kit.cli_study import study
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.options import Evaluation
 
@@ -167,7 +168,7 @@ def sample(
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
 ) -> None:
-    """Draw images from a trained run: one PNG grid and one .npz (arr_0, uint8 NHWC).
+    """Draw images from a trained run: a PNG grid of the first hundred, and one .npz (arr_0, uint8 NHWC).
 
     Args:
         run: Folder of a trained run.
@@ -185,18 +186,23 @@ def sample(
 
     from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
     from dispersive_kit.evaluation.export import save_npz
+    from dispersive_kit.evaluation.processes import this_process
     from dispersive_kit.training import load_run
 
     net, card = load_run(run, weights=weights)
+    device = this_process().device
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    decode, objective = decoder_of(card, path=vae), card["config"].objective
+    decode, objective = decoder_of(card, device=device, path=vae), card["config"].objective
+    net = net.to(device)
     images = generate(
         net, labels, objective=objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed, decode=decode
     )
+    if not this_process().is_main_process:
+        return
     out.mkdir(parents=True, exist_ok=True)
-    save_image(images.float() / 255, out / "grid.png", nrow=10, padding=1)
+    save_image(images[:100].float() / 255, out / "grid.png", nrow=10, padding=1)  # 50,000 would need 40 GB
     save_npz(images, out / "samples.npz")
     print(f"{num} images of {card['run']} at step {card['step']}: {out / 'grid.png'}, {out / 'samples.npz'}")
 
@@ -270,6 +276,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "export": export,
     "runs": runs,
+    "study": study,
     "lab": lab,
     "console": console,
     "artefacts": artefacts,

@@ -1,6 +1,10 @@
 """The commands around a store of latents: dispersive-kit encode | latents check | latents plan."""
 
+import contextlib
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,15 +54,42 @@ def encode(
     )
     first = os.environ.get("RANK", "0") == "0"
     encoder = Encoder(config)
-    plan = StorePlan(len(encoder.photos.files), encoder.shape, flip, shard_size=shard_size)
+    plan = StorePlan(len(encoder.folder.files), encoder.shape, flip, shard_size=shard_size)
+    processes = min(processes or _processes(), plan.shards)
     if first:
-        print(f"{plan}\n{size_in_words(_room(out, plan.bytes))} free on the disk of {out}", flush=True)
+        print(f"{plan}\n{_in_short(encoder.folder.classes)}; {processes} processes, each at a shard of its own")
+        print(f"{size_in_words(_room(out, plan.bytes))} free on the disk of {out}", flush=True)
     if plan_only:
         return
     progress = EncodeProgress() if first else None
-    store = encode(encoder, processes=processes or _processes(), on_batch=progress)
+    try:
+        with _ended_by_sigterm():
+            store = encode(encoder, processes=processes, on_batch=progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
+        raise SystemExit(130) from None
     if first:
         _report(store)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Leave in order, so that the helping processes end too."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_short(classes: tuple[str, ...]) -> str:
+    """A folder too high or too low is seen here, before the night."""
+    more = ", ..." if len(classes) > 3 else ""
+    return f"{len(classes):,} classes, the first folders below it: {', '.join(classes[:3])}{more}"
 
 
 def _device() -> str:

@@ -67,3 +67,10 @@ def test_the_readme_shows_the_commands_that_exist():
         assert target in readme
     for picture in re.findall(r"\]\(([^)]+\.png)\)", readme):
         assert (ROOT / picture).is_file(), picture
+
+
+def test_the_repository_stays_under_25_megabytes():
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    tracked = [file for name in listed.stdout.split("\0") if name and (file := ROOT / name).is_file()]
+    sizes = {str(file): file.stat().st_size for file in tracked}
+    assert sizes and sum(sizes.values()) < 25e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]

@@ -2,7 +2,6 @@
 
 from dispersive_kit.analysis.features import (
     LEVELS,
-    draw_images,
     extract,
     noisy,
     pooled,
@@ -12,9 +11,10 @@ from dispersive_kit.analysis.features import (
 )
 from dispersive_kit.analysis.gradients import Pull, gradient_pull
 from dispersive_kit.analysis.moments import Moments
-from dispersive_kit.analysis.probes import Split, Splits, choose_and_test, mcnemar, shuffled
+from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and_test, mcnemar, shuffled
 from dispersive_kit.analysis.similarity import cka_matrix, linear_cka, mutual_knn
 from dispersive_kit.analysis.sweep import Sweep, sweep
+from dispersive_kit.evaluation.reference import draw_images
 
 __all__ = [
     "LEVELS",
@@ -23,6 +23,7 @@ __all__ = [
     "Split",
     "Splits",
     "Sweep",
+    "candidates",
     "choose_and_test",
     "cka_matrix",
     "draw_images",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispersive_kit.data import ImageSet, to_float
+from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import DiT
@@ -23,11 +23,6 @@ POOLING = "residual stream after each block, mean over tokens"
 
 # x_t (B, C, H, W), t (B,), which of the images these are -> features (blocks, B, D)
 Encoder = Callable[[Tensor, Tensor, slice], Tensor]
-
-
-def draw_images(data: ImageSet, n: int, *, seed: int = 0) -> ImageSet:
-    """n images of a set (all, where it has fewer) in random order: sets as they come may be sorted by class."""
-    return data.subset(torch.randperm(len(data), generator=stream(seed, "analysis images"))[:n])
 
 
 def time_of(log_snr: float, path: Path = LINEAR) -> float:

@@ -5,7 +5,6 @@ the training statistics; its accuracy is the mean over draws and images, its int
 counts as right for McNemar's test if most of its draws are.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dispersive_kit.analysis.features import LEVELS, Encoder, extract
+from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.distances import wilson
 
-LAMBDAS = tuple(10.0**k for k in range(-4, 5))  # of ridge, in units of the mean variance of a training feature
+# The strongest shrinkage first: of settings that are equal on validation, the first is taken.
+LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of the variance of a training feature
 C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
 K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978; as in DINO)
 
@@ -46,6 +49,21 @@ class Splits:
     test: Split
 
 
+def candidates(
+    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *, draws: int = 1
+) -> dict[tuple[int, int], Splits]:
+    """(level, block) -> features of training, validation and test images, to choose among.
+
+    Each part has noise of its own: a training image under the noise of a test image would be its nearest neighbour.
+    """
+    features = [extract(encode, part.images, levels, draws=draws, seed=i) for i, part in enumerate(parts)]
+    return {
+        (level, block): Splits(*(Split(f[level][:, block], p.labels) for f, p in zip(features, parts, strict=True)))
+        for level in range(len(levels))
+        for block in range(features[0][0].shape[1])
+    }
+
+
 Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
 
 
@@ -58,14 +76,17 @@ def standardise(train: Split) -> Callable[[Tensor], Tensor]:
 def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
     """Least squares on one-hot labels for the whole path of lambda, from one eigendecomposition.
 
-    W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred.
+    W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred; with fewer rows than
+    features the same from X X^T = U L U^T, as W(lambda) = X^T U (L + lambda n)^-1 U^T Y.
     """
     scaled = standardise(train)
     x, y = scaled(train.rows), F.one_hot(train.row_labels).double()
-    values, v = torch.linalg.eigh(x.T @ x)  # (D,), (D, D)
-    towards = v.T @ (x.T @ (y - y.mean(0)))  # (D, K)
+    few = len(x) < x.shape[1]
+    values, v = torch.linalg.eigh(x @ x.T if few else x.T @ x)  # (m,), (m, m) with m = min(n, D)
+    towards = v.T @ ((y - y.mean(0)) if few else x.T @ (y - y.mean(0)))  # (m, K)
+    axes = x.T @ v if few else v  # (D, m)
     shrunk = torch.stack([towards / (values.clamp(min=0) + one * len(x))[:, None] for one in lambdas])
-    return lambda rows: ((scaled(rows) @ v) @ shrunk + y.mean(0)).argmax(-1)
+    return lambda rows: ((scaled(rows) @ axes) @ shrunk + y.mean(0)).argmax(-1)
 
 
 def logistic(train: Split, grid: Sequence[float] = C_GRID) -> Predict:
@@ -95,7 +116,7 @@ PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": log
 
 @dataclass(frozen=True)
 class Fitted:
-    """A probe with the setting that is best on validation; the first of equals, the strongest for ridge's path."""
+    """A probe with the setting that is best on validation; the first of equals, so the strongest shrinkage."""
 
     predict: Predict
     setting: int
@@ -149,13 +170,6 @@ def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result
     majority = right.mean(0) > 0.5
     result = Result(best, fitted[best].validation, float(right.mean()), low, high, majority)
     return result, {key: one.validation for key, one in fitted.items()}
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share among n images: not empty at 0 or 1."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:

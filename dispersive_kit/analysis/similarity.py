@@ -28,8 +28,14 @@ def cka_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
     HSIC_u(x, y) / sqrt(HSIC_u(x, x) HSIC_u(y, y)) (Kornblith et al., arXiv 1905.00414): 1 for y = s x Q + b, 0 in the
     mean for independent features. The plain estimate gives .86 for those at N = 64 and D = 384.
     """
-    u, v = (F.normalize(u_centred(z @ z.mT).flatten(1), dim=1) for z in (centred(x), centred(x if y is None else y)))
-    return u @ v.T
+    u = _unit(x)
+    return u @ (u if y is None else _unit(y)).T
+
+
+def _unit(x: Tensor) -> Tensor:
+    """U-centred Gram matrices of x (blocks, N, D) as unit rows (blocks, N N)."""
+    x = centred(x)
+    return F.normalize(u_centred(x @ x.mT).flatten(1), dim=1)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -46,11 +52,22 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
     """
     if not 0 < k < len(x) == len(y):
         raise DataError(f"{k} neighbours of {len(x)} and {len(y)} rows: give the same images, more than k")
-    first, second = (neighbours(z, k) for z in (x, y))
-    return float((first[:, :, None] == second[:, None, :]).double().sum((1, 2)).mean() / k)
+    first, second = (is_neighbour(z, k) for z in (x, y))
+    return float((first & second).sum() / (k * len(x)))
 
 
 def neighbours(x: Tensor, k: int) -> Tensor:
-    """Indices (N, k) of the k nearest other rows."""
-    apart = torch.cdist(centred(x), centred(x)).fill_diagonal_(torch.inf)
-    return apart.topk(k, largest=False).indices
+    """Indices (N, k) of the k nearest other rows, the nearest first."""
+    x = centred(x)
+    return torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
+
+
+def is_neighbour(x: Tensor, k: int) -> Tensor:
+    """Whether row j is one of the k nearest other rows of row i, bool (N, N)."""
+    return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, neighbours(x, k), True)
+
+
+def shared_neighbours(x: Tensor, k: int = 10) -> Tensor:
+    """`mutual_knn` (blocks, blocks) of every two blocks of x (blocks, N, D)."""
+    members = torch.stack([is_neighbour(one, k) for one in x]).flatten(1).float()  # (blocks, N N), exact below 2^24
+    return (members @ members.T / (k * x.shape[1])).double()

@@ -17,8 +17,11 @@ from torch import Tensor
 from dispersive_kit.analysis import dispersion
 from dispersive_kit.analysis.features import LEVELS, POOLING, noisy, tokens
 from dispersive_kit.analysis.moments import Moments
+from dispersive_kit.analysis.similarity import cka_matrix, shared_neighbours
 from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.evaluation.classifier import weights_sha256
+from dispersive_kit.evaluation.record import library_versions
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.training.draws import stream
 
@@ -57,8 +60,9 @@ class Level:
 class Sweep:
     """Every measure (levels, blocks), the same of a Gaussian with the same covariance, and what was kept.
 
-    values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, D), falling. rows: pooled
-    features of the first images (levels, blocks, KEEP, D) with their labels. protocol: what makes it comparable.
+    values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, D), falling. cka, neighbours:
+    debiased linear CKA and mutual kNN of every two blocks (levels, blocks, blocks). rows: pooled features of the first
+    images (levels, blocks, KEEP, D) with their labels. protocol: what makes it comparable.
     """
 
     levels: tuple[float, ...]
@@ -66,6 +70,8 @@ class Sweep:
     gaussian: dict[str, Tensor]
     spectra: Tensor
     gaussian_spectra: Tensor
+    cka: Tensor
+    neighbours: Tensor
     rows: Tensor
     labels: Tensor
     protocol: dict[str, Any]
@@ -95,7 +101,8 @@ def sweep(
         kept[i].update(tokens(model, x, t), data.labels[where], keep, tau)
     D = kept[0].moments.mean.shape[-1]
     normal = torch.randn(len(data), D, generator=stream(seed, "gaussian"), dtype=torch.double)
-    found = [measures(level.moments, torch.cat(level.rows, 1)) for level in kept]
+    rows = torch.stack([torch.cat(level.rows, 1) for level in kept])
+    found = [measures(level.moments, own) for level, own in zip(kept, rows, strict=True)]
     nulls = [measures(*gaussian_moments(level.moments, normal, data.labels, keep)) for level in kept]
     values = [real | scale(level) | by_block(level.local) for level, (real, _) in zip(kept, found, strict=True)]
     gaussian = [real | by_block(level.local_null) for level, (real, _) in zip(kept, nulls, strict=True)]
@@ -105,10 +112,14 @@ def sweep(
         {name: torch.stack([one[name] for one in gaussian]) for name in gaussian[0]},
         torch.stack([eigenvalues for _, eigenvalues in found]),
         torch.stack([eigenvalues for _, eigenvalues in nulls]),
-        torch.stack([torch.cat(level.rows, 1) for level in kept]),
+        torch.stack([cka_matrix(own) for own in rows]),
+        torch.stack([shared_neighbours(own) for own in rows]),
+        rows,
         data.labels[:keep],
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pooling": POOLING,
-         "label": "null class", "noise_seed": seed, "keep": keep, "local_batch": LOCAL_BATCH, "tau": tau},
+         "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
+         "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": seed, "keep": keep,
+         "local_batch": LOCAL_BATCH, "tau": tau, "versions": library_versions()},
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ NEIGHBOURS, MIN_DIST, SEEDS = (5, 15, 50), (0.0, 0.1, 0.5), (0, 1)
 IMAGES, LEVEL = 400, 2.0  # held-out digits, log-SNR
 SHRUNK = 0.1  # factor on one class about its mean
 STAGES = (100, 200, 400, 600)
+TRUST = "aligned trust"
 
 Grid = dict[str, NDArray[np.float16]]
 
@@ -66,7 +67,10 @@ def shrinkage() -> dict[str, projection.Array]:
 
 
 def make(run: Path) -> Grid:
-    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`."""
+    """Every picture (N, 2): the grid for both arms, scale and shrinkage, densMAP, and AlignedUMAP over `run`.
+
+    `TRUST` is that of each stage of the last (stages,).
+    """
     data = load_images("digits", "test")
     features = {arm: last_block(load_run(shipped(name))[0], data) for arm, name in ARMS.items()}
     found = {
@@ -82,8 +86,9 @@ def make(run: Path) -> Grid:
     if not set(STAGES) <= kept:
         raise DataError(f"{run} kept the steps {sorted(kept)}, and {STAGES} are needed")
     stages = [last_block(load_run(run, step=step)[0], data) for step in STAGES]
-    for step, points in zip(STAGES, projection.aligned_umap(stages), strict=True):
-        found[f"aligned/{step}"] = points
+    drawn = projection.aligned_umap(stages)
+    found |= {f"aligned/{step}": points for step, points in zip(STAGES, drawn, strict=True)}
+    found[TRUST] = np.array([projection.trustworthiness(x, z) for x, z in zip(stages, drawn, strict=True)])
     return {name: points.astype(np.float16) for name, points in found.items()}
 
 

@@ -76,20 +76,21 @@ class AutoencoderCard:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A loaded autoencoder and its card."""
+    """A loaded autoencoder on its device, and its card. What goes in on another device comes back there."""
 
     card: AutoencoderCard
     network: Any
+    device: torch.device | str = "cpu"
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> mean and std of the raw latents (B, 2, C, h, w)."""
-        return torch.stack(self.network.encode(x), dim=1)
+        return torch.stack(self.network.encode(x.to(self.device)), dim=1).to(x.device)
 
     @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
         """What the diffusion model speaks of (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
-        return self.network.decode(self.card.from_model(x))
+        return self.network.decode(self.card.from_model(x).to(self.device)).to(x.device)
 
 
 class _Diffusers:
@@ -138,6 +139,7 @@ def load_autoencoder(
     return Autoencoder(
         AutoencoderCard(name, kind, weights_sha256(network), float(network.scale), float(network.shift)),
         network,
+        device,
     )
 
 

@@ -9,12 +9,15 @@ shard, and on a CPU each process has one thread.
 
 import contextlib
 import multiprocessing
+import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from tqdm import tqdm
 
 from dispersive_kit.data.encoder import EncodeConfig, Encoder
@@ -45,7 +48,7 @@ def encode(encoder: Encoder, *, processes: int = 1, on_batch: Callable[[Encoder]
 def helpers(config: EncodeConfig, number: int) -> Iterator[None]:
     """More processes at the same store; one that fails leaves its part to the others, and is reported."""
     context = multiprocessing.get_context("spawn")
-    devices = [config.device if config.device == "cpu" else f"cuda:{i + 1}" for i in range(number)]
+    devices = [device_in_turn(config.device, i + 1, torch.cuda.device_count()) for i in range(number)]
     started = [context.Process(target=_help, args=(replace(config, device=d),), daemon=True) for d in devices]
     for process in started:
         process.start()
@@ -60,9 +63,22 @@ def helpers(config: EncodeConfig, number: int) -> Iterator[None]:
         warnings.warn(f"{failed} of {number} helping processes failed; the others did their part", stacklevel=2)
 
 
+def device_in_turn(first: str, turn: int, gpus: int) -> str:
+    """The device of the `turn`-th process after the first; where there are more processes than GPUs, they share."""
+    kind, _, index = first.partition(":")
+    return f"{kind}:{(int(index or 0) + turn) % gpus}" if kind == "cuda" else first
+
+
 def _help(config: EncodeConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends its helpers
+    first = os.getppid()
+
+    def end_with_the_first(encoder: Encoder) -> None:
+        if os.getppid() != first:  # it was killed
+            raise SystemExit(1)
+
     try:
-        encode(Encoder(config))
+        encode(Encoder(config), on_batch=end_with_the_first)
     except KitError as error:
         print(f"error in a helping process: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -76,13 +92,13 @@ class EncodeProgress:
         self.began, self.done_before, self.tenths = time.monotonic(), -1, -1
 
     def __call__(self, encoder: Encoder) -> None:
-        done, total = encoder.done, len(encoder.photos.files)
+        done, total = encoder.done, len(encoder.folder.files)
         if self.done_before < 0:  # what an earlier command did says nothing of the rate
             self.done_before = done - encoder.in_hand
             self.bar = tqdm(total=total, initial=self.done_before, unit="image") if sys.stderr.isatty() else None
         if self.bar:
             self.bar.update(done - self.bar.n)
-        elif done * 10 // total > self.tenths:
+        elif done * 10 // total > self.tenths and done > self.done_before:
             self.tenths = done * 10 // total
             rate = (done - self.done_before) / (time.monotonic() - self.began)
             left = tqdm.format_interval((total - done) / rate)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dispersive_kit.data.autoencoders import Autoencoder, load_autoencoder
 from dispersive_kit.data.files import lock, write_whole
+from dispersive_kit.data.image_folder import ImageFile, ImageFolder, list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.data.latents import (
     DTYPES,
@@ -29,10 +31,10 @@ from dispersive_kit.data.latents import (
     Spec,
     read_spec,
 )
-from dispersive_kit.data.photos import Photo, PhotoFolder, list_photos, read_photo
 from dispersive_kit.errors import ConfigError, DataError
 
 POLL_S = 0.2  # between looks at shards that other processes are at
+LOOK_S = 1.0  # at most so often all shards are looked at for the progress shown
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ class Encoder:
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.on_batch: Callable[[Encoder], None] = lambda encoder: None
+        self._finished: set[str] = set()
+        self._looked_at = -math.inf
         self.in_hand = 0  # images of the shard this process is at that went through the autoencoder
-        self.photos: PhotoFolder = list_photos(config.images)
+        self.folder: ImageFolder = list_images(config.images)
         self.autoencoder: Autoencoder = load_autoencoder(config.autoencoder, device=config.device)
         self.records = config.store / RECORDS
         blank = torch.zeros(1, 3, config.image_size, config.image_size, device=config.device)
@@ -103,7 +107,7 @@ class Encoder:
 
     @cached_property
     def shards(self) -> list[str]:
-        return [f"shard-{i:05d}.safetensors" for i in range(-(-len(self.photos.files) // self.config.shard_size))]
+        return [f"shard-{i:05d}.safetensors" for i in range(-(-len(self.folder.files) // self.config.shard_size))]
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -114,15 +118,15 @@ class Encoder:
             "autoencoder": asdict(self.autoencoder.card),
             "images": {
                 "root": str(config.images.resolve()),
-                "files": len(self.photos.files),
-                "names_sha256": self.photos.sha256,
+                "files": len(self.folder.files),
+                "names_sha256": self.folder.sha256,
             },
             "image_size": config.image_size,
             "flip": config.flip,
             "shape": list(self.shape),
             "dtype": config.dtype,
             "encoding": {"shard_size": config.shard_size, "batch_size": config.batch_size, "device": device},
-            "classes": list(self.photos.classes),
+            "classes": list(self.folder.classes),
         }
 
     def begin(self) -> None:
@@ -136,7 +140,7 @@ class Encoder:
                 if not file.exists():  # of two that begin at once, one writes
                     write_whole(file, json.dumps(self.plan, indent=2).encode())
         begun = json.loads(file.read_text())
-        if changed := [f"{k}: {begun[k]!r} -> {v!r}" for k, v in self.plan.items() if begun[k] != v]:
+        if changed := [f"{k}: {short(begun[k])} -> {short(v)}" for k, v in self.plan.items() if begun[k] != v]:
             raise ConfigError(
                 f"{folder} was begun with other settings or images, and cannot be gone on with:\n  "
                 + "\n  ".join(changed)
@@ -144,35 +148,49 @@ class Encoder:
             )
 
     def finished(self, shard: str) -> bool:
-        return (self.records / f"{shard}.json").is_file() and (self.config.store / shard).is_file()
+        """Whether any process has; once seen, it is not looked up again."""
+        if shard not in self._finished:
+            there = (self.records / f"{shard}.json").is_file() and (self.config.store / shard).is_file()
+            self._finished.update([shard] if there else [])
+        return shard in self._finished
 
     def unfinished(self) -> list[str]:
+        self._looked_at = time.monotonic()
         return [shard for shard in self.shards if not self.finished(shard)]
 
     @property
     def done(self) -> int:
         """Images in the shards that any process has finished, and in the one this process is at."""
-        sizes = Counter(dict.fromkeys(self.shards, self.config.shard_size))
-        sizes[self.shards[-1]] = len(self.photos.files) - self.config.shard_size * (len(self.shards) - 1)
-        return self.in_hand + sum(size for shard, size in sizes.items() if self.finished(shard))
+        if time.monotonic() - self._looked_at > LOOK_S:  # hundreds of files, perhaps over a network
+            self.unfinished()
+        missing = self.shards[-1] in self._finished and -len(self.folder.files) % self.config.shard_size
+        return self.in_hand + len(self._finished) * self.config.shard_size - missing
 
     def work(self) -> None:
         """Make the shards that nobody else is at, until all are finished."""
-        with one_thread(), ThreadPoolExecutor(self.config.readers) as pool:
-            while waiting := self.unfinished():
-                made = 0
-                for shard in waiting:
-                    with lock(self.records / f"{shard}.lock") as mine:
-                        if mine and not self.finished(shard):
-                            self._make(shard, pool)
-                            made += 1
-                if not made:
-                    time.sleep(POLL_S)
+        pool = ThreadPoolExecutor(self.config.readers)
+        try:
+            with one_thread():
+                while waiting := self.unfinished():
+                    if not self._make_some(waiting, pool):
+                        self.on_batch(self)  # others are at work, and this process shows it
+                        time.sleep(POLL_S)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
+
+    def _make_some(self, waiting: list[str], pool: ThreadPoolExecutor) -> int:
+        made = 0
+        for shard in waiting:
+            with lock(self.records / f"{shard}.lock") as mine:
+                if mine and not self.finished(shard):
+                    self._make(shard, pool)
+                    made += 1
+        return made
 
     def _make(self, shard: str, pool: ThreadPoolExecutor) -> None:
         """Encode one shard, and write it and its record."""
         first = self.shards.index(shard) * self.config.shard_size
-        files = self.photos.files[first : first + self.config.shard_size]
+        files = self.folder.files[first : first + self.config.shard_size]
         met = Met()
         readable = self._readable(read_ahead(pool, self._read, files), met)
         parts = [self._encode(batch) for batch in batches(readable, self.config.batch_size)]
@@ -181,35 +199,36 @@ class Encoder:
         content = save({"posterior": posterior, "labels": torch.tensor(met.labels, dtype=torch.long)})
         write_whole(self.config.store / shard, content)
         card = ShardCard(shard, len(met.labels), len(content), hashlib.sha256(content).hexdigest())
-        counts = Counter(self.photos.classes[label] for label in met.labels)
+        counts = Counter(self.folder.classes[label] for label in met.labels)
         record = ShardRecord(card, Moments.of(posterior), dict(counts), dict(met.odd), met.left_out)
         write_whole(self.records / f"{shard}.json", json.dumps(asdict(record), sort_keys=True).encode())
         self.in_hand = 0
+        self.finished(shard)
 
-    def _read(self, file: str) -> Photo:
-        return read_photo(self.config.images, file, self.config.image_size)
+    def _read(self, file: str) -> ImageFile:
+        return read_image(self.config.images, file, self.config.image_size)
 
-    def _readable(self, photos: Iterable[Photo], met: "Met") -> Iterator[Photo]:
+    def _readable(self, images: Iterable[ImageFile], met: "Met") -> Iterator[ImageFile]:
         """Those that can be encoded; what was met is kept in `met`."""
-        for photo in photos:
-            if photo.pixels is None:
-                met.left_out.append(self._leave_out(photo))
+        for image in images:
+            if image.pixels is None:
+                met.left_out.append(self._leave_out(image))
             else:
-                met.odd.update(photo.oddities)
-                met.labels.append(self.photos.label(photo.file))
-                yield photo
+                met.odd.update(image.oddities)
+                met.labels.append(self.folder.label(image.file))
+                yield image
 
-    def _leave_out(self, photo: Photo) -> dict[str, str]:
+    def _leave_out(self, image: ImageFile) -> dict[str, str]:
         if self.config.strict:
             raise DataError(
-                f"{self.config.images / photo.file} cannot be read ({photo.fault}); repair or remove it, "
+                f"{self.config.images / image.file} cannot be read ({image.fault}); repair or remove it, "
                 "or go on without --strict, which leaves it out and lists it"
             )
-        return {"file": photo.file, "fault": photo.fault}
+        return {"file": image.file, "fault": image.fault}
 
-    def _encode(self, batch: list[Photo]) -> Tensor:
+    def _encode(self, batch: list[ImageFile]) -> Tensor:
         """Posteriors (n, flips, 2, C, h, w) on the CPU, in the type of the store."""
-        x = to_float(torch.stack([photo.pixels for photo in batch if photo.pixels is not None])).to(self.config.device)
+        x = to_float(torch.stack([image.pixels for image in batch if image.pixels is not None])).to(self.config.device)
         versions = [x, x.flip(-1)] if self.config.flip else [x]
         encoded = torch.stack([self.autoencoder.posterior(version) for version in versions], dim=1)
         stored = encoded.to(getattr(torch, self.config.dtype)).cpu()
@@ -223,11 +242,19 @@ class Encoder:
         return stored
 
     def finish(self) -> Spec:
-        """Write spec.json from the records of all shards, unless another process has."""
+        """Write spec.json from the records of all shards, unless it says just that already.
+
+        Raises:
+            DataError: not one image could be read; with `strict`, an earlier command left one out.
+        """
+        records = [ShardRecord.read(self.records / f"{shard}.json") for shard in self.shards]
+        if self.config.strict:
+            for photo in itertools.chain.from_iterable(record.left_out for record in records):
+                self._leave_out(ImageFile(photo["file"], None, fault=photo["fault"]))
+        file, content = self.config.store / SPEC, self._spec(records).to_json()
         with lock(self.records / "finish.lock", wait=True):
-            if not (self.config.store / SPEC).is_file():
-                spec = self._spec([ShardRecord.read(self.records / f"{shard}.json") for shard in self.shards])
-                write_whole(self.config.store / SPEC, spec.to_json().encode())
+            if not file.is_file() or file.read_bytes() != content.encode():
+                write_whole(file, content.encode())
             for leftover in [*self.records.glob("*.lock"), *self.config.store.rglob(".partial-*")]:
                 leftover.unlink(missing_ok=True)
         return read_spec(self.config.store)
@@ -235,7 +262,7 @@ class Encoder:
     def _spec(self, records: list[ShardRecord]) -> Spec:
         moments = Moments.joined(record.moments for record in records)
         if moments.count == 0:
-            raise DataError(f"not one of the {len(self.photos.files)} files below {self.config.images} can be read")
+            raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
         left_out = [photo for record in records for photo in record.left_out]
@@ -249,25 +276,31 @@ class Encoder:
             shape=self.shape,  # type: ignore[arg-type]
             dtype=self.config.dtype,
             encoding=plan["encoding"],
-            classes=self.photos.classes,
-            class_counts=tuple(counts[name] for name in self.photos.classes),
+            classes=self.folder.classes,
+            class_counts=tuple(counts[name] for name in self.folder.classes),
             channel_mean=moments.mean,
             channel_std=moments.std,
             shards=tuple(record.card for record in records),
         )
 
 
-def batches(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
-    stream = iter(photos)
+def short(value: Any, most: int = 200) -> str:
+    """For a message: a thousand classes are not read by anybody."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def batches(images: Iterable[ImageFile], size: int) -> Iterator[list[ImageFile]]:
+    stream = iter(images)
     while batch := list(itertools.islice(stream, size)):
         yield batch
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, read: Callable[[str], Photo], files: Iterable[str], depth: int = 64
-) -> Iterator[Photo]:
-    """Photos in the order of `files`, with at most `depth` read and waiting."""
-    pending: deque[Future[Photo]] = deque()
+    pool: ThreadPoolExecutor, read: Callable[[str], ImageFile], files: Iterable[str], depth: int = 64
+) -> Iterator[ImageFile]:
+    """Images in the order of `files`, with at most `depth` read and waiting."""
+    pending: deque[Future[ImageFile]] = deque()
     for file in files:
         pending.append(pool.submit(read, file))
         if len(pending) >= depth:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,22 @@ def file_sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may have it; freed by the system when the process ends, however it ends."""
+    """Whether this process may have it; freed by the system when the process ends, however it ends.
+
+    Raises:
+        DataError: the disk has no locks.
+    """
     with file.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be locked ({error.strerror}), so two processes could write one file: mount the disk "
+                "with locks, or choose one that has them"
+            ) from error
         yield True
 
 
@@ -34,7 +44,7 @@ def write_whole(file: Path, content: bytes) -> None:
     Raises:
         DataError: it could not be written, as on a full disk.
     """
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+    partial = file.with_name(f".partial-{platform.node()}-{os.getpid()}-{file.name}")
     try:
         with partial.open("wb") as handle:
             handle.write(content)

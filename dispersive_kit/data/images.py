@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispersive_kit.data.image_folder import list_images, read_image
 from dispersive_kit.errors import DataError
 
 PHOTO_CROPS = {"train": 1024, "test": 256}
@@ -231,31 +232,20 @@ def _where_to_put(name: str, folder: Path, why: str) -> str:
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     has_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
-    root = folder / split if has_splits else folder
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
-    # The class of an image is the first folder below the root; a flat folder is one class.
-    names = [f.relative_to(root).parts[0] if f.parent != root else "image" for f in files]
-    classes = tuple(sorted(set(names)))
-    index = range(len(files)) if has_splits else [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
+    listed = list_images(folder / split if has_splits else folder)
+    number = len(listed.files)
+    index = [i for i in range(number) if has_splits or (i % 10 == 9) == (split == "test")]
     if not index:
-        raise DataError(f"{root} holds {len(files)} images: too few to hold out every tenth; add train/ and test/")
-    images = torch.stack([_read_square(files[i], size) for i in index])
-    labels = torch.tensor([classes.index(names[i]) for i in index])
-    return ImageSet(folder.name, split, images, labels, classes, str(root))
+        raise DataError(f"{folder} holds {number} images: too few to hold out every tenth; add train/ and test/")
+    files = [listed.files[i] for i in index]
+    images = torch.stack([_read_square(listed.root, file, size) for file in files])
+    labels = torch.tensor([listed.label(file) for file in files])
+    return ImageSet(folder.name, split, images, labels, listed.classes, str(listed.root))
 
 
-def _read_square(file: Path, size: int) -> Tensor:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    from torchvision.transforms.v2 import functional as tv
-
-    try:
-        with Image.open(file) as opened:
-            image = tv.pil_to_tensor(ImageOps.exif_transpose(opened).convert("RGB"))  # uint8 (3, H, W)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{file} is not a readable image ({error}); repair or remove it") from error
-    return tv.center_crop(tv.resize(image, [size], antialias=True), [size, size])
+def _read_square(root: Path, file: str, size: int) -> Tensor:
+    read = read_image(root, file, size)
+    if read.pixels is None:
+        raise DataError(f"{root / file} is not a readable image ({read.fault}); repair or remove it")
+    return read.pixels

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import AutoencoderCard
 from dispersive_kit.data.files import file_sha256
@@ -181,7 +182,10 @@ class LatentStore:
             DataError: naming every shard that is damaged.
         """
         with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(lambda shard: file_sha256(self.path / shard.file), self.spec.shards))
+            hashes = pool.map(lambda shard: file_sha256(self.path / shard.file), self.spec.shards)
+            title, number = f"verifying {self.path.name}", len(self.spec.shards)
+            bar = tqdm(hashes, title, number, unit="shard", leave=False, disable=None)
+            found = list(bar)  # tens of GB take minutes; disable=None: shown on a terminal only
         faults = [s.file for s, digest in zip(self.spec.shards, found, strict=True) if digest != s.sha256]
         if faults:
             raise DataError(f"{self.path}: {', '.join(faults)} damaged: the sha256 is not the one in {SPEC}. {REPAIR}")

@@ -33,9 +33,12 @@ def check_store(store: LatentStore) -> Iterator[str]:
 
 def _check_counts(store: LatentStore) -> None:
     spec = store.spec
-    found = tuple(np.bincount(store.all_labels(), minlength=len(spec.classes)).tolist())
-    if found != spec.class_counts:
-        raise DataError(f"{store.path}: rows of the classes are {found}, and spec.json says {spec.class_counts}")
+    found = np.bincount(store.all_labels(), minlength=len(spec.classes)).tolist()
+    if len(found) > len(spec.classes):
+        raise DataError(f"{store.path}: a label is {len(found) - 1}, and there are {len(spec.classes)} classes")
+    for name, rows, written in zip(spec.classes, found, spec.class_counts, strict=True):
+        if rows != written:
+            raise DataError(f"{store.path}: {rows} rows are of class {name}, and spec.json says {written}")
     if spec.images["files"] != len(store) + len(spec.images["left_out"]):
         raise DataError(f"{store.path}: {spec.images['files']} files are not {len(store)} rows and those left out")
 

@@ -5,6 +5,7 @@ its slice. The model is any callable `model(x_t, t, y)`; labels are dropped by w
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +68,7 @@ def predict(
     channels: int,
     **times: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The model's output with its channels checked, and its taps; models that know no taps are never asked
-    for them.
-    """
+    """The model's output with its channels checked, and its taps; models that know no taps are never asked for them."""
     args = (x, t) if y is None else (x, t, y)
     out = model(*args, taps=tuple(taps), **times) if taps else model(*args, **times)
     out, kept = out if taps else (out, ())
@@ -85,16 +84,16 @@ def mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-class Objective:
+class Objective(ABC):
     """`draw(x0, generator)` gives the random numbers of a batch, and the call is a function of them."""
 
-    def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
-        raise ConfigError("Objective is abstract: use FlowMatching, DDPM or MeanFlow")
+    @abstractmethod
+    def draw(self, x0: Tensor, generator: torch.Generator) -> Draws: ...
 
+    @abstractmethod
     def loss(
         self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
-    ) -> tuple[Tensor, Aux]:
-        raise ConfigError("Objective is abstract: use FlowMatching, DDPM or MeanFlow")
+    ) -> tuple[Tensor, Aux]: ...
 
     def __call__(
         self,
@@ -106,9 +105,7 @@ class Objective:
         generator: torch.Generator | None = None,
         taps: Sequence[int] = (),
     ) -> tuple[Tensor, Aux]:
-        """The scalar loss and its `Aux`; taps are block indices for models that return them (x0 (B, ...), y
-        (B,)).
-        """
+        """The scalar loss and its `Aux`; taps are block indices for models that return them (x0 (B, ...), y (B,))."""
         if draws is None:
             if generator is None:
                 raise ConfigError("an objective never uses the global generator: give draws= or generator=")
@@ -210,9 +207,7 @@ class DDPM(Objective):
 
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the Gaussian mass in the grey level of x0, pixels in [-1, 1] with 256 levels (DDPM's equation
-    13).
-    """
+    """log of the Gaussian mass in the grey level of x0, pixels in [-1, 1] with 256 levels (DDPM's equation 13)."""
     upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
     lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)
     upper = torch.where(x0 > 0.999, torch.ones_like(upper), upper)
@@ -278,9 +273,7 @@ class MeanFlow(Objective):
 
     @torch.no_grad()
     def guided(self, model: Callable, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
-        """The velocity the target is built from: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t |
-        null).
-        """
+        """The velocity the target is built from: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t | null)."""
         if self.cfg_scale == 1.0 and self.cfg_mix == 0.0:
             return v
         if y is None or self.null_label is None:

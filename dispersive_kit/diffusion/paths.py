@@ -6,6 +6,7 @@ x0, eps, velocity v = dx_t/dt and score = grad log p_t(x_t) each determine the o
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,26 +24,20 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
 
 
-class Path:
+class Path(ABC):
     """alpha, sigma and their derivatives as functions of t (any shape); everything else follows from them."""
 
     t_min = 0.0  # smallest time at which the velocity is finite
 
+    @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha, sigma, d_alpha, d_sigma) at t; the one method of a subclass."""
-        raise ConfigError("Path is abstract: use LinearPath, GVPPath, VPPath or DDPMPath")
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.coefficients(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.coefficients(t)[1]
-
-    def d_alpha(self, t: Tensor) -> Tensor:
-        return self.coefficients(t)[2]
-
-    def d_sigma(self, t: Tensor) -> Tensor:
-        return self.coefficients(t)[3]
 
     def log_snr(self, t: Tensor) -> Tensor:
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
@@ -140,9 +135,7 @@ class VPPath(Path):
 
 @lru_cache
 def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """log alpha at t = 0, 1/T, ..., 1 (T + 1,), half the log of DDPM's cumulative product, and its slopes
-    there.
-    """
+    """log alpha at t = 0, 1/T, ..., 1 (T + 1,), half the log of DDPM's cumulative product, and its slopes there."""
     if schedule == "linear":  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
         scale = 1000 / num_timesteps
         beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)

@@ -24,9 +24,7 @@ NOISE_STREAM = 0x5DEECE66D  # sets the noise added on the way apart from the noi
 
 
 def time_grid(num_steps: int, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
-    """num_steps + 1 equal steps from t_max down to t_min, float64; on `DDPMPath` this is "trailing"
-    spacing.
-    """
+    """num_steps + 1 equal steps from t_max down to t_min, float64; on `DDPMPath` this is "trailing" spacing."""
     if num_steps < 1:
         raise ConfigError(f"num_steps {num_steps} must be at least 1")
     return torch.linspace(t_max, t_min, num_steps + 1, dtype=torch.float64)
@@ -49,9 +47,7 @@ def initial_noise(
 
 
 class Evaluator:
-    """f(x, t): the model, guided, in the dtype of x; `f.noise(x)`: fresh noise for each sample from its own
-    seed.
-    """
+    """f(x, t): the model, guided, in the dtype of x; `f.noise(x)`: fresh noise for each sample from its own seed."""
 
     def __init__(self, model: Callable, guidance: Callable | None, seeds: Sequence[int] | None) -> None:
         self.model, self.guidance = model, guidance
@@ -71,9 +67,7 @@ class Evaluator:
 
 
 def sampler(make_step: Callable[..., Step]) -> Callable[..., Tensor]:
-    """Turn `make_step(f, **options) -> step(x, t, s)` into a sampler: x = step(x, t, s) from each t to the
-    next.
-    """
+    """Turn `make_step(f, **options) -> step(x, t, s)` into a sampler: x = step(x, t, s) from each t to the next."""
 
     @torch.no_grad()
     def sample(
@@ -132,9 +126,7 @@ def rk4(f: Evaluator) -> Step:
 
 
 def at(t: float) -> Tensor:
-    """A time as a float64 scalar tensor: the path is exact, and a product with x keeps the dtype and device
-    of x.
-    """
+    """A time as a float64 scalar tensor: the path is exact, and a product with x keeps the dtype and device of x."""
     return torch.tensor(t, dtype=torch.float64)
 
 
@@ -168,9 +160,7 @@ def ddpm(
 
 @sampler
 def ddim(f: Evaluator, path: Path = DDPM_LINEAR, prediction: str = "eps", eta: float = 0.0) -> Step:
-    """arXiv 2010.02502, equation 12: eta = 0 is deterministic, eta = 1 (needs seeds) is ancestral
-    sampling.
-    """
+    """arXiv 2010.02502, equation 12: eta = 0 is deterministic, eta = 1 (needs seeds) is ancestral sampling."""
 
     def step(x: Tensor, t: float, s: float) -> Tensor:
         x0, eps = path.x0_and_eps(f(x, t), x, at(t), prediction)
@@ -224,9 +214,7 @@ def euler_maruyama(f: Evaluator, path: Path = LINEAR, prediction: str = "v", chu
 
 @sampler
 def meanflow(f: Evaluator) -> Step:
-    """x_s = x - (t - s) u(x, r=s, t), MeanFlow's equation 12 (arXiv 2505.13447): exact in one step if u
-    is.
-    """
+    """x_s = x - (t - s) u(x, r=s, t), MeanFlow's equation 12 (arXiv 2505.13447): exact in one step if u is."""
     return lambda x, t, s: x - (t - s) * f(x, t, r=s)
 
 

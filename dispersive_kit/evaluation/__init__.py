@@ -7,7 +7,7 @@ from dispersive_kit.evaluation.moments import Moments, stream_moments
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation
 from dispersive_kit.evaluation.panel import Features, Panel, measure_frechet, measure_memorisation
 from dispersive_kit.evaluation.record import Record
-from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.evaluation.reference import draw_images, load_reference
 from dispersive_kit.evaluation.transport import exact_w2
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Record",
     "balanced_labels",
     "decoder_of",
+    "draw_images",
     "exact_w2",
     "frechet_distance",
     "frechet_interval",

@@ -1,5 +1,6 @@
 """Distances between two sets of features (N, D), in float64."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,12 +76,20 @@ class Interval:
         """From the value of all samples and those of its half-samples (R,); no half-samples give NaN as the ends.
 
         The deviations of the halves from their own mean are taken as they are (for m = N / 2 of N without
-        replacement the two spreads are of one size) and set around the value.
+        replacement the two spreads are of one size) and set around the value. Where x and y are of one law, a distance
+        is quadratic in the sampling error, and the interval is up to 3^(1/2) times too wide.
         """
         if not len(halves):
             return cls(value, float("nan"), float("nan"))
         low, high = np.percentile(halves - halves.mean(), [2.5, 97.5])
         return cls(value, float(value + low), float(value + high))
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share among n images: not empty at 0 or 1, as that of half-samples is."""
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def half_samples(n: int, resamples: int = 100, *, seed: int = 0) -> NDArray[np.bool_]:

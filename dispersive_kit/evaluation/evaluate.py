@@ -18,11 +18,13 @@ from dispersive_kit.evaluation.generate import balanced_labels, decoder_of, gene
 from dispersive_kit.evaluation.options import Evaluation
 from dispersive_kit.evaluation.panel import METRICS, Panel, measure_against_statistics, measure_memorisation
 from dispersive_kit.evaluation.processes import this_process
-from dispersive_kit.evaluation.record import Record, describe_extractor
-from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.evaluation.record import Record, describe_extractor, describe_set
+from dispersive_kit.evaluation.reference import draw_images, load_reference
 from dispersive_kit.training import load_run, shipped, shipped_names
+from dispersive_kit.training.draws import stream
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
+PLACES = ("data_dir", "inception_weights", "vae")  # options that say where files lie on this machine
 METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
 
 
@@ -39,7 +41,7 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
         how.extractor, train, held_out, weights=how.inception_weights, device=this_process().device
     )
     if how.metrics in naming.WORDS.values():
-        naming.refuse(how.metrics, describe_extractor(extractor), how.num, _reference_name(how, train))
+        naming.refuse(how.metrics, describe_extractor(extractor), how.num, _reference_card(how, train, held_out))
     images = given.images()
     if images.shape[1:] != train.images.shape[1:]:
         raise ConfigError(f"the samples are {tuple(images.shape[1:])}, {train.name} is {tuple(train.images.shape[1:])}")
@@ -69,15 +71,22 @@ def _measure(
             )
         file = Path(how.reference)
         return [measure_against_statistics(images, train, file, extractor, resamples=resamples, protocol=protocol)]
-    real, reference = (train, held_out) if how.reference == "test" else (held_out, train)
-    if how.num_reference:
-        reference = reference.subset(torch.arange(min(how.num_reference, len(reference))))
+    real = train if how.reference == "test" else held_out
+    reference = _reference(how, train, held_out)
     panel = Panel(extractor, real, reference, metrics=metrics, resamples=resamples)
     return panel.measure(images, protocol=protocol)
 
 
-def _reference_name(how: Evaluation, train: ImageSet) -> str:
-    return train.name if how.reference in ("train", "test") else Path(how.reference).stem
+def _reference(how: Evaluation, train: ImageSet, held_out: ImageSet) -> ImageSet:
+    whole = held_out if how.reference == "test" else train
+    wanted = how.num_reference or len(whole)
+    return draw_images(whole, wanted) if wanted < len(whole) else whole
+
+
+def _reference_card(how: Evaluation, train: ImageSet, held_out: ImageSet) -> dict[str, Any]:
+    if how.reference in ("train", "test"):
+        return describe_set(_reference(how, train, held_out))
+    return {"data": Path(how.reference).stem}
 
 
 class _Samples:
@@ -93,9 +102,11 @@ class _Samples:
     def _open_file(self, file: Path) -> None:
         if (data := self.how.data) is None:
             raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
-        images = load_npz(file)[: self.how.num]
+        images = load_npz(file)
         if len(images) < self.how.num:
             raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
+        if len(images) > self.how.num:  # drawn: the file may be sorted by class
+            images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: self.how.num]]
         options: dict[str, Any] = {"data_dir": self.how.data_dir, "size": images.shape[-1]}
         self.real = lambda: (load_images(data, "train", **options), load_images(data, "test", **options))
         self.images = lambda: images
@@ -128,6 +139,7 @@ class _Samples:
             "sampler": SAMPLER_NAMES[config.objective],
             "labels": "classes in turn",
             "autoencoder": card["data"].get("autoencoder"),
+            "device": this_process().device.type,
             **settings,
         }
 
@@ -142,4 +154,6 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     if "run" in record.protocol:
         name = f"{record.protocol['step']:08d}-{name}-{record.protocol['sampler']}{how.num_steps}-cfg{how.cfg_scale:g}"
     folder = Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
-    return folder / f"evaluation-{source.stem}-{name}.json"
+    everything = {key: value for key, value in dataclasses.asdict(how).items() if key not in PLACES}
+    mark = hashlib.sha256(repr(everything).encode()).hexdigest()[:6]  # of the settings that the name does not spell out
+    return folder / f"evaluation-{source.stem}-{name}-{mark}.json"

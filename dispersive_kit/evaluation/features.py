@@ -18,6 +18,7 @@ from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.evaluation.classifier import WIDTH, train_classifier, weights_sha256
 from dispersive_kit.evaluation.moments import file_sha256, stream_moments
 from dispersive_kit.evaluation.naming import INCEPTION, INCEPTION_SHA256
+from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models import efficientnet
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -111,10 +112,9 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
-    moments = stream_moments(base, train_images)
-    components = np.linalg.eigh(moments.covariance)[1][:, ::-1][:, :k]  # (D, k), largest variance first
+    centre, components = _principal_axes(base, train_images, k)
     signs = np.sign(components[np.abs(components).argmax(0), np.arange(k)])  # else the linear algebra's to choose
-    mean, basis = torch.from_numpy(moments.mean), torch.from_numpy(components * signs)
+    mean, basis = torch.from_numpy(centre), torch.from_numpy(components * signs)
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
     return replace(
         base,
@@ -123,6 +123,20 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
         note=f"PCA fitted on {len(train_images)} training images (sha256 {digest}). {base.note}".strip(),
         project=lambda x: (x.double() - mean) @ basis,
     )
+
+
+def _principal_axes(base: FeatureExtractor, images: Tensor, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (D,) and the first k axes (D, k), largest variance first: those of the covariance (D, D), or of the Gram
+    matrix (N, N), which gives the same ones, where there are fewer images than dimensions.
+    """
+    if len(images) > base.dim:
+        moments = stream_moments(base, images)
+        return moments.mean, np.linalg.eigh(moments.covariance)[1][:, ::-1][:, :k]
+    x = base(images).astype(np.float64)  # (N, D)
+    mean = x.mean(0)
+    x -= mean
+    axes = x.T @ np.linalg.eigh(x @ x.T)[1][:, ::-1][:, :k]
+    return mean, axes / np.linalg.norm(axes, axis=0)
 
 
 def small_classifier(train: ImageSet, held_out: ImageSet, *, seed: int = 0) -> FeatureExtractor:
@@ -200,7 +214,7 @@ EXTRACTORS: dict[str, Callable[[ImageSet, ImageSet, Path | None, torch.device | 
     "random-conv": lambda train, held_out, weights, device: random_convolutions(train.images.shape[1]),
     "pixels-pca32": lambda train, held_out, weights, device: pca(pixels(train.images), train.images, 32),
     "effnet-lite0-pca64": lambda train, held_out, weights, device: pca(
-        effnet_lite0(device=device), train.images[:EFFNET_PCA_IMAGES], 64
+        effnet_lite0(device=device), draw_images(train, EFFNET_PCA_IMAGES).images, 64
     ),
     "inception": lambda train, held_out, weights, device: inception(weights or INCEPTION_WEIGHTS, device=device),
 }

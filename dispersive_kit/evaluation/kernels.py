@@ -33,8 +33,8 @@ def squared_distances(x: Array, y: Array) -> Array:
 
 
 def median_distance(y: Array) -> float:
-    """Median distance of the pairs among the first 1,000 rows of the reference: the bandwidth of the RBF kernel."""
-    y = y[:BANDWIDTH_POINTS]
+    """Median distance among 1,000 rows of the reference, evenly picked: the bandwidth of the RBF kernel."""
+    y = y[np.linspace(0, len(y) - 1, min(len(y), BANDWIDTH_POINTS)).astype(int)]
     return float(np.sqrt(np.median(squared_distances(y, y)[np.triu_indices(len(y), 1)])))
 
 

@@ -18,9 +18,9 @@ class Evaluation:
     reference: str = "test"
     """Real images to compare with: test, train, or an .npz of statistics (mu, sigma; Frechet distance only)."""
     num: int = 500
-    """Number of generated images, classes in turn; of an .npz, the first so many."""
+    """Number of generated images, classes in turn; of an .npz with more, so many drawn at random."""
     num_reference: int | None = None
-    """Only the first so many reference images; all if not given."""
+    """Only so many reference images, drawn at random; all if not given."""
     num_steps: int = 25
     """Steps of the sampler that fits the run's objective."""
     cfg_scale: float = 1.0

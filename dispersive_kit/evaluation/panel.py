@@ -15,12 +15,13 @@ from torch import Tensor
 from dispersive_kit.data import ImageSet
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import kernels, naming
-from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples
+from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples, wilson
 from dispersive_kit.evaluation.features import FeatureExtractor
 from dispersive_kit.evaluation.moments import Moments, file_sha256, frechet_from_statistics, load_statistics
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
 from dispersive_kit.evaluation.processes import check_equal_everywhere, shared_out
 from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set, library_versions
+from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.evaluation.scores import IS_SPLITS, classifier_score
 from dispersive_kit.evaluation.transport import PROJECTIONS, sliced_w2
 
@@ -104,10 +105,10 @@ class Panel:
     def measure(self, generated: Tensor, *, protocol: dict[str, Any] | None = None) -> list[Record]:
         """A record a metric for uint8 images (N, C, H, W). protocol: how they were made, for the record.
 
-        The floor is what the first N of the other real images get, as many of them as there are.
+        The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
         n, card = len(generated), describe_extractor(self.extractor)
-        splits = IS_SPLITS if not naming.unmet("IS", card, n, None) else 1
+        splits = IS_SPLITS if not naming.unmet("IS", card, n, {}) else 1
         measured = self._apply(Features.of(self.extractor, generated), half_samples(n, self.resamples), splits)
         floors, everything = self._floor(n, splits), self._protocol(n, protocol or {})
         return [
@@ -122,13 +123,14 @@ class Panel:
 
     def _floor(self, n: int, splits: int) -> dict[str, float]:
         if (n, splits) not in self._floors:
-            x = Features.of(self.extractor, self.real.images[:n])
+            x = Features.of(self.extractor, draw_images(self.real, n).images)
             measured = self._apply(x, np.zeros((0, len(x.values)), dtype=bool), splits)
             self._floors[n, splits] = {name: value for name, (value, _) in measured.items()}
         return self._floors[n, splits]
 
     def _protocol(self, n: int, given: dict[str, Any]) -> dict[str, Any]:
-        return shared_protocol(self.extractor, describe_set(self.reference), self.real, n, self.resamples) | {
+        floor = describe_set(draw_images(self.real, n))
+        return shared_protocol(self.extractor, describe_set(self.reference), floor, self.resamples) | {
             "neighbours": NEIGHBOURS,
             "projections": PROJECTIONS,
             "rbf_bandwidth": kernels.median_distance(self.y.values),
@@ -139,24 +141,33 @@ class Panel:
 def _record(
     metric: str, value: float, halves: Array, floor: float, n: int, n_reference: int | None, protocol: dict[str, Any]
 ) -> Record:
-    interval = Interval.around(value, halves)
+    low, high = _ends(metric, value, halves, n)
     better: Literal["lower", "higher"] = "higher" if metric in HIGHER_IS_BETTER else "lower"
-    name = naming.number_name(metric, protocol["extractor"], n, protocol["reference"]["data"])
-    return Record(name, value, interval.low, interval.high, floor, n, n_reference, protocol, better)
+    name = naming.number_name(metric, protocol["extractor"], n, protocol["reference"])
+    return Record(name, value, low, high, floor, n, n_reference, protocol, better)
+
+
+def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
+    """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
+    interval = Interval.around(value, halves)
+    if metric == "precision" and len(halves):
+        return wilson(value, n)
+    if metric in ("recall", "coverage"):
+        return max(interval.low, 0.0), min(interval.high, 1.0)
+    return interval.low, interval.high
 
 
 def shared_protocol(
-    extractor: FeatureExtractor, reference: dict[str, Any], real: ImageSet, n: int, resamples: int
+    extractor: FeatureExtractor, reference: dict[str, Any], floor: dict[str, Any], resamples: int
 ) -> dict[str, Any]:
     """What every number of this kit says about how it was measured."""
-    floor = real.images[:n]
     return {
         "reference": reference,
-        "floor": {"data": real.name, "split": real.split, "n": len(floor)},
+        "floor": floor,
         "extractor": describe_extractor(extractor),
         "resize": "none before the extractor's own",
         "uint8_rule": UINT8_RULE,
-        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0",
+        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
         "versions": library_versions(),
     }
 
@@ -171,8 +182,8 @@ def measure_frechet(
 ) -> Record:
     """Frechet distance of generated uint8 images (N, C, H, W) to the held-out real ones, with its record.
 
-    The floor is the distance of the first N training images to the same held-out images: what a model that drew
-    real images would get at this N.
+    The floor is the distance of N random training images to the same held-out images: what a model that drew real
+    images would get at this N.
     """
     return Panel(extractor, train, held_out, metrics=("FD",)).measure(generated, protocol=protocol)[0]
 
@@ -188,6 +199,8 @@ def measure_against_statistics(
 ) -> Record:
     """Frechet distance to a reference of which only mean and covariance are kept, e.g. ADM's files.
 
+    real: images for the floor; of those that the statistics are of, it would be too low.
+
     Raises:
         DataError: the file holds no statistics. ConfigError: they are of another extractor.
     """
@@ -199,9 +212,10 @@ def measure_against_statistics(
 
     x = Features.of(extractor, generated).values
     halves = np.array([distance(x[half]) for half in half_samples(n, resamples)])
-    floor = distance(Features.of(extractor, real.images[:n]).values)
-    card = {"data": statistics.stem, "split": "statistics", "n": None, "sha256": file_sha256(statistics)}
-    everything = shared_protocol(extractor, card, real, n, resamples) | (protocol or {})
+    others = draw_images(real, n)
+    floor = distance(Features.of(extractor, others.images).values)
+    card = {"data": statistics.stem, "split": None, "n": None, "sha256": file_sha256(statistics)}
+    everything = shared_protocol(extractor, card, describe_set(others), resamples) | (protocol or {})
     return _record("FD", distance(x), halves, floor, n, None, everything)
 
 
@@ -217,9 +231,9 @@ def measure_memorisation(
     """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
     sets = (Features.of(extractor, images).values for images in (generated, held_out.images, train.images))
     found, n = memorisation(*sets, resamples=resamples), len(generated)
-    card = {**describe_set(train), "held_out": describe_set(held_out)}
-    everything = shared_protocol(extractor, card, held_out, n, resamples) | {"copies": found.copies, **(protocol or {})}
-    name = naming.number_name("nearest-train", everything["extractor"], n, train.name)
+    card, floor = {**describe_set(train), "held_out": describe_set(held_out)}, describe_set(held_out)
+    everything = shared_protocol(extractor, card, floor, resamples) | {"copies": found.copies, **(protocol or {})}
+    name = naming.number_name("nearest-train", everything["extractor"], n, card)
     ratio = found.ratio
     record = Record(name, ratio.value, ratio.low, ratio.high, found.floor, n, len(train), everything, better="about 1")
     return record, found

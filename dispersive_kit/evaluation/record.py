@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dispersive_kit.data import ImageSet
 from dispersive_kit.evaluation.features import FeatureExtractor
 from dispersive_kit.evaluation.naming import WORDS, refuse
+from dispersive_kit.evaluation.reference import Part
 
 UINT8_RULE = "round(127.5 x + 127.5), clamped to 0..255"
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "torch-fidelity", "dispersive-kit")
@@ -42,14 +43,19 @@ class Record:
     def __post_init__(self) -> None:
         word = self.name.partition("[")[0].strip()
         if word in WORDS.values():
-            reference = self.protocol.get("reference", {}).get("data")
-            refuse(word, self.protocol.get("extractor", {}), self.n, reference)
+            refuse(word, self.protocol.get("extractor", {}), self.n, self.protocol.get("reference", {}))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value:.2f} [{self.low:.2f}, {self.high:.2f}], real against real {self.floor:.2f}"
+        value, low, high = map(_digits, (self.value, self.low, self.high))
+        return f"{self.name} = {value} [{low}, {high}], real against real {self.floor_in_words()}"
+
+    def floor_in_words(self) -> str:
+        """The floor, with its own N where there were fewer real images than generated ones: it is then too high."""
+        of = self.protocol.get("floor", {}).get("n", self.n)
+        return _digits(self.floor) + (f" (N={of})" if of < self.n else "")
 
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
@@ -58,7 +64,8 @@ def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
 
 
 def describe_set(data: ImageSet) -> dict[str, Any]:
-    return {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256}
+    card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256}
+    return {**card, "drawn_from": data.drawn_from} if isinstance(data, Part) else card
 
 
 def library_versions() -> dict[str, str | None]:
@@ -77,7 +84,7 @@ def table(records: Sequence[Record]) -> str:
     """One line a number: name, value, interval, what real images get, which way is better."""
     head = ("", "value", "95 % interval", "real", "better")
     rows = [
-        (r.name, _digits(r.value), f"[{_digits(r.low)}, {_digits(r.high)}]", _digits(r.floor), r.better)
+        (r.name, _digits(r.value), f"[{_digits(r.low)}, {_digits(r.high)}]", r.floor_in_words(), r.better)
         for r in records
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -91,7 +98,12 @@ def _digits(value: float) -> str:
 
 
 def to_json(records: Sequence[Record]) -> str:
-    """All numbers of one evaluation: what they share once, then each without it."""
-    numbers = [{k: v for k, v in dataclasses.asdict(r).items() if k != "protocol"} for r in records]
-    shared: Mapping[str, Any] = records[0].protocol
-    return json.dumps({"protocol": shared, "numbers": numbers}, indent=2)
+    """All numbers of one evaluation: the first one's protocol, and beside a number what is otherwise in its own."""
+    shared = records[0].protocol
+    return json.dumps({"protocol": shared, "numbers": [_without(shared, r) for r in records]}, indent=2)
+
+
+def _without(shared: Mapping[str, Any], record: Record) -> dict[str, Any]:
+    number = dataclasses.asdict(record)
+    own = {key: value for key, value in number.pop("protocol").items() if shared.get(key) != value}
+    return {**number, "protocol": own} if own else number

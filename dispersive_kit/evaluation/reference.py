@@ -1,6 +1,7 @@
 """The real images that samples of a run are held against."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,27 @@ from torch import Tensor
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.selection import Selection
 from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.draws import stream
 from dispersive_kit.training.latent_set import open_store
 
 ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Part(ImageSet):
+    """Some images of a larger set of `drawn_from` images; the record of a number says so."""
+
+    drawn_from: int
+
+
+def draw_images(data: ImageSet, n: int, *, seed: int = 0) -> ImageSet:
+    """n images of a set (all, where it has no more) in random order: as they come, sets may be sorted by class."""
+    drawn = data.subset(torch.randperm(len(data), generator=stream(seed, "images"))[:n])
+    return drawn if n >= len(data) else as_part(drawn, len(data))
+
+
+def as_part(data: ImageSet, drawn_from: int) -> Part:
+    return Part(data.name, data.split, data.images, data.labels, data.classes, data.source, drawn_from)
 
 
 def load_reference(
@@ -39,4 +58,5 @@ def _images(data: Selection, decode: Callable[[Tensor], Tensor], at_most: int) -
     parts = np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE))
     images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
     labels = torch.from_numpy(data.labels(rows))
-    return ImageSet(f"{store.path.name}-decoded", data.part, images, labels, data.classes, str(store.path))
+    found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, data.classes, str(store.path))
+    return found if len(rows) == len(data) else as_part(found, len(data))

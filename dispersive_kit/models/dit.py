@@ -118,8 +118,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D / heads)
+        heads = (B, N, self.num_heads, D // self.num_heads)
+        # Split, not permuted and unbound: the gradients of q, k and v are then joined in one pass.
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).split(D, dim=-1))  # (B, h, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -182,10 +183,37 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        # Left as a view, the transpose would stay with the residual stream: a strided copy in every layer norm.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
-class DiT(nn.Module):
+class Conditioned(nn.Module):
+    """What a model is told beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class."""
+
+    time_scale: float
+    num_classes: int
+    null_label: int | None
+    t_embedder: TimestepEmbedder
+    r_embedder: TimestepEmbedder | None
+    y_embedder: LabelEmbedder | None
+
+    def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+        """c (B, D) of t and r (B,) and y (B,)."""
+        c = self.t_embedder(t * self.time_scale)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
+        elif r is not None:
+            raise ConfigError("the model was given a second time r: build it with interval=True")
+        if (self.y_embedder is None) != (y is None):
+            given = "no labels" if y is None else "labels"
+            raise ConfigError(
+                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
+                f"y=None, the others labels (null_label={self.null_label} for none)"
+            )
+        return c if self.y_embedder is None else c + self.y_embedder(y)
+
+
+class DiT(Conditioned):
     """Diffusion transformer on square images or latents.
 
     `forward(x, t, y=None, *, r=None, taps=())` takes x (B, C, H, W), t (B,) in [0, 1] and y (B,) long, and
@@ -293,20 +321,6 @@ class DiT(nn.Module):
                 kept[i] = x
         out = self.unpatchify(self.final_layer(x, c))  # (B, out_channels, H, W)
         return (out, [kept[i] for i in taps]) if taps else out
-
-    def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
-        c = self.t_embedder(t * self.time_scale)
-        if self.r_embedder is not None:
-            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
-        elif r is not None:
-            raise ConfigError("the model was given a second time r: build it with interval=True")
-        if (self.y_embedder is None) != (y is None):
-            given = "no labels" if y is None else "labels"
-            raise ConfigError(
-                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
-                f"y=None, the others labels (null_label={self.null_label} for none)"
-            )
-        return c if self.y_embedder is None else c + self.y_embedder(y)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         B, grid, p = x.shape[0], self.input_size // self.patch_size, self.patch_size

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .dit import LabelEmbedder, TimestepEmbedder
+from .dit import Conditioned, LabelEmbedder, TimestepEmbedder
 
 
 class ResidualBlock(nn.Module):
@@ -20,7 +19,7 @@ class ResidualBlock(nn.Module):
         return h + self.fc2(F.silu(self.fc1(F.silu(h) + c)))  # (B, D)
 
 
-class MLP(nn.Module):
+class MLP(Conditioned):
     """`forward(x, t, y=None, *, r=None, taps=())`: x (B, dim), t (B,) in [0, 1], y (B,) long; gives (B, dim).
 
     `taps=(i, ...)` returns `(out, [z_i, ...])`, z_i (B, hidden_size) the output of block i counted from 0.
@@ -60,16 +59,9 @@ class MLP(nn.Module):
         r: Tensor | None = None,
         taps: Sequence[int] = (),
     ) -> Any:
-        if x.shape[1:] != (self.dim,) or (self.y_embedder is None) != (y is None):
-            raise ConfigError(
-                f"the network was built for points (B, {self.dim}) and {self.num_classes} classes, "
-                f"and was given {tuple(x.shape)} and {'no labels' if y is None else 'labels'}"
-            )
-        c = self.t_embedder(t * self.time_scale)  # (B, D)
-        if self.r_embedder is not None:
-            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(y)
+        if x.shape[1:] != self.sample_shape:
+            raise ConfigError(f"the network was built for points (B, {self.dim}), not {tuple(x.shape)}")
+        c = self.condition(t, y, r)  # (B, D)
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         kept = {}
         for i, block in enumerate(self.blocks):

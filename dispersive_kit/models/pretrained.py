@@ -44,9 +44,7 @@ DIFFUSERS_CONFIG = {
 
 
 class PublishedDiT(nn.Module):
-    """The public DiT in the kit's time: eps (and variance channels) at timestep 1000 t - 1, for
-    `DDPMPath()`.
-    """
+    """The public DiT in the kit's time: eps (and variance channels) at timestep 1000 t - 1, for `DDPMPath()`."""
 
     family = "DiT"
 
@@ -105,9 +103,7 @@ def load_published(
 
 
 def save_published(published: PublishedDiT, path: str | Path) -> None:
-    """Write the weights back: to a name ending in .pt as the public file, else as a diffusers folder
-    (DiT).
-    """
+    """Write the weights back: to a name ending in .pt as the public file, else as a diffusers folder (DiT)."""
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in published.model.state_dict().items()}
     if path.suffix == ".pt":
@@ -192,9 +188,7 @@ def diffusers_names(depth: int) -> dict[str, list[str]]:
 
 
 def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], int]:
-    """The state under the public names, and the number of heads, of a DiTTransformer2DModel or a pipeline
-    with one.
-    """
+    """The state under the public names, and the number of heads, of a DiTTransformer2DModel or a pipeline with one."""
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     weights = [f for f in sorted(folder.glob("diffusion_pytorch_model.*")) if f.suffix in (".safetensors", ".bin")]
     if not weights or not (folder / "config.json").is_file():

@@ -132,9 +132,8 @@ class Dispersive(Attached):
             step = operator.index(step)  # type: ignore[arg-type]
         except TypeError as error:
             raise DispersiveError(
-                f"the memory of {', '.join(self.paths)} is cleared at each optimizer step, and step is "
-                f"{step!r}: "
-                "call loss(step=step)"
+                f"the memory of {', '.join(self.paths)} is cleared at each optimizer step, and step is {step!r}: call "
+                "loss(step=step)"
             ) from error
         if step != self._step:
             self._kept.clear()

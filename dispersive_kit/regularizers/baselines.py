@@ -43,8 +43,7 @@ def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **optio
     check_number("alpha", alpha, at_least=0.0)
     if alpha > 1 or getattr(positive, "shape", None) != z.shape:
         raise DispersiveError(
-            f"alpha {alpha} and a second view {tuple(getattr(positive, 'shape', ()))} beside "
-            f"{tuple(z.shape)}: give "
+            f"alpha {alpha} and a second view {tuple(getattr(positive, 'shape', ()))} beside {tuple(z.shape)}: give "
             "alpha in [0, 1] and views of one shape"
         )
     loss = dispersive_loss(z, **options)
@@ -139,9 +138,8 @@ def alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
     """-E cos over the last axis."""
     if z.shape != target.shape:
         raise DispersiveError(
-            f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}: the "
-            "projector, the "
-            "encoder or the choice of blocks must make the two shapes equal"
+            f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}: the projector, "
+            "the encoder or the choice of blocks must make the two shapes equal"
         )
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
 

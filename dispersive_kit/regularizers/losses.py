@@ -115,8 +115,7 @@ def check_features(z: Any, t: Any, y: Any) -> None:
         if label is not None and (not isinstance(label, Tensor) or label.shape != z.shape[:1]):
             given = tuple(label.shape) if isinstance(label, Tensor) else f"a {type(label).__name__}"
             raise DispersiveError(
-                f"{name} is {given} beside features {tuple(z.shape)}: give a tensor ({len(z)},), or, where "
-                "the first "
+                f"{name} is {given} beside features {tuple(z.shape)}: give a tensor ({len(z)},), or, where the first "
                 "axis of the features is not the batch, turn it with select="
             )
 

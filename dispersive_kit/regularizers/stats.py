@@ -119,8 +119,7 @@ class Watch:
         for (loss, dropped, mass, *_), record in zip(vitals.tolist(), records, strict=True):
             if not math.isfinite(loss):
                 raise DispersiveError(
-                    f"tap {record.path!r}: the loss is {loss}, so the features hold NaN, infinity, or "
-                    "values whose "
+                    f"tap {record.path!r}: the loss is {loss}, so the features hold NaN, infinity, or values whose "
                     "square overflows: lower the learning rate, or tap an earlier block"
                 )
             self._warn(record, dropped, mass)

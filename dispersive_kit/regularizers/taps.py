@@ -78,13 +78,10 @@ class Attached:
         for tap in self.taps:
             tap.output, tap.armed = None, self.model.training
         self._state = (
-            "has captured nothing since the last loss(): the model was not called in training mode inside "
-            "`with`, "
-            "or does not call this module, or torch.compile had compiled it before the hook was set, which "
-            "it "
-            "then does not see. Cure for the last: attach before the first call, or torch.compiler.reset() "
-            "after "
-            "attaching, or compile block by block"
+            "has captured nothing since the last loss(): the model was not called in training mode inside `with`, or "
+            "does not call this module, or torch.compile had compiled it before the hook was set, which it then does "
+            "not see. Cure for the last: attach before the first call, or torch.compiler.reset() after attaching, or "
+            "compile block by block"
         )
         return self
 
@@ -121,8 +118,7 @@ class Attached:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
         if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
             raise DispersiveError(
-                "taps= is a "
-                f"{type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
+                f"taps= is a {type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
                 f"give a list of one tensor each for {', '.join(self.paths)}"
             )
         return [self._checked(tap, (z, None), None) for tap, z in zip(self.taps, taps, strict=True)]
@@ -167,8 +163,7 @@ def pick(output: Any, select: Select) -> Tensor:
         z = tensors[0] if len(tensors) == 1 else output
     if not isinstance(z, Tensor):
         raise DispersiveError(
-            f"its output, a {kind}, gave a {type(z).__name__}: say which tensor is meant with select= (an "
-            "index, a "
+            f"its output, a {kind}, gave a {type(z).__name__}: say which tensor is meant with select= (an index, a "
             "key, or a function of the output)"
         )
     return z
@@ -227,9 +222,8 @@ def block_at(modules: dict[str, nn.Module], depth: float) -> str:
     lists = [p for p, m in modules.items() if p.split(".")[-1] == "blocks" and isinstance(m, nn.ModuleList)]
     if len(lists) != 1 or depth > 1:
         raise DispersiveError(
-            f"depth {depth!r} (above 0, up to 1) is a share of the blocks, and the model has {len(lists)} "
-            "lists "
-            f"named 'blocks': name the module with at=, from {', '.join(list(modules)[:8])}, ..."
+            f"depth {depth!r} (above 0, up to 1) is a share of the blocks, and the model has {len(lists)} lists named "
+            f"'blocks': name the module with at=, from {', '.join(list(modules)[:8])}, ..."
         )
     blocks = [p for p in modules if p.rpartition(".")[0] == lists[0]]
     return blocks[max(1, int(depth * len(blocks))) - 1]

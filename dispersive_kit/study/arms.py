@@ -57,5 +57,6 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     found = []
     for file in run.glob("evaluation-*.json"):
         content = json.loads(file.read_text())
-        found += [{**number, "protocol": content["protocol"]} for number in content["numbers"]]
+        shared = content["protocol"]
+        found += [{**number, "protocol": shared | number.get("protocol", {})} for number in content["numbers"]]
     return sorted(found, key=lambda record: record["protocol"]["step"])

@@ -1,32 +1,51 @@
-"""What the two notebooks on latents begin with: images, an autoencoder, and how to encode one with the other."""
+"""What the two notebooks on latents begin with: photographs and a small autoencoder, or the user's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dispersive_kit.data import to_uint8
 from dispersive_kit.data.encoder import EncodeConfig
-from dispersive_kit.data.photographs import write_photographs
+from dispersive_kit.data.sample_photographs import write_photographs
+from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.config import IMAGENET_ARMS, TrainConfig, train_preset
 from dispersive_kit.training.small_autoencoder import train_small_autoencoder
 
+PRACTICE_SIZE = 32  # pixels, which the small autoencoder turns into latents 4 x 8 x 8
 
-def encode_settings(out: Path, settings: Any, *, images: str = "", vae: str = "", seed: int = 0) -> EncodeConfig:
-    """Of the user's images and autoencoder where they are named; else of photographs that come with packages, and
-    of a small autoencoder trained on them here. settings: image_size, per_class, vae_steps, shard_size, device.
+
+def practice(out: Path, settings: Any, *, seed: int = 0) -> EncodeConfig:
+    """Photographs that come with packages, a small autoencoder trained on them here, and how one is encoded with the
+    other. settings: per_class, vae_steps, shard_size.
     """
-    size = settings.image_size
-    folder = Path(images) if images else write_photographs(out / "images", per_class=settings.per_class, size=size)
-    if not vae:
-        vae = str(out / "vae")
-        train_small_autoencoder(folder, Path(vae), image_size=size, steps=settings.vae_steps, seed=seed)
+    images = write_photographs(out / "images", per_class=settings.per_class, size=PRACTICE_SIZE)
+    train_small_autoencoder(images, out / "vae", image_size=PRACTICE_SIZE, steps=settings.vae_steps, seed=seed)
     return EncodeConfig(
-        folder,
-        vae,
+        images,
+        str(out / "vae"),
         out / "store",
-        image_size=size,
+        image_size=PRACTICE_SIZE,
         shard_size=settings.shard_size,
         batch_size=8,
-        device=settings.device,
     )
+
+
+def your_own(practised: EncodeConfig, images: str, vae: str) -> EncodeConfig:
+    """As the command encodes `images` with `vae`; without both of them, the practice itself.
+
+    Raises:
+        ConfigError: one of the two only.
+    """
+    if not images and not vae:
+        return practised
+    if not (images and vae):
+        raise ConfigError("give both, images and vae, or neither: the small autoencoder knows its photographs only")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return EncodeConfig(Path(images), vae, practised.store.with_name("your-store"), device=device)
 
 
 def arm_configs(preset: str, store: Path, *, size: str, seed: int) -> dict[str, TrainConfig]:
@@ -37,3 +56,13 @@ def arm_configs(preset: str, store: Path, *, size: str, seed: int) -> dict[str, 
         )
         for arm, regularizer in IMAGENET_ARMS.items()
     }
+
+
+def latent_previews(run: Path, decode: Callable[[Tensor], Tensor], *, most: int = 6) -> dict[int, Tensor]:
+    """Step -> the first ten of the samples that a run on latents drew at that checkpoint, decoded: uint8
+    (10, 3, H, W); of at most `most` checkpoints spread over the run, the first and the last among them.
+    """
+    files = sorted((run / "previews").glob("step-*.safetensors"))
+    chosen = sorted({round(i * (len(files) - 1) / (most - 1)) for i in range(most)})
+    kept = {int(files[i].stem.partition("-")[2]): load_file(files[i])["samples"][:10] for i in chosen}
+    return {step: to_uint8(decode(samples)) for step, samples in kept.items()}

@@ -5,13 +5,11 @@ from typing import Any
 
 MODES = ("smoke", "class", "full")
 
-# Of a store of latents: photographs that come with packages in smoke and class mode, the user's own in full mode
-ENCODING: dict[str, tuple[Any, Any, Any]] = {
-    "image_size": (32, 32, 256),
+# Of the store of latents that is made of photographs which come with packages
+PRACTICE: dict[str, tuple[Any, Any, Any]] = {
     "per_class": (8, 60, 60),
     "vae_steps": (25, 250, 250),
-    "shard_size": (16, 100, 4096),
-    "device": ("cpu", "cpu", "cuda"),
+    "shard_size": (16, 100, 100),
 }
 
 # notebook -> setting -> (smoke, class, full)
@@ -37,10 +35,10 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "descent_steps": (60, 300, 2000),
     },
     "05_dit_anatomy": {},
-    "06_does_it_help": {
-        "preset": ("smoke", "digits", "digits"),
-        "images": (64, 500, 500),
-        "num_steps": (4, 20, 50),
+    "06_does_it_help": {  # of one seed of a study, in class mode as the study has it
+        "steps": (20, 300, 300),
+        "log_every": (5, 25, 25),
+        "images": (64, 2000, 2000),
     },
     "14_one_step_meanflow": {
         "train_steps": (150, 1000, 20000),
@@ -50,12 +48,12 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     },
     "15_your_own_model": {},
     "12_imagenet_latents": {
-        **ENCODING,
+        **PRACTICE,
         "min_psnr": (8, 15, 15),  # dB; the published sd-vae is far above it
         "shown": (8, 8, 16),
     },
     "13_imagenet_train": {
-        **ENCODING,
+        **PRACTICE,
         "preset": ("smoke", "photographs", "imagenet-{size}2-{arm}"),
         "stop_after": (3, 6, 0),
         "images": (40, 100, 50_000),
@@ -92,6 +90,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "draws": (1, 3, 3),
     },
     "11_umap": {},
+    "16_what_may_we_claim": {},
 }
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -58,11 +59,12 @@ def _measured(folder: Path) -> dict[str, Any]:
 
 def _stage(name: str, results: list[StageResult], out: Path) -> dict[str, Any]:
     runs = [_run(result, out) for result in sorted(results, key=lambda r: r.name)]
-    faults = [run["status"] for run in runs if run["status"] == "failed"]
+    counts = Counter(run["status"] for run in runs)
     aggregate = read_json(out / name / "aggregate.json")
     return {
         "name": name,
-        "status": "failed" if faults else runs[0]["status"],
+        "kind": "failed" if "failed" in counts else "",
+        "status": next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {kind}" for kind, n in counts.items()),
         "seconds": sum(run["seconds"] for run in runs),
         "runs": runs,
         "groups": [_group(group) for group in aggregate.get("groups", [])],

@@ -6,11 +6,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.execute import StageResult, ended_well, input_hash, read_stage, run_notebook
 from dispersive_kit.study.schema import read_result, write_json
 
+T = TypeVar("T")
+R = TypeVar("R")
 POLL_S = 0.5
 REQUEST = {"timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "tasks_per_node": 1, "nodes": 1}
 
@@ -37,12 +40,19 @@ class Executor:
 
     workers: at most so many at once; None: one per GPU, or one, in a pool, and all on a cluster.
     gpus: one for each worker of a pool, as CUDA_VISIBLE_DEVICES. request: what submitit asks of the cluster for a run.
+
+    Raises:
+        ConfigError: less than one worker.
     """
 
     kind: Literal["pool", "slurm", "local"] = "pool"
     workers: int | None = None
     gpus: tuple[str, ...] | None = None
     request: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"{self.workers} workers cannot run anything: --workers takes 1 or more")
 
     def asking(self, request: dict[str, Any]) -> "Executor":
         """The same executor with another request."""
@@ -71,15 +81,13 @@ def run_tasks(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterator[
     """Run all tasks, and yield each result as it ends.
 
     Raises:
-        ConfigError: more workers than GPUs.
+        ConfigError: more workers than GPUs, or a request that submitit does not understand.
     """
     if executor.kind != "pool":
         yield from _on_cluster(tasks, out, executor)
         return
     gpus = visible_gpus() if executor.gpus is None else executor.gpus
     workers = min(worker_count(executor), len(tasks))
-    if gpus and workers > len(gpus):
-        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     if workers == 1:
         yield from (run_task(task, out) for task in tasks)
     else:
@@ -102,16 +110,32 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _in_pool(tasks: Sequence[Task], out: Path, workers: int, gpus: tuple[str, ...]) -> Iterator[StageResult]:
+    for task, future in in_pool(partial(run_task, out=out), tasks, workers, gpus):
+        yield _outcome(future, task, out)
+
+
+def in_pool(
+    call: Callable[[T], R], items: Iterable[T], workers: int, gpus: tuple[str, ...] = ()
+) -> Iterator[tuple[T, Future[R]]]:
+    """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
+
+    A worker has one of `gpus` for good. The workers end with this process, also when it is killed.
+
+    Raises:
+        ConfigError: more workers than GPUs.
+    """
+    if gpus and workers > len(gpus):
+        raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     free = spawn.SimpleQueue()
     for gpu in gpus[:workers]:
         free.put(gpu)
     setup = (free,) if gpus else (None,)
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=setup) as pool:
-        futures = {pool.submit(run_task, task, out): task for task in tasks}
+        futures = {pool.submit(call, item): item for item in items}
         try:
             for future in as_completed(futures):
-                yield _outcome(future, futures[future], out)
+                yield futures[future], future
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -142,11 +166,17 @@ def _on_cluster(tasks: Sequence[Task], out: Path, executor: Executor) -> Iterato
     """Submit each task as a job of its own.
 
     submitit hands the job over as a pickle of our own making in OUT/.submitit; results are read from stage.json.
+
+    Raises:
+        ConfigError: the request holds what submitit does not know, or a value of the wrong type.
     """
     import submitit
 
     submitter = submitit.AutoExecutor(folder=out / ".submitit", cluster=executor.kind)
-    submitter.update_parameters(name=out.name, **{**REQUEST, **executor.request})
+    try:
+        submitter.update_parameters(name=out.name, **{**REQUEST, **executor.request})
+    except (NameError, AssertionError) as fault:
+        raise ConfigError(f"cluster: {fault}") from fault
     waiting = [task for task in tasks if not ended_well(task.notebook, out / task.name, task.parameters)]
     yield from (StageResult(task.name, "skipped", 0.0, out / task.name) for task in tasks if task not in waiting)
     running: dict[str, tuple[Any, Task]] = {}

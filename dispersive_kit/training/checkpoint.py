@@ -5,11 +5,13 @@ small state and the sha256 of each file. It is written under another name, flush
 folder that has the right name is whole. Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from dispersive_kit.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
+PARTIAL = ".partial-"  # start of the name of what is being written or removed
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,85 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | None = 2) -> Path:
     """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last` (None: keep all).
 
+    A checkpoint of a later step goes too: the run went back from it, so it is damaged.
+
     Raises:
         CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    partial = folder / f".partial-{final.name}-{os.getpid()}"
+    partial = folder / f"{PARTIAL}{final.name}"
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
+        try:
+            _write(partial, checkpoint)
+            _discard([final] if final.exists() else [])  # damaged, or of an earlier attempt
+            partial.rename(final)
+            _flush(folder)
+        except (OSError, SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    if keep_last:
+        kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
+        _discard(path for path in checkpoints(folder) if path not in kept)
+    return final
+
+
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    """All files of a checkpoint, on the disk and not only in its cache."""
+    partial.mkdir()
+    hashes = {}
+    for name, tensors in checkpoint.groups.items():
+        file = partial / f"{name}.safetensors"
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
+        hashes[file.name] = _sha256(file)
+        _flush(file)
+    manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    _flush(partial / "manifest.json")
+    _flush(partial)
+
+
+def _discard(paths: Iterable[Path]) -> None:
+    """Remove folders, each under another name first, so that a kill leaves no half checkpoint under a whole one's.
+
+    What cannot be removed now (someone reads it over a network file system) is tried again at the next checkpoint.
+    """
+    for path in list(paths):
+        with contextlib.suppress(OSError):
+            if not path.name.startswith(PARTIAL):
+                path = path.rename(path.with_name(f"{PARTIAL}removed-{path.name}"))
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a write that failed into the error that says what is safe and what to do."""
     try:
-        partial.mkdir(parents=True)
-        hashes = {}
-        for name, tensors in checkpoint.groups.items():
-            file = partial / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
-            hashes[file.name] = _sha256(file)
-            _flush(file)
-        manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        _flush(partial / "manifest.json")
-        if final.exists():  # the same step of an earlier attempt
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(folder)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({error}). Earlier checkpoints are untouched: "
+            f"{what} could not be written ({error}). Earlier checkpoints are untouched: "
             "make room or choose another folder, then go on with --resume"
         ) from error
-    abandoned = folder.glob(".partial-*")  # of a writer that was killed
-    outdated = checkpoints(folder)[:-keep_last] if keep_last else []
-    for old in [*outdated, *abandoned]:
-        shutil.rmtree(old)
-    return final
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The name under which to write `file`, which is then replaced as a whole: a kill or a full disk leaves the old.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
+    with writing(file):
+        try:
+            yield partial
+            _flush(partial)
+            partial.replace(file)
+        except (OSError, SafetensorError):
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -136,6 +187,8 @@ def _sha256(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

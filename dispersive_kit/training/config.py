@@ -70,6 +70,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept; older ones are removed
     preview_images: int = 16  # in the grid drawn at each checkpoint; 0 is none
     tensorboard: bool = False  # event files beside metrics.jsonl
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
     compile_blocks: bool = False
     checkpointing: bool = False  # recompute blocks in backward: less memory, more time
@@ -99,6 +100,8 @@ class TrainConfig:
             raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"unknown precision {self.precision!r}; there are: auto, fp32, bf16")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -128,40 +131,21 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k] and k not in FREE_TO_CHANGE]
 
 
+# fmt: off
 TRAIN_PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(steps=20, batch_size=32, warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10),
     "toy": TrainConfig(data="two-moons", model="MLP", steps=2000, batch_size=256, learning_rate=2e-3, preview_images=0),
     "digits": TrainConfig(),  # 30 s on two cores; base FD[digits-classifier48, N=500] = 3.99 [2.99, 5.10]
-    "cifar10-cpu": TrainConfig(
-        data="cifar10",
-        model="DiT-T/4",
-        flip=True,
-        steps=10_000,
-        learning_rate=1e-3,
-        warmup_steps=200,
-        ema_decay=0.999,
-        log_every=50,
-        eval_every=500,
-        checkpoint_every=500,
-    ),
     "mnist-t": TrainConfig(data="mnist", model="DiT-T/4", steps=1500, learning_rate=2e-3, log_every=50),
+    "cifar10-cpu": TrainConfig(
+        data="cifar10", model="DiT-T/4", flip=True, steps=10_000, learning_rate=1e-3, warmup_steps=200,
+        ema_decay=0.999, log_every=50, eval_every=500),
     "cifar10-s2": TrainConfig(  # for one GPU; not run by us
-        data="cifar10",
-        model="DiT-S/2",
-        flip=True,
-        steps=200_000,
-        batch_size=256,
-        learning_rate=2e-4,
-        schedule="constant",
-        warmup_steps=1000,
-        ema_decay=0.9999,
-        ema_widths=(0.05, 0.1),
-        log_every=100,
-        eval_every=2000,
-        checkpoint_every=5000,
-        keep_last=3,
-    ),
+        data="cifar10", model="DiT-S/2", flip=True, steps=200_000, batch_size=256, learning_rate=2e-4,
+        schedule="constant", warmup_steps=1000, ema_decay=0.9999, ema_widths=(0.05, 0.1),
+        log_every=100, eval_every=2000, checkpoint_every=5000, keep_last=3),
 }
+# fmt: on
 
 
 # A store of latents of photographs, as notebook 13 makes one: 4x8x8, 600 rows.

@@ -51,6 +51,8 @@ class LatentSet:
         return Batch(x0, y, objective.draw(x0, generator))
 
     def _sample(self, posterior: Tensor, generator: torch.Generator) -> Tensor:
+        if torch.device(self.device).type == "cuda":
+            posterior = posterior.pin_memory()  # from other memory a copy would wait for all that the GPU has to do
         mean, std = posterior.to(self.device, non_blocking=True).float().unbind(1)  # (B, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=self.device)
         return self.selection.store.spec.autoencoder.to_model(mean + std * noise)

@@ -4,7 +4,11 @@
         ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
 
 Each step draws its batch from (seed, step), adds Dispersive Loss if the configuration asks for it, and yields.
-Nothing is read back from the device but at the steps that are logged.
+Nothing is read back from the device but at the steps that are logged, and every tenth to see that all is well.
+
+On several processes each one runs this same loop: `accelerate launch --multi_gpu --num_processes 8 -m
+dispersive_kit.cli train ...` (its --multi_gpu is right without a GPU too), torchrun, or, from a notebook that has
+trained nothing yet, `accelerate.notebook_launcher(function, arguments, num_processes=8)` of a function that loops.
 """
 
 import contextlib
@@ -17,13 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispersive_kit.errors import KitError
+from dispersive_kit.errors import DispersiveError, KitError
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.draws import Batch
 from dispersive_kit.training.interrupt import StopRequest
+from dispersive_kit.training.measures import gradient_ratio, held_out_loss
 from dispersive_kit.training.parallel import any_process, whole
-from dispersive_kit.training.session import Session, begin, held_out_loss
+from dispersive_kit.training.session import Session, begin
 
+LOOK_EVERY = (
+    10  # steps at most until NaN or a signal is noticed on an accelerator, where a look costs a synchronisation
+)
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
 
 
@@ -40,12 +48,14 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     """Train as `config` says, in the folder `run_dir`; yields a `StepRecord` after each step.
 
     The folder gets config.json, run.json, metrics.jsonl and checkpoints/. With `resume`, the newest whole
-    checkpoint is taken up, and the result is the same bits as that of a run that was never stopped. Ctrl-C and
-    SIGTERM end the run after the step in hand, with a checkpoint.
+    checkpoint is taken up, and the result is the same bits as that of a run that was never stopped (on a GPU: as far
+    as its kernels are deterministic). Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint, on
+    all processes, whichever got it.
 
     Raises:
-        CheckpointError: the folder holds a run already, or one of another configuration; a checkpoint could not be
-            written. DataError: the data set is missing. KitError: the loss became NaN or infinite.
+        CheckpointError: the folder holds a run already, one of another configuration or data, or one that another
+            process trains; a file could not be written; the processes do not see the same folder. DataError: the
+            data set is missing. KitError: NaN or infinity; what the step was fed is then kept in the folder.
     """
     run = begin(config, Path(run_dir), resume=resume)
     on_cpu = run.accelerator.device.type == "cpu"
@@ -56,10 +66,13 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             last = step + 1 == config.steps
             logs = last or (step + 1) % config.log_every == 0
             saves = last or (step + 1) % config.checkpoint_every == 0
-            values = _update(run, step, measure=logs)
+            try:
+                values = _update(run, step, measure=logs)
+            except DispersiveError as error:  # of this step, or, told late, of one before
+                raise DispersiveError(f"{error}. {run.post_mortem(int(broken_at) or step + 1)}") from error
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             stops = False
-            if on_cpu or logs or saves:  # on an accelerator each look costs a synchronisation
+            if on_cpu or logs or saves or (step + 1) % LOOK_EVERY == 0:
                 _require_finite(broken_at, run)
                 stops = any_process(run.accelerator, bool(stop.signal_number))
             if last or (step + 1) % config.eval_every == 0:
@@ -79,13 +92,14 @@ def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
     """One optimizer step on the global batch of `step`; returns what was measured, still on the device."""
     config, accelerator = run.config, run.accelerator
     batch, parts = run.batch(step), accelerator.num_processes * config.accumulation
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # means over the micro-batches
     for micro in range(config.accumulation):
         rows = batch.rows(accelerator.process_index * config.accumulation + micro, parts)
         more_to_come = micro + 1 < config.accumulation
         with accelerator.no_sync(run.network) if more_to_come else contextlib.nullcontext():
-            loss, values = _losses(run, rows, step, measure=measure)
+            loss, measured = _losses(run, rows, step, measure=measure)
             accelerator.backward(loss / config.accumulation)
+        values = {name: values.get(name, 0) + value / config.accumulation for name, value in measured.items()}
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     values["grad_norm"] = whole(accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip))
@@ -115,20 +129,6 @@ def _losses(run: Session, rows: Batch, step: int, *, measure: bool) -> tuple[Ten
     return (loss + dispersive if run.regularised else loss), values
 
 
-def gradient_ratio(dispersive: Tensor, loss: Tensor, taps: list[Tensor]) -> Tensor:
-    """|d dispersive / dz| over |d loss / dz| at the tapped activations: how hard the regulariser pulls.
-
-    `dispersive` is weighted, as it enters the total; with a weight of zero, now or by its schedule, it is a constant.
-    """
-    if not dispersive.requires_grad:
-        return torch.zeros_like(loss)
-    pull, push = (
-        torch.stack([g.norm() for g in torch.autograd.grad(value, taps, retain_graph=True)]).norm()
-        for value in (dispersive, loss)
-    )
-    return pull / push
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then constant or half a cosine down to zero."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
@@ -140,7 +140,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _require_finite(broken_at: Tensor, run: Session) -> None:
     if step := int(broken_at):
         raise KitError(
-            f"the gradient became NaN or infinite at step {step}. What it was fed is in {run.dump(step)}; the newest "
-            f"checkpoint in {run.run_dir / 'checkpoints'} is from before. Lower the learning rate or the "
-            "regulariser's weight"
+            f"the gradient became NaN or infinite at step {step}. {run.post_mortem(step)}. Taken up again it would "
+            "come to the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
         )

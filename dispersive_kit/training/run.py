@@ -1,5 +1,6 @@
 """A run folder: config.json, run.json, metrics.jsonl and checkpoints/, and the model read back from it."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,92 @@ from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Ob
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
-from dispersive_kit.training.checkpoint import Checkpoint, load_checkpoint, load_latest
+from dispersive_kit.training.checkpoint import PARTIAL, Checkpoint, load_checkpoint, load_latest, replacing, writing
 from dispersive_kit.training.config import TrainConfig, differences
 from dispersive_kit.training.ema import reconstruct
 
+LOCK = ".lock"
 SNAPSHOTS = "ema-snapshots"  # folder of the averages of ema_widths, one entry a checkpoint
 
 
-def claim_run_folder(run_dir: Path, config: TrainConfig, *, resume: bool) -> None:
-    """Make the folder of a new run, or check that a resumed one is the same run.
+def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> Any:
+    """Make the folder of a new run, or check that a resumed one is the same run; write config.json and run.json.
+
+    card: what goes into run.json. Returns the lock on the folder, to be closed at the end; a killed process's is freed.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` is off, or it holds a run of another configuration.
+        CheckpointError: the folder holds a run and `resume` is off; a run of another configuration, other data or
+            another dispersion batch; an exported run; or a run that another process is training.
     """
-    file = run_dir / "config.json"
-    if not file.exists():
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
-        run_dir.mkdir(parents=True, exist_ok=True)
-    elif not resume:
+    exists = (run_dir / "config.json").exists()
+    if exists and not resume:
         raise CheckpointError(f"{run_dir} already holds a run: go on with --resume, or choose another folder")
-    elif changed := differences(read_config(run_dir), config):
+    if not exists and run_dir.exists() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
+        raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
+    if exists:
+        _require_same_run(run_dir, config, card)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = lock(run_dir / LOCK)
+    # config.json is what makes it a run, so it comes last.
+    for name, text in (("run.json", json.dumps(card, indent=2)), ("config.json", config.to_json())):
+        with replacing(run_dir / name) as partial:
+            partial.write_text(text)
+    return held
+
+
+def _left_by_a_start(path: Path) -> bool:
+    """What a process leaves that was killed before it had made a run of the folder."""
+    return path.name in (LOCK, "run.json") or path.name.startswith(PARTIAL)
+
+
+def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
+    changed = differences(read_config(run_dir), config)
+    try:
+        old = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError):  # it will be written again
+        old = {}
+    if "exported" in old:
+        raise CheckpointError(
+            f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
+            "Sample or evaluate it, or start a new run in another folder"
+        )
+    before, now = (one.get("data", {}).get("sha256") for one in (old, card))
+    if old and before != now:
+        raise CheckpointError(
+            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 {before} "
+            f"then, {now} now). Bring the old data back, or start a new run in another folder"
+        )
+    # In an arm without the loss it is only measured, and no part of the objective.
+    if old and config.regularizer.preset != "none" and old["dispersion_batch"] != card["dispersion_batch"]:
+        changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
+    if changed:
         raise CheckpointError(
             f"{run_dir} holds a run of another configuration, which cannot be resumed with this one:\n  "
             + "\n  ".join(changed)
         )
-    file.write_text(config.to_json())
+
+
+def lock(file: Path) -> Any:
+    """Hold `file` against other processes until it is closed; a process that ends, however, lets it go.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    handle = file.open("a")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return handle
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that has no locks
+            handle.close()
+            raise CheckpointError(
+                f"another process is training in {file.parent}: wait for its end, stop it, or choose another folder"
+            ) from error
+    return handle
 
 
 def read_config(run_dir: Path) -> TrainConfig:

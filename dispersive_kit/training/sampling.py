@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from dispersive_kit.data import to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
+from dispersive_kit.training.parallel import keep_freed_memory
 
 # The sampler of each objective: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -35,6 +36,7 @@ def sample_batch(
 ) -> Tensor:
     """x0 (B, ...) on the model's device for labels (B,), one seed a sample; guidance: None is none."""
     device = labels.device
+    keep_freed_memory(device)
     x = initial_noise(seeds, model.sample_shape).to(device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
     return SAMPLERS[objective](model, x, time_grid(num_steps).to(device), guidance=guidance, seeds=seeds)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,24 @@ from dispersive_kit.training.checkpoint import (
     Checkpoint,
     flatten_optimizer,
     load_latest,
+    replacing,
     save_checkpoint,
     unflatten_optimizer,
+    writing,
 )
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 from dispersive_kit.training.draws import Batch, frozen_batch
 from dispersive_kit.training.ema import EMA, PowerEMA
-from dispersive_kit.training.parallel import check_split, make_accelerator, restore_state, shard, state_of, whole
+from dispersive_kit.training.parallel import (
+    check_split,
+    keep_freed_memory,
+    make_accelerator,
+    require_agreement,
+    restore_state,
+    shard,
+    state_of,
+    whole,
+)
 from dispersive_kit.training.run import SNAPSHOTS, build_model, build_objective, claim_run_folder
 from dispersive_kit.training.sampling import preview, save_preview
 from dispersive_kit.training.sources import Source, open_source
@@ -50,6 +62,7 @@ class Session:
     source: Source
     frozen: Batch
     done: int  # steps already taken
+    held: Any = None  # the lock on the folder, in the first process
     board: Any = None  # TensorBoard's writer, if asked for
 
     @property
@@ -69,10 +82,11 @@ class Session:
         return tuple(int(path.rpartition(".")[2]) for path in self.regularizer.paths)
 
     def close(self) -> None:
-        """Leave no hook and no open file behind."""
+        """Leave no hook, no lock and no open file behind."""
         self.regularizer.remove()
-        if self.board:
-            self.board.close()
+        for opened in (self.board, self.held):
+            if opened:
+                opened.close()
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step."""
@@ -92,32 +106,40 @@ class Session:
         return {k: float(self.accelerator.reduce(whole(v), "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard's files if there are any."""
+        """Append one line to metrics.jsonl, and to TensorBoard's files if there are any.
+
+        What is not finite has no JSON; it is left out: the gradient ratio of a network whose output is still zero.
+        """
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
-            with (self.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with writing(self.run_dir / "metrics.jsonl"), (self.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.board:
-            for name, value in values.items():
+            for name, value in finite.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
     def save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps, its preview, and a snapshot of the tracked averages."""
+        """Write the checkpoint after `step` steps, a snapshot of the tracked averages, then a preview.
+
+        No process goes on before it is on the disk: the first that ended would have the others ended too.
+        """
         models = {"model": self.model, **{name: average.model for name, average in self.averages.items()}}
         # Under FSDP gathering is a joint act, so every process does it and the first one writes.
         tensors = {name: {k: whole(v) for k, v in m.state_dict().items()} for name, m in models.items()}
         moments, groups = flatten_optimizer(state_of(self.optimizer))
+        if self.accelerator.is_main_process:
+            if widths := self.averages.keys() - {"ema"}:
+                snapshot = Checkpoint(step, {name: tensors[name] for name in widths}, {})
+                save_checkpoint(self.run_dir / SNAPSHOTS, snapshot, keep_last=None)
+            state = {"param_groups": groups, "ema_updates": self.ema.updates}
+            checkpoint = Checkpoint(step, {**tensors, "optimizer": moments}, state)
+            save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
         drawn = self._preview()
-        if not self.accelerator.is_main_process:
-            return
-        state = {"param_groups": groups, "ema_updates": self.ema.updates}
-        if widths := self.averages.keys() - {"ema"}:
-            snapshot = Checkpoint(step, {name: tensors[name] for name in widths}, {})
-            save_checkpoint(self.run_dir / SNAPSHOTS, snapshot, keep_last=None)
-        checkpoint = Checkpoint(step, {**tensors, "optimizer": moments}, state)
-        save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
-        if drawn is not None:
-            save_preview(drawn, self.run_dir / "previews" / f"step-{step:08d}")
+        if drawn is not None and self.accelerator.is_main_process:
+            with writing(self.run_dir / "previews"):
+                save_preview(drawn, self.run_dir / "previews" / f"step-{step:08d}")
+        self.accelerator.wait_for_everyone()
 
     def _preview(self) -> Tensor | None:
         if not self.config.preview_images or not (self.accelerator.is_main_process or self.config.fsdp):
@@ -125,29 +147,40 @@ class Session:
         device = self.accelerator.device
         return preview(self.ema.model, self.config.preview_images, objective=self.config.objective, device=device)
 
-    def dump(self, step: int) -> Path:
-        """Write what step `step` (counted from 1) was fed, for a post-mortem."""
+    def post_mortem(self, step: int) -> str:
+        """Write what step `step` (counted from 1) was fed, and say where that and the last good weights are.
+
+        Any process may be the first to fall, and each can draw the whole batch.
+        """
         batch, file = self.batch(step - 1), self.run_dir / f"fed-at-step-{step:08d}.safetensors"
         fed = {"x0": batch.x0, "y": batch.y, **vars(batch.draws)}
-        if self.accelerator.is_main_process:
-            save_file({k: v.contiguous() for k, v in fed.items() if v is not None}, file)
-        return file
+        try:
+            with replacing(file) as partial:
+                save_file({k: v.contiguous() for k, v in fed.items() if v is not None}, partial)
+            kept = f"What it was fed is in {file}"
+        except CheckpointError as error:  # the fault that is reported must not be hidden by this one
+            kept = f"What it was fed could not be kept ({error})"
+        return f"{kept}; the newest checkpoint in {self.run_dir / 'checkpoints'} is from before"
 
 
 def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     """Start a run, or take it up at its newest whole checkpoint; see `loop.train` for the errors."""
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.precision)
     device, objective = accelerator.device, build_objective(config)
+    keep_freed_memory(device)
     source = open_source(config, device)
-    dispersion_batch = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
     model = build_model(config, source.card).to(device)
     averages = {"ema": EMA(model, config.ema_decay), **{str(w): PowerEMA(model, w) for w in config.ema_widths}}
     regularizer = attach_regularizer(model, config.regularizer)
+    card, held = run_card(config, accelerator, source, model), None
     if accelerator.is_main_process:
         source.verify()
-        claim_run_folder(run_dir, config, resume=resume)
+        held = claim_run_folder(run_dir, config, card, resume=resume)
     accelerator.wait_for_everyone()
     latest = load_latest(run_dir / "checkpoints") if resume else None
+    done = latest.step if latest else 0
+    require_agreement("step at which they resume (is the run folder one that all machines share?)", done)
+    require_agreement("data", source.card["sha256"])
     if latest:
         _restore_weights(latest, model, averages)
     if config.compile_blocks:
@@ -161,37 +194,44 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     )
     if latest:
         restore_state(optimizer, unflatten_optimizer(latest.groups["optimizer"], latest.state["param_groups"]))
-    done = latest.step if latest else 0
     if accelerator.is_main_process:
-        card = {
-            "data": source.card,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "global_batch": config.batch_size,
-            "dispersion_batch": dispersion_batch * (accelerator.num_processes if config.regularizer.gather else 1),
-            "processes": accelerator.num_processes,
-            "accumulation": config.accumulation,
-            "device": str(device),
-            "precision": accelerator.mixed_precision,
-            "versions": versions(),
-        }
-        (run_dir / "run.json").write_text(json.dumps(card, indent=2))
         _forget_metrics_after(run_dir / "metrics.jsonl", done)
-    network = model if config.fsdp else accelerator.prepare_model(model)
     return Session(
-        config,
-        run_dir,
-        accelerator,
-        objective,
-        model,
-        network,
-        averages,
-        accelerator.prepare_optimizer(optimizer),
-        regularizer,
-        source,
-        frozen_batch(source.held_out, objective),
-        done,
-        _board(run_dir, done) if config.tensorboard and accelerator.is_main_process else None,
+        config=config,
+        run_dir=run_dir,
+        accelerator=accelerator,
+        objective=objective,
+        model=model,
+        network=model if config.fsdp else accelerator.prepare_model(model),
+        averages=averages,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        regularizer=regularizer,
+        source=source,
+        frozen=frozen_batch(source.held_out, objective),
+        done=done,
+        held=held,
+        board=_board(run_dir, done) if config.tensorboard and accelerator.is_main_process else None,
     )
+
+
+def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, model: nn.Module) -> dict[str, Any]:
+    """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, and on what.
+
+    Raises:
+        ConfigError: the batch cannot be split evenly.
+    """
+    rows = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
+    return {
+        "data": source.card,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "global_batch": config.batch_size,
+        "dispersion_batch": rows * (accelerator.num_processes if config.regularizer.gather else 1),
+        "processes": accelerator.num_processes,
+        "accumulation": config.accumulation,
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "versions": versions(),
+    }
 
 
 def attach_regularizer(model: nn.Module, config: RegularizerConfig) -> Dispersive:
@@ -207,11 +247,6 @@ def versions() -> dict[str, str]:
 
 
 def _restore_weights(checkpoint: Checkpoint, model: nn.Module, averages: dict[str, EMA]) -> None:
-    if missing := {"model", "optimizer", *averages} - set(checkpoint.groups):
-        raise CheckpointError(
-            f"this is an exported run: it holds no {', '.join(sorted(missing))} and cannot be trained further. "
-            "Sample or evaluate it, or start a new run in another folder"
-        )
     model.load_state_dict(checkpoint.groups["model"])
     for name, average in averages.items():
         average.model.load_state_dict(checkpoint.groups[name])
@@ -230,7 +265,8 @@ def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
     if file.exists():
         lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
-        file.write_text("".join(f"{line}\n" for line in lines))
+        with replacing(file) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _logged_step(line: str) -> float:
@@ -238,12 +274,3 @@ def _logged_step(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:  # the last line of a killed run may be cut
         return float("inf")
-
-
-def held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
-    """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t."""
-    with torch.no_grad():
-        _, aux = objective(model, frozen.x0, frozen.y, draws=frozen.draws)
-    part = (aux.t * bins).long().clamp(max=bins - 1)
-    by_bin = {f"held_out_t{i}": aux.per_sample[part == i].mean() for i in range(bins)}
-    return {"held_out": aux.per_sample.mean(), **by_bin}

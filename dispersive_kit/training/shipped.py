@@ -31,7 +31,7 @@ def shipped(name: str) -> Path:
 
 
 def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
-    """Write the averaged weights of a run as float16, with its curves and card, for others to sample and measure.
+    """Write the averaged weights of a run as float16, with its curves, previews, measurements and card, for others.
 
     Such a folder can be loaded, sampled and evaluated, and not trained further. Returns `out`.
 
@@ -53,5 +53,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
     card |= {"exported": "ema weights, float16", "command": command, "note": note}
     (out / "run.json").write_text(json.dumps(card, indent=2))
     (out / "config.json").write_text(config.to_json())
-    shutil.copyfile(run_dir / "metrics.jsonl", out / "metrics.jsonl")
+    for file in (run_dir / "metrics.jsonl", *run_dir.glob("previews/*"), *run_dir.glob("evaluation-*.json")):
+        copied = out / file.relative_to(run_dir)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)
     return out

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dispersive_kit.data.image_folder import list_images, read_image
 from dispersive_kit.data.images import to_float
-from dispersive_kit.data.photos import list_photos, read_photo
 from dispersive_kit.errors import DataError
 from dispersive_kit.training.draws import sample_index, stream
 
@@ -69,8 +69,8 @@ def _spread(network: Any, x: Tensor) -> float:
 
 
 def _read_all(images: Path, size: int) -> Tensor:
-    photos = (read_photo(images, file, size).pixels for file in list_photos(images).files)
-    pixels = [one for one in photos if one is not None]
+    read = (read_image(images, file, size).pixels for file in list_images(images).files)
+    pixels = [one for one in read if one is not None]
     if not pixels:
         raise DataError(f"no image below {images} can be read")
     return to_float(torch.stack(pixels))  # (N, 3, S, S)

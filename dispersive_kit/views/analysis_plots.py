@@ -163,13 +163,13 @@ def pull_panels(arms: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def token_grid(images: Array, maps: Mapping[str, Array]) -> Figure:
-    """A row of images (B, H, W[, 3]) and below it one row of token maps (B, G, G, 3) for each name."""
-    rows = {"image": images, **maps}
+def token_grid(images: Tensor, maps: Mapping[str, Array]) -> Figure:
+    """A row of uint8 images (B, C, H, W) and below it one row of token maps (B, G, G, 3) for each name."""
+    rows = {"image": images.permute(0, 2, 3, 1).numpy(), **maps}
     figure, axes = plt.subplots(len(rows), len(images), figsize=(1.1 * len(images) + 0.8, 1.12 * len(rows)))
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
+            axis.imshow(picture, cmap="gray")  # for one channel; three are colours
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
@@ -214,9 +214,10 @@ def umap_pair(
     neighbours: int,
     min_dist: float,
     seed: int,
+    arms: Sequence[str] = tuple(ARMS),
 ) -> Figure:
-    """The two arms' UMAPs of the shipped grid at one setting, side by side."""
-    names = {arm: name_of(arm, neighbours, min_dist, seed) for arm in ARMS}
+    """The arms' UMAPs of a shipped grid at one setting, side by side."""
+    names = {arm: name_of(arm, neighbours, min_dist, seed) for arm in arms}
     panels = {arm: grid[name] for arm, name in names.items()}
     return embeddings(panels, labels, {arm: trust[name] for arm, name in names.items()}, columns=2)
 
@@ -235,11 +236,12 @@ def intervals(results: Mapping[str, Any], *, chance: float) -> Figure:
     return figure
 
 
-def stage_panel(stages: Mapping[int, Array], step: int, labels: Tensor) -> Figure:
-    """One stage (N, 2) of an AlignedUMAP, on the axes of all stages."""
+def stage_panel(stages: Mapping[int, Array], step: int, labels: Tensor, trust: float) -> Figure:
+    """One stage (N, 2) of an AlignedUMAP, on the axes of all stages, and how far it may be trusted."""
     points = np.concatenate(list(stages.values()))
     low, high = points.min(0) - 0.5, points.max(0) + 0.5
     figure, axis = plt.subplots(figsize=(5, 4.6))
     _classes(axis, stages[step], labels)
-    axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=f"after {step} steps")
+    axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=f"after {step} steps",
+             xlabel=f"trustworthiness {trust:.2f}")  # fmt: skip
     return figure

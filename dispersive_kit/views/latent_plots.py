@@ -1,5 +1,6 @@
 """Figures of latents: what an autoencoder gives back, what its channels hold, and the way between two images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -44,9 +45,30 @@ def between(autoencoder: Any, x0: Tensor, share: float, other: int) -> Figure:
     ends = autoencoder.images(x0[[0, other]])
     pixels = to_uint8((1 - share) * ends[0] + share * ends[1])
     latents = to_uint8(autoencoder.images((1 - share) * x0[:1] + share * x0[other : other + 1]))[0]
-    figure, axes = plt.subplots(1, 4, figsize=(8, 2.3))
-    panels = {"image 0": to_uint8(ends[0]), "pixels mixed": pixels, "latents mixed": latents,
-              f"image {other}": to_uint8(ends[1])}  # fmt: skip
+    return _in_a_row({
+        "image 0": to_uint8(ends[0]), "pixels mixed": pixels, "latents mixed": latents,
+        f"image {other}": to_uint8(ends[1]),
+    })  # fmt: skip
+
+
+@torch.no_grad()
+def posterior_draw(autoencoder: Any, originals: Tensor, posterior: Tensor, image: int, spread: float) -> Figure:
+    """Image `image` of `originals` uint8 (N, 3, H, W), and decoded: mean + spread * std * eps of its posterior
+    (N, 2, C, h, w), with the same eps at every spread, and what the draw changed against the mean.
+    """
+    mean, std = posterior[image].float()
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(image))
+    x0 = autoencoder.card.to_model(torch.stack([mean, mean + spread * std * eps]))  # (2, C, h, w)
+    at_mean, drawn = autoencoder.images(x0)
+    return _in_a_row({
+        f"image {image}": originals[image], "mean, decoded": to_uint8(at_mean),
+        f"draw, {spread:g} $\\sigma$": to_uint8(drawn), "what it changed": to_uint8((drawn - at_mean) / 2),
+    })  # fmt: skip
+
+
+def _in_a_row(panels: Mapping[str, Tensor]) -> Figure:
+    """uint8 (3, H, W) each, with its name."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 * len(panels), 2.3))
     for axis, (name, image) in zip(axes, panels.items(), strict=True):
         axis.imshow(np.asarray(image.permute(1, 2, 0)))
         axis.set(title=name, xticks=[], yticks=[])

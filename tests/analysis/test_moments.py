@@ -42,6 +42,8 @@ def test_a_large_mean_costs_float32_rows_their_digits_and_not_the_streamed_ones(
     naive = 2 * (x.square().mean(0) - x.mean(0).square()).mean() * 90 / 89
     assert abs(float(streamed(x, (45, 45)).mean_pairwise() / exact) - 1) < 1e-10
     assert abs(float(naive / exact) - 1) > 1e-2
+    pairs = torch.cdist(x, x).square().sum() / (90 * 89 * 6)  # in float32, through the Gram matrix
+    assert abs(float(pairs / exact) - 1) > 1e-2
 
 
 def test_raw_cosine_of_orthonormal_rows_is_0_and_of_one_row_repeated_1():

@@ -9,10 +9,21 @@ from scipy.stats import binomtest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from dispersive_kit.analysis import Split, Splits, choose_and_test, extract, mcnemar, pooled, probes, shuffled
+from dispersive_kit.analysis import (
+    Split,
+    Splits,
+    candidates,
+    choose_and_test,
+    extract,
+    mcnemar,
+    pooled,
+    probes,
+    shuffled,
+)
 from dispersive_kit.analysis.controls import patch_pca, raw_pixels
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.distances import wilson
 
 
 def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) -> Splits:
@@ -27,8 +38,10 @@ def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) 
     return Splits(part(200), part(100), part(300))
 
 
-def test_the_ridge_path_is_scikit_learns_at_every_lambda():
+@pytest.mark.parametrize("rows", [200, 5], ids=["n > D", "n < D"])
+def test_the_ridge_path_is_scikit_learns_at_every_lambda(rows):
     parts = splits(noise=2.0)
+    parts = Splits(Split(parts.train.x[:, :rows], parts.train.y[:rows]), parts.validation, parts.test)
     scaled = probes.standardise(parts.train)
     x, y = scaled(parts.train.rows).numpy(), torch.nn.functional.one_hot(parts.train.row_labels).numpy()
     lambdas = (1e-3, 1.0, 30.0)
@@ -74,10 +87,32 @@ def test_validation_chooses_and_the_test_set_has_no_say():
     assert result.accuracy < 0.5 < result.validation
 
 
+def test_of_equal_settings_the_strongest_shrinkage_is_taken():
+    parts = splits(noise=0.01)  # every lambda is right everywhere
+    found = probes.fit("ridge", parts.train, parts.validation)
+    assert found.validation == 1 and probes.LAMBDAS[found.setting] == max(probes.LAMBDAS)
+
+
+def test_no_training_image_is_seen_under_the_noise_of_a_test_image(digits):
+    parts = [digits.subset(torch.arange(60))] * 3
+    cells = candidates(raw_pixels, parts, (-6.0,), draws=2)
+    noise = [part.x[:, 0].flatten() for part in (cells[0, 0].train, cells[0, 0].validation, cells[0, 0].test)]
+    correlation = torch.corrcoef(torch.stack(noise)) - torch.eye(3)
+    assert correlation.abs().max() < 0.3
+
+
+def test_candidates_are_every_level_and_block_of_the_same_images(network, digits):
+    parts = [digits.subset(torch.arange(i, i + 20)) for i in (0, 20, 40)]
+    cells = candidates(pooled(network), parts, (math.inf, 0.0), draws=2)
+    assert list(cells) == [(level, block) for level in range(2) for block in range(3)]
+    assert cells[0, 0].train.x.shape == (1, 20, 24) and cells[1, 2].test.x.shape == (2, 20, 24)
+    assert torch.equal(cells[1, 2].test.y, parts[2].labels)
+
+
 def test_wilsons_interval_is_scipys():
     for right, n in ((0, 40), (31, 40), (40, 40)):
         theirs = binomtest(right, n).proportion_ci(method="wilson")
-        assert probes.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+        assert wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
 
 
 def test_mcnemar_counts_only_where_two_arms_differ():
@@ -96,7 +131,7 @@ def test_a_label_given_to_the_network_leaks_into_its_features_and_the_null_class
         parts = []
         for data in (train, test):
             encode = pooled(network, data.labels if with_labels else None)
-            x = extract(encode, data.images, (-8.0,))[0][:, -1]  # next to pure noise
+            x = extract(encode, data.images, (-8.0,), seed=len(parts))[0][:, -1]  # next to pure noise
             parts.append(Split(x, data.labels))
         return choose_and_test("ridge", {0: Splits(parts[0], parts[1], parts[1])})[0].accuracy
 

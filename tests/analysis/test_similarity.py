@@ -5,6 +5,7 @@ import torch
 
 from dispersive_kit.analysis import cka_matrix, linear_cka, mutual_knn
 from dispersive_kit.analysis.dispersion import centred
+from dispersive_kit.analysis.similarity import shared_neighbours
 from dispersive_kit.errors import DataError
 
 
@@ -59,6 +60,12 @@ def test_neighbours_are_shared_by_a_turned_copy_and_else_by_chance():
     x, k = normal(300, 10), 10
     assert mutual_knn(x, turned(x), k) == 1
     assert mutual_knn(x, normal(300, 10, seed=4), k) == pytest.approx(k / 299, abs=0.01)
+
+
+def test_neighbours_of_every_two_blocks_are_those_of_each_pair():
+    x = normal(3, 60, 4)
+    table = shared_neighbours(x)
+    assert float(table[0, 2]) == pytest.approx(mutual_knn(x[0], x[2])) and table.diagonal().tolist() == [1, 1, 1]
 
 
 def test_features_of_other_images_are_refused():

@@ -1,5 +1,6 @@
 """The block x log-SNR map: one pass, the same whatever the batch, the null class always."""
 
+import json
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from dispersive_kit.analysis import (
     LEVELS,
     Moments,
     dispersion,
-    draw_images,
     extract,
+    linear_cka,
+    mutual_knn,
     noisy,
     pooled,
     random_network,
@@ -21,6 +23,7 @@ from dispersive_kit.analysis.features import null_labels, tokens
 from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import GVPPath
 from dispersive_kit.errors import ConfigError
+from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.models import build_dit
 
 SMALL = (math.inf, 1.0, -3.0)
@@ -36,13 +39,6 @@ def test_the_time_of_a_level_has_this_log_snr():
         assert time_of(level) == pytest.approx(1 / (1 + math.exp(level / 2)), abs=1e-9)
         assert float(GVPPath().log_snr(torch.tensor(time_of(level, GVPPath())))) == pytest.approx(level, abs=1e-5)
     assert time_of(math.inf) == 0
-
-
-def test_images_are_drawn_in_random_order_and_the_same_each_time(digits):
-    ordered = digits.subset(digits.labels.argsort())
-    drawn, again = (draw_images(ordered, 100) for _ in range(2))
-    assert torch.equal(drawn.images, again.images) and len(drawn.labels.unique()) == 10
-    assert len(drawn.images.flatten(1).unique(dim=0)) == 100 and len(draw_images(ordered, 10**6)) == len(digits)
 
 
 def test_an_image_has_one_noise_at_all_levels_and_batch_sizes(digits):
@@ -61,6 +57,7 @@ def test_every_measure_and_its_null_stand_at_every_block_and_level(swept):
     for name, value in (*swept.values.items(), *swept.gaussian.items()):
         assert value.shape == (3, 3) and value.isfinite().all(), name
     assert swept.rows.shape == (3, 3, 120, 24) and swept.spectra.shape == (3, 3, 24)
+    assert swept.cka.shape == swept.neighbours.shape == (3, 3, 3)
 
 
 def test_the_map_does_not_depend_on_the_batch_size(swept, network, digits):
@@ -84,6 +81,8 @@ def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network
     where, t = next((x, t) for _, i, x, t in noisy(digits.images, SMALL) if i == 1)
     z = tokens(network, where, t)[2]
     assert float(swept.values["feature_rms"][1, 2]) == pytest.approx(float(z.square().mean().sqrt()), rel=1e-5)
+    assert float(swept.cka[1, 0, 2]) == pytest.approx(linear_cka(level[0, 0, :120], x[:120]), rel=1e-4)
+    assert float(swept.neighbours[1, 0, 2]) == pytest.approx(mutual_knn(level[0, 0, :120], x[:120]), abs=0.01)
     gap, _ = dispersion.saturation(z[:64])
     assert float(swept.values["saturation_gap"][1, 2]) == pytest.approx(float(gap), rel=1e-4)
 
@@ -117,6 +116,12 @@ def test_the_random_network_acts_in_every_block_and_leaves_the_model_alone(digit
     first, second = tokens(network, x, t)
     assert (first - second).abs().mean() > 0.1 * first.abs().mean()
     assert torch.equal(before, model.blocks[0].mlp.fc1.weight) and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_protocol_names_the_weights_the_images_and_the_noise(swept, network, digits):
+    assert swept.protocol["checkpoint_sha256"] == weights_sha256(network.state_dict())
+    assert swept.protocol["sha256"] == digits.sha256 and swept.protocol["log_snr"] == ["clean", 1.0, -3.0]
+    assert json.loads(json.dumps(swept.protocol)) == swept.protocol
 
 
 def test_too_few_images_for_the_local_batch_are_refused(network, digits):

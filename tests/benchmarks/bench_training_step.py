@@ -1,133 +1,101 @@
 """One training step with Dispersive Loss: `python tests/benchmarks/bench_training_step.py [--quick]
 [--compile]`.
 
-DiT-S/4, batch 32, latents 4x32x32. The alternative is a plain re-statement in the style of the public
-repositories: attention as softmax(q k^T) v, pdist loss, default AdamW, an EMA loop over the parameters,
-`.item()` each step. A second row gives it the kit's network, so that only what surrounds the network differs.
-All take turns in one run. The rate of matrix products is that of the model's own shapes, forward and
-backward, in the same run.
+DiT-S/4, batch 32, latents 4x32x32, against `public_style.py`: the network and the step as the public repositories
+write them. Each lives in a process of its own, because the kit tells the allocator to keep what a step frees
+(`keep_freed_memory`) and the public code does not; the processes take turns, step by step, and the other one sleeps.
+
+"Outside" is the part of those same steps that is neither the model's forward nor its backward pass: noise, path,
+losses with their gradients, optimizer, average, `.item()`. Hooks on the model part the two. The rate of matrix
+products is that of the model's own shapes, forward and backward, in the same run.
+
+With --compile each block is compiled in both; the last line then has the public style as it is published, eager.
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from public_style import PublicSiT, PublicStyle
+from torch import Tensor, nn
 
 from dispersive_kit.diffusion.objectives import FlowMatching
-from dispersive_kit.models.dit import DiT, build_dit
+from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.training.ema import EMA
+from dispersive_kit.training.parallel import keep_freed_memory
 
-BATCH, TOKENS, DEPTH, WIDTH, HEADS = 32, 64, 12, 384, 6
-
-
-def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that other load meets all alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for i in range(repeats + 2):
-        for call, seen in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if i >= 2:  # two rounds of warming up
-                seen.append(time.perf_counter() - start)
-    return [statistics.median(seen) for seen in times]
-
-
-def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(BATCH, 4, 32, 32, generator=generator), torch.randint(0, 1000, (BATCH,), generator=generator)
+BATCH, TOKENS, DEPTH, WIDTH, HEADS, TAP, WEIGHT = 32, 64, 12, 384, 6, 2, 0.25
 
 
 class Ours:
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model, self.generator = model, torch.Generator().manual_seed(0)
-        self.reg = Dispersive.from_preset(model, "official-pytorch", at="blocks.2")
+        self.reg = Dispersive.from_preset(model, "official-pytorch", at=f"blocks.{TAP}", weight=WEIGHT)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        self.ema, self.data = EMA(model), batch(self.generator)
-        self.z = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True)
+        self.ema = EMA(model)
 
-    def step(self) -> None:
+    def step(self, x0: Tensor, y: Tensor, lap: Callable[[str], None]) -> None:
         with self.reg:
-            loss, aux = FlowMatching()(self.model, *self.data, generator=self.generator)
-        (loss + self.reg.loss(t=aux.t)).backward()
-        self.update()
-
-    def update(self) -> None:
+            loss, aux = FlowMatching()(self.model, x0, y, generator=self.generator)
+        loss = loss + self.reg.loss(t=aux.t)
+        lap("outside")
+        loss.backward()
+        lap("model")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model)
 
-    def outside(self) -> None:
-        self.reg.loss(taps=[self.z]).backward()
-        self.z.grad = None
-        fill_gradients(self.model)
-        self.update()
+
+class Clock:
+    """Seconds of one step, spent in the model's forward and backward pass ("model") and "outside"."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seconds, self.last = {"model": 0.0, "outside": 0.0}, time.perf_counter()
+        model.register_forward_pre_hook(lambda *_: self.lap("outside"))
+        model.register_forward_hook(self.leave)
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+    def leave(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        self.lap("model")
+        out.register_hook(lambda grad: self.lap("outside"))  # backward has passed the losses and enters the model
+
+    def measure(self, step: Callable[..., None], *args: Tensor) -> dict[str, float]:
+        self.seconds, self.last = {"model": 0.0, "outside": 0.0}, time.perf_counter()
+        step(*args, self.lap)
+        self.lap("outside")
+        return {**self.seconds, "step": sum(self.seconds.values())}
 
 
-def plain_attention(attention: Any, x: Tensor, rope: None) -> Tensor:
-    B, N, D = x.shape
-    q, k, v = attention.qkv(x).reshape(B, N, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
-    weights = (q * (D // HEADS) ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-    return attention.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
-
-
-class PublicStyle:
-    def __init__(self, model: DiT, plain: bool) -> None:
-        for block in model.blocks if plain else ():
-            block.attn.forward = partial(plain_attention, block.attn)
-        self.model, self.generator = model, torch.Generator().manual_seed(0)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-        self.ema, self.data = copy.deepcopy(model).requires_grad_(False), batch(self.generator)
-        self.z, self.running = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True), 0.0
-        model.blocks[2].register_forward_hook(lambda module, inputs, out: setattr(self, "tapped", out))
-
-    def step(self) -> None:
-        x0, y = self.data
-        t, eps = torch.rand(BATCH, generator=self.generator), torch.randn(x0.shape, generator=self.generator)
-        s = t.view(-1, 1, 1, 1)
-        loss = F.mse_loss(self.model((1 - s) * x0 + s * eps, t, y), eps - x0)
-        self.update(loss + 0.25 * self.dispersive(self.tapped))
-
-    @staticmethod
-    def dispersive(z: Tensor) -> Tensor:
-        z = z.reshape(len(z), -1)
-        d = F.pdist(z) ** 2 / z.shape[1]
-        d = torch.cat([d, d, torch.zeros(len(z))])
-        return torch.log(torch.exp(-d).mean())
-
-    def update(self, loss: Tensor, filled: bool = False) -> None:
-        if not filled:
-            self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            averaged = dict(self.ema.named_parameters())
-            for name, p in self.model.named_parameters():
-                averaged[name].mul_(0.9999).add_(p.data, alpha=1 - 0.9999)
-        self.running += loss.item()
-
-    def outside(self) -> None:
-        fill_gradients(self.model)
-        self.update(0.25 * self.dispersive(self.z), filled=True)
-        self.z.grad = None
-        self.optimizer.zero_grad()
-
-
-def fill_gradients(model: DiT) -> None:
-    """Stand in for the model's backward pass, at no cost worth naming."""
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = zeros_of(p)
-
-
-def zeros_of(p: Tensor, cache: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006  (the cache is meant to live on)
-    return cache.setdefault(id(p), torch.zeros_like(p))
+def serve(pipe: Connection, ours: bool, compiled: bool) -> None:
+    """Take a step, or all its matrix products alone, whenever the pipe says so, and send how long that took."""
+    torch.manual_seed(0)
+    if ours:
+        keep_freed_memory(torch.device("cpu"))
+    model = build_dit("DiT-S/4")
+    if not ours:
+        weights, model = model.state_dict(), PublicSiT()
+        model.load_state_dict(weights)
+    for block in model.blocks if compiled else ():
+        block.compile()
+    side, clock = Ours(model) if ours else PublicStyle(model, TAP, WEIGHT), Clock(model)
+    data, products = (torch.randn(BATCH, 4, 32, 32), torch.randint(0, 1000, (BATCH,))), matrix_products()
+    while what := pipe.recv():
+        if what == "step":
+            pipe.send(clock.measure(side.step, *data))
+        else:
+            start = time.perf_counter()
+            products()
+            pipe.send({"products": time.perf_counter() - start})
 
 
 def matrix_products() -> Callable[[], None]:
@@ -154,29 +122,49 @@ def matrix_products() -> Callable[[], None]:
     return run
 
 
+def measure(arms: dict[str, tuple[bool, bool]], repeats: int) -> dict[tuple[str, str], float]:
+    """Median seconds of each part of each arm's step; the arms take turns, so that other load meets all alike."""
+    context, pipes, processes = get_context("spawn"), {}, []
+    for name, (ours, compiled) in arms.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, ours, compiled)))
+        processes[-1].start()
+    seen: dict[tuple[str, str], list[float]] = {}
+    for i in range(repeats + 2):
+        for name, what in [*((name, "step") for name in arms), ("ours", "products")]:
+            pipes[name].send(what)
+            for part, seconds in pipes[name].recv().items():
+                if i >= 2:  # two rounds of warming up
+                    seen.setdefault((name, part), []).append(seconds)
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send(None)
+        process.join()
+    return {key: statistics.median(seconds) for key, seconds in seen.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--compile", action="store_true", help="compile each block in both")
     args = parser.parse_args()
-    repeats = 3 if args.quick else 11
-    models = [build_dit("DiT-S/4") for _ in range(3)]
+    arms = {"ours": (True, args.compile), "public": (False, args.compile)}
     if args.compile:
-        for block in (block for model in models for block in model.blocks):
-            block.compile()
-    ours, theirs, same = Ours(models[0]), PublicStyle(models[1], plain=True), PublicStyle(models[2], plain=False)
-    a, b, s, products = interleaved([ours.step, theirs.step, same.step, matrix_products()], repeats)
-    c, d = interleaved([ours.outside, theirs.outside], repeats)
+        arms["public, eager"] = (False, False)
+    took = measure(arms, repeats=3 if args.quick else 11)
     print(
         f"DiT-S/4, batch {BATCH}, torch {torch.__version__}, {torch.get_num_threads()} threads, compile={args.compile}"
     )
-    for what, got, wanted in [
-        ("step / step in the public style", f"{a:.3f} s / {b:.3f} s = {a / b:.3f}", "at most 0.92"),
-        ("  the kit's network in both", f"{a:.3f} s / {s:.3f} s = {a / s:.3f}", ""),
-        ("outside forward and backward", f"{1e3 * c:.1f} ms / {1e3 * d:.1f} ms = {c / d:.3f}", "at most 0.333"),
-        ("matrix products alone / our step", f"{products:.3f} s / {a:.3f} s = {products / a:.3f}", "at least 0.60"),
-    ]:
-        print(f"{what:36s} {got:36s} {wanted}")
+
+    def row(what: str, a: float, b: float, wanted: str) -> None:
+        print(f"{what:36s} {f'{1e3 * a:.1f} ms / {1e3 * b:.1f} ms = {a / b:.3f}':36s} {wanted}")
+
+    step = took["ours", "step"]
+    row("step / step in the public style", step, took["public", "step"], "at most 0.92")
+    row("  the model's forward and backward", took["ours", "model"], took["public", "model"], "")
+    row("  outside forward and backward", took["ours", "outside"], took["public", "outside"], "at most 0.333")
+    row("matrix products alone / our step", took["ours", "products"], step, "at least 0.60")
+    if args.compile:
+        row("step / public style as published", step, took["public, eager", "step"], "")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ class SlowPatches(Patches):
         return super().encode(x)
 
 
+@register_autoencoder("very slow patches")
+class VerySlowPatches(Patches):
+    """Long enough at each batch to be met at work by another process."""
+
+    def encode(self, x):
+        time.sleep(0.1)
+        return super().encode(x)
+
+
 @register_autoencoder("bright")
 class Bright(Patches):
     """Beyond float16."""

@@ -1,13 +1,16 @@
 """Autoencoders of diffusers, built from a configuration: what is read of them, and what is refused."""
 
 import json
+import textwrap
 
 import pytest
 import torch
 from encode_jobs import in_processes, make
 
+from dispersive_kit.data import autoencoders
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named
 from dispersive_kit.data.latents import LatentStore
+from dispersive_kit.data.store_check import decoded_grid
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 diffusers = pytest.importorskip("diffusers")
@@ -151,3 +154,14 @@ def test_what_is_no_autoencoder_is_refused_with_what_is_known(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ConfigError, match="is a UNet2DModel; the kit reads AutoencoderKL"):
         load_autoencoder(str(tmp_path), download=False)
+
+
+def test_the_ten_lines_of_the_docstring_make_an_autoencoder(photos, tmp_path):
+    shown = [line for line in autoencoders.__doc__.splitlines() if line.startswith("    ")]
+    assert len(shown) <= 10
+    code = textwrap.dedent("\n".join(shown))
+    exec(code, {"register_autoencoder": autoencoders.register_autoencoder, "torch": torch})
+    store = make(photos, tmp_path / "store", "mine")
+    assert store.spec.autoencoder.kind == "Mine" and store.spec.autoencoder.scale == 0.5
+    grid = decoded_grid(store, load_named(store.spec.autoencoder))
+    assert grid.shape == (16, 3, 16, 16) and grid.float().std() > 1

@@ -20,10 +20,10 @@ from small_autoencoders import register_drawn
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import REGISTERED
-from dispersive_kit.data.encode import EncodeProgress, encode
+from dispersive_kit.data.encode import EncodeProgress, device_in_turn, encode
 from dispersive_kit.data.encoder import EncodeConfig, Encoder
+from dispersive_kit.data.image_folder import list_images, read_image
 from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.data.photos import adm_crop, list_photos, read_photo
 from dispersive_kit.data.store_plan import IMAGENET_IMAGES, StorePlan
 from dispersive_kit.errors import ConfigError, DataError
 
@@ -51,59 +51,16 @@ def test_what_is_read_is_the_encoders_own_posterior_to_the_types_rounding(
     options = {"image_size": size, "shard_size": shard_size, "batch_size": batch_size, "flip": flip, "dtype": dtype}
     drawn = (factor, channels, exponent)
     in_processes(processes, images, store, "drawn", drawn=drawn, **options)
-    opened, listed = LatentStore(store), list_photos(images)
+    opened, listed = LatentStore(store), list_images(images)
     rows = np.arange(count)[::-1].copy()
     assert opened.labels(rows).tolist() == [listed.label(listed.files[row]) for row in rows]
-    pixels = torch.stack([read_photo(images, listed.files[row], size).pixels for row in rows]) / 127.5 - 1
+    pixels = torch.stack([read_image(images, listed.files[row], size).pixels for row in rows]) / 127.5 - 1
     for flipped in [False, True][: 1 + flip]:
         expected = torch.stack(register_drawn(*drawn).encode(pixels.flip(-1) if flipped else pixels), dim=1)
         read = opened.read(rows, np.full(count, flipped))
         assert read.dtype == getattr(torch, dtype)
         rounding = torch.finfo(read.dtype)
         torch.testing.assert_close(read.float(), expected, rtol=rounding.eps / 2, atol=rounding.smallest_normal)
-
-
-def test_every_kind_of_photograph_is_read_or_listed(tmp_path):
-    root = write_photos(tmp_path / "photos", ["n01"], 3)
-    deep = root / "n02" / "deeper" / "still"
-    deep.mkdir(parents=True)
-    whole = Image.open(root / "n01" / "0000.png")
-    for mode in ("CMYK", "L"):
-        whole.convert(mode).save(deep / f"{mode}.jpg")
-    whole.convert("RGBA").save(deep / "alpha.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    whole.save(deep / "turned.jpg", exif=exif)
-    (deep / "empty.JPEG").write_bytes(b"")
-    (deep / "half.jpg").write_bytes((deep / "CMYK.jpg").read_bytes()[:700])
-    (deep / "text.png").write_text("not an image")
-    (deep / "notes.txt").write_text("not even named like one")
-    spec = make(root, tmp_path / "store").spec
-    assert spec.classes == ("n01", "n02") and spec.class_counts == (3, 4)
-    assert spec.images["odd"] == {"CMYK": 1, "EXIF-rotated": 1, "L": 1, "RGBA": 1}
-    left_out = {photo["file"]: photo["fault"] for photo in spec.images["left_out"]}
-    assert [Path(file).name for file in left_out] == ["empty.JPEG", "half.jpg", "text.png"]
-    assert left_out["n02/deeper/still/empty.JPEG"] == "empty file"
-    upright = read_photo(root, "n02/deeper/still/turned.jpg", 16).pixels
-    lying = adm_crop(Image.open(deep / "turned.jpg").convert("RGB"), 16)
-    turned = lying.rot90(-1, (1, 2))
-    assert (upright.int() - turned.int()).abs().max() <= 2  # resized in another order
-    with pytest.raises(DataError, match=r"empty\.JPEG cannot be read .*--strict"):
-        make(root, tmp_path / "strict", strict=True)
-
-
-@pytest.mark.parametrize("size", [(500, 375), (64, 64), (31, 90), (129, 257)])
-def test_the_crop_is_that_of_adm(size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    # center_crop_arr of guided-diffusion, as DiT and SiT copied it
-    pil, S = image, 64
-    while min(*pil.size) >= 2 * S:
-        pil = pil.resize(tuple(x // 2 for x in pil.size), resample=Image.BOX)
-    scale = S / min(*pil.size)
-    pil = pil.resize(tuple(round(x * scale) for x in pil.size), resample=Image.BICUBIC)
-    arr = np.array(pil)
-    y, x = (arr.shape[0] - S) // 2, (arr.shape[1] - S) // 2
-    assert np.array_equal(adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
 
 
 def test_latents_beyond_the_type_are_refused_with_the_cure(photos, tmp_path):
@@ -200,6 +157,15 @@ def test_a_folder_that_grew_or_another_autoencoder_is_refused(tmp_path):
         make(root, tmp_path / "store")
 
 
+def test_a_changed_spec_is_written_again_by_the_command(photos, tmp_path):
+    spec = make(photos, tmp_path / "store").path / "spec.json"
+    written = spec.read_text()
+    for damaged in (written[:-30], written.replace('"scale": 0.5', '"scale": 0.6')):
+        spec.write_text(damaged)
+        make(photos, tmp_path / "store")
+        assert spec.read_text() == written
+
+
 def test_a_folder_of_something_else_is_left_alone(photos, tmp_path):
     (tmp_path / "thesis.tex").write_text("three years of work")
     with pytest.raises(ConfigError, match="holds no store"):
@@ -277,6 +243,42 @@ def test_the_command_says_how_large_imagenet_will_be(capsys):
     main(["latents", "plan"])
     said = capsys.readouterr().out
     assert "42.0 GB in 313 shards" in said and "1.78 hours at 200 images a second" in said
+
+
+def running(pid):
+    """Whether a process is at work: a zombie is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_the_helping_processes_end_with_the_first_and_the_command_goes_on(photos, tmp_path, command, number, status):
+    command[command.index("small_autoencoders:patches")] = "small_autoencoders:very slow patches"
+    started = [sys.executable, "-m", "dispersive_kit.cli", *command, "--processes", "2"]
+    first = subprocess.Popen(started, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    records = tmp_path / "store" / "records"
+    while len(list(records.glob("shard-*.lock"))) < 2:  # both are at work
+        time.sleep(0.05)
+    helpers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    assert len(helpers) >= 1
+    os.kill(first.pid, number)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == status and ("the same command goes on" in said) == (number == signal.SIGINT)
+    until = time.monotonic() + 30
+    while any(map(running, helpers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(running, helpers))
+    make(photos, tmp_path / "store", "small_autoencoders:very slow patches")
+    make(photos, tmp_path / "alone", "small_autoencoders:very slow patches")
+    assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "alone")
+
+
+def test_more_processes_than_gpus_share_them():
+    assert [device_in_turn("cuda:0", turn, 3) for turn in (1, 2, 3, 4)] == ["cuda:1", "cuda:2", "cuda:0", "cuda:1"]
+    assert device_in_turn("cpu", 3, 0) == "cpu"
 
 
 def test_a_registered_name_is_known_only_where_it_was_registered(tmp_path, photos):

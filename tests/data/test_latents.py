@@ -148,7 +148,7 @@ def test_another_autoencoder_is_refused_with_the_difference(store, replacement, 
 
 def test_counts_and_statistics_that_do_not_fit_the_shards_are_found(store):
     for change, said in (
-        ({"class_counts": (9, 11, 10)}, "rows of the classes"),
+        ({"class_counts": (9, 11, 10)}, "rows are of class n01, and spec.json says 9"),
         ({"channel_mean": (0.1, 0.0, 0.0)}, "the mean by channel"),
         ({"channel_std": (0.1, 0.0, 0.0)}, "the std by channel"),
     ):

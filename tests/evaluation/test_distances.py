@@ -4,6 +4,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import frechet_distance, frechet_interval
+from dispersive_kit.evaluation.moments import frechet_from_statistics
 
 RNG = np.random.default_rng(0)
 
@@ -48,6 +49,19 @@ def test_equals_torch_fidelity(n, m):
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     # For n < d the oracle takes a root of a singular product, and is itself only right to some digits.
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6 if min(n, m) > 40 else 1e-3)
+
+
+def test_the_bias_of_whitened_features_is_the_closed_form_once_for_each_sample():
+    n, d = 600, 24
+    expected = d / n + d * (d + 1) / (4 * n)
+    draw = np.random.default_rng(0).normal
+    exact, two = [], []
+    for _ in range(12):
+        x, y = draw(size=(n, d)), draw(size=(n, d))
+        exact.append(frechet_from_statistics(x.mean(0), np.cov(x.T), np.zeros(d), np.eye(d)))
+        two.append(frechet_distance(x, y))
+    assert np.mean(exact) == pytest.approx(expected, rel=0.06)
+    assert np.mean(two) == pytest.approx(2 * expected, rel=0.06)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,13 @@ def test_pca_is_the_one_of_scikit_learn_and_does_not_depend_on_streaming(digits)
     np.testing.assert_allclose(ours, expected * signs, atol=1e-4)
 
 
+def test_pca_of_fewer_images_than_pixels_is_the_one_of_scikit_learn():
+    images = torch.randint(256, (20, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = pca(pixels(images), images, 8)(images)  # 12,288 pixels: through their covariance it would take minutes
+    theirs = PCA(8, svd_solver="full").fit_transform(pixels(images)(images).astype(np.float64))
+    np.testing.assert_allclose(np.abs(ours), np.abs(theirs), rtol=1e-4, atol=1e-4)
+
+
 def test_the_note_of_pca_says_on_which_images_it_was_fitted(digits):
     train, _ = digits
     notes = {pca(pixels(t), t, 4).note for t in (train.images, train.images, train.images[1:])}

@@ -12,12 +12,14 @@ from dispersive_kit.evaluation.naming import INCEPTION, INCEPTION_SHA256, number
 from dispersive_kit.evaluation.scores import classifier_score
 
 TRUE = {"name": INCEPTION, "weights_sha256": INCEPTION_SHA256}
+WHOLE = {"data": "cifar10", "split": "train", "n": 50_000}
 FAULTS = {
-    "not inception-pool3": ({**TRUE, "name": "effnet-lite0"}, 50_000, "cifar10"),
-    "inception-pool3/pca64": ({**TRUE, "name": f"{INCEPTION}/pca64"}, 50_000, "cifar10"),
-    "sha256": ({**TRUE, "weights_sha256": "0" * 64}, 50_000, "cifar10"),
-    "2,000 images": (TRUE, 2_000, "cifar10"),
-    "no name": (TRUE, 50_000, None),
+    "not inception-pool3": ({**TRUE, "name": "effnet-lite0"}, 50_000, WHOLE),
+    "inception-pool3/pca64": ({**TRUE, "name": f"{INCEPTION}/pca64"}, 50_000, WHOLE),
+    "sha256": ({**TRUE, "weights_sha256": "0" * 64}, 50_000, WHOLE),
+    "2,000 images": (TRUE, 2_000, WHOLE),
+    "no name": (TRUE, 50_000, {}),
+    "2,000 of the 50,000 images of cifar10": (TRUE, 50_000, {**WHOLE, "n": 2_000, "drawn_from": 50_000}),
 }
 
 
@@ -38,14 +40,15 @@ def test_a_record_cannot_be_given_the_word(word):
 
 
 def test_where_every_condition_holds_the_words_are_used():
-    assert number_name("FD", TRUE, 50_000, "imagenet256") == "FID[imagenet256, N=50000]"
-    assert number_name("CS", TRUE, 50_000, None) == "IS[N=50000]"
+    assert number_name("FD", TRUE, 50_000, {"data": "imagenet256"}) == "FID[imagenet256, N=50000]"
+    assert number_name("FD", TRUE, 50_000, WHOLE) == "FID[cifar10 train, N=50000]"
+    assert number_name("CS", TRUE, 50_000, {}) == "IS[N=50000]"
     protocol = {"extractor": TRUE, "reference": {"data": "imagenet256"}}
     assert Record("FID[imagenet256, N=50000]", 3.0, 2.9, 3.1, 1.0, 50_000, 50_000, protocol).value == 3
 
 
 def test_other_metrics_keep_their_names():
-    assert number_name("KID", TRUE, 50_000, "imagenet256") == "KID[inception-pool3, N=50000]"
+    assert number_name("KID", TRUE, 50_000, WHOLE) == "KID[inception-pool3, N=50000]"
 
 
 def logits(n=400, k=10, seed=0):

@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation import memorisation, neighbours
+from dispersive_kit.evaluation import frechet_distance, memorisation, neighbours
 from dispersive_kit.evaluation.distances import half_samples
 from dispersive_kit.evaluation.neighbours import nearest_rows, prdc
 
@@ -52,6 +52,27 @@ def test_a_generator_of_one_image_has_precision_and_no_recall():
     real = cloud(200)
     ours = values(np.repeat(real[:1], 50, axis=0), real)
     assert ours["precision"] == 1 and ours["recall"] <= 1 / 200 and ours["coverage"] < 0.2
+
+
+def two_classes(share, seed):
+    """400 features of two classes far apart, the first with this share."""
+    return cloud(400, seed=seed) + 20.0 * (np.arange(400) >= 400 * share)[:, None]
+
+
+def test_wrong_proportions_of_classes_are_seen_by_the_distance_and_by_none_of_the_four():
+    real, skewed, fair = two_classes(0.5, 1), two_classes(0.9, 2), two_classes(0.5, 3)
+    assert frechet_distance(skewed, real) > 20 * frechet_distance(fair, real)
+    expected, ours = values(fair, real), values(skewed, real)
+    for name in ("precision", "recall", "density"):
+        assert ours[name] > 0.85 * expected[name], name
+    assert ours["coverage"] > 0.7 * expected["coverage"]  # few samples of a class still come near most of its images
+
+
+def test_local_spread_is_seen_by_coverage_and_hardly_by_the_distance():
+    real = cloud(1000)
+    repeated = np.repeat(cloud(100, seed=2), 10, axis=0) + 1e-3 * cloud(1000, seed=3)
+    assert values(repeated, real)["coverage"] < 0.5 * values(cloud(1000, seed=4), real)["coverage"]
+    assert frechet_distance(repeated, real) < 0.2 * frechet_distance(real + 0.5, real)
 
 
 def test_far_samples_have_none_of_it():

@@ -7,12 +7,22 @@ import torch
 
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation import Moments, Panel, frechet_distance, measure_frechet, pca, pixels
+from dispersive_kit.evaluation import (
+    Moments,
+    Panel,
+    draw_images,
+    frechet_distance,
+    measure_frechet,
+    measure_memorisation,
+    pca,
+    pixels,
+)
 from dispersive_kit.evaluation import features as features_module
 from dispersive_kit.evaluation.baselines import pixel_gaussian
+from dispersive_kit.evaluation.distances import half_samples, wilson
 from dispersive_kit.evaluation.features import random_convolutions
 from dispersive_kit.evaluation.moments import save_statistics
-from dispersive_kit.evaluation.panel import METRICS, Features, measure_against_statistics
+from dispersive_kit.evaluation.panel import METRICS, Features, Pair, _ends, measure_against_statistics
 from dispersive_kit.evaluation.record import table, to_json
 
 NAMES = ["FD", "KID", "MMD-RBF", "energy", "sliced-W2", "precision", "recall", "density", "coverage"]
@@ -54,8 +64,29 @@ def test_the_panel_has_every_metric_with_interval_and_floor(gaussian):
 
 
 def test_real_images_measure_as_their_own_floor(digits, panel):
-    for record in panel.measure(digits[0].images[:200]):
+    for record in panel.measure(draw_images(digits[0], 200).images):
         assert record.value == pytest.approx(record.floor)
+
+
+def by_class(data):
+    return data.subset(data.labels.argsort(stable=True))
+
+
+def test_the_floor_of_a_set_sorted_by_class_is_that_of_all_classes(digits, extractor, gaussian):
+    train, test = digits
+    panel = Panel(extractor, by_class(train), test, metrics=("FD",), resamples=0)
+    (record,) = panel.measure(pixel_gaussian(train, 200))
+    one_class = frechet_distance(extractor(by_class(train).images[:120]), extractor(test.images))
+    assert record.floor == pytest.approx(gaussian[0].floor, rel=0.3) and record.floor < one_class / 5
+
+
+def test_fewer_real_images_than_generated_ones_are_said_beside_the_floor(digits, extractor, gaussian):
+    train, test = digits
+    panel = Panel(extractor, test, train, metrics=("FD",), resamples=5)
+    (record,) = panel.measure(pixel_gaussian(train, 600))
+    assert record.protocol["floor"]["n"] == 500
+    assert str(record).endswith("(N=500)") and "(N=500)" in table([record])
+    assert "(N=" not in str(gaussian[0])
 
 
 def test_a_gaussian_of_pixels_is_worse_than_real_by_every_metric_but_recall(gaussian):
@@ -66,10 +97,39 @@ def test_a_gaussian_of_pixels_is_worse_than_real_by_every_metric_but_recall(gaus
         assert worse, record.name
 
 
+def clouds(seed):
+    """200 features in four dimensions, a little off the reference's."""
+    return np.random.default_rng(seed).normal(0.4, 1, (200, 4))
+
+
+def test_every_interval_has_the_width_of_repeated_sampling():
+    y, none = np.random.default_rng(99).normal(size=(300, 4)), half_samples(200, 0)
+    logits = np.random.default_rng(5).normal(size=(4, 10))
+
+    def measured(x, halves):
+        pair = Pair(Features(x, 3 * x @ logits), Features(y, y @ logits), halves)
+        return {k: v for metric in METRICS.values() for k, v in metric(pair).items()}
+
+    fresh = [measured(clouds(seed), none) for seed in range(100)]
+    kept = [measured(clouds(1000 + seed), half_samples(200, 60)) for seed in range(5)]
+    for name in fresh[0]:
+        low, high = np.percentile([one[name][0] for one in fresh], [2.5, 97.5])
+        ends = [_ends(name, *one[name], 200) for one in kept]
+        assert 0.65 < np.mean([b - a for a, b in ends]) / (high - low) < 1.5, name
+
+
+def test_shares_end_at_zero_and_one_and_a_full_precision_is_not_certain():
+    assert _ends("precision", 1.0, np.ones(50), 200) == wilson(1.0, 200) and wilson(1.0, 200)[0] < 0.99
+    assert _ends("coverage", 0.99, np.array([0.9, 0.95, 0.99]), 200)[1] == 1.0
+
+
 def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, extractor):
     protocol = gaussian[0].protocol
     assert protocol["reference"] == {"data": "digits", "split": "test", "n": 500, "sha256": digits[1].sha256}
-    assert protocol["floor"] == {"data": "digits", "split": "train", "n": 200}
+    floor = draw_images(digits[0], 200)
+    assert protocol["floor"] == {
+        "data": "digits", "split": "train", "n": 200, "sha256": floor.sha256, "drawn_from": 1297
+    }  # fmt: skip
     assert protocol["extractor"]["name"] == extractor.name and "sha256" in protocol["extractor"]["note"]
     assert protocol["uint8_rule"].startswith("round") and "30 half-samples" in protocol["interval"]
     assert {"python", "torch", "numpy", "scipy", "dispersive-kit"} <= set(protocol["versions"])
@@ -120,6 +180,13 @@ def test_the_json_of_many_numbers_says_what_they_share_once(gaussian):
     read = json.loads(to_json(gaussian))
     assert read["protocol"]["seed"] == 3 and len(read["numbers"]) == len(gaussian)
     assert read["numbers"][0]["name"] == gaussian[0].name and "protocol" not in read["numbers"][0]
+
+
+def test_a_number_with_another_reference_keeps_its_own_protocol_in_the_json(gaussian, digits, extractor):
+    other, _ = measure_memorisation(digits[1].images[:100], *digits, extractor, resamples=5)
+    panel, nearest = json.loads(to_json([gaussian[0], other]))["numbers"]
+    assert "protocol" not in panel and nearest["protocol"]["reference"]["split"] == "train"
+    assert nearest["protocol"]["floor"]["n"] == 500 and "extractor" not in nearest["protocol"]
 
 
 def test_an_unknown_metric_names_those_there_are(digits, extractor):

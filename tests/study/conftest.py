@@ -42,3 +42,26 @@ result = {"notebook": "quick", "mode": mode, "seconds": 0.1, "peak_gib": None,
 def write_quick(write_notebook):
     """A function that writes a notebook which records one number, drawn from its seed; with cells before that."""
     return lambda name, *cells: write_notebook(name, *cells, QUICK, bare=True)
+
+
+@pytest.fixture(scope="session")
+def small_plan():
+    """A whole study of two arms and six seeds, of some seconds."""
+    return {
+        "title": "A small study",
+        "question": "Does everything run?",
+        "train": {"preset": "smoke", "steps": 12, "checkpoint_every": 4, "preview_images": 0},
+        "arms": {"base": {}, "paper": {"regularizer.preset": "paper"}},
+        "reference": "base",
+        "conditions": {"one": {"learning_rate": 0.004}},
+        "seeds": [0, 1, 2, 3, 4, 5],
+        "evaluation": {"extractor": "random-conv", "num": 40, "num_steps": 2},
+        "primary": {"arm": "paper", "measure": "frechet"},
+        "co_primary": {"arm": "paper", "measure": "held_out"},
+        "secondaries": [],
+        "margin": {"frechet": 0.2, "held_out": 0.05},
+        "margin_from": "nothing: a trial",
+        "tuning": {"trials": {}, "seeds": [], "note": "none"},
+        "stop_rule": "six pairs",
+        "cpu_hours": 0.01,
+    }

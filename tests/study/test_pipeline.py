@@ -4,7 +4,7 @@ import pytest
 
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.study.execute import run_notebook
-from dispersive_kit.study.lookup import find_notebook
+from dispersive_kit.study.lookup import find_notebook, notebooks_folder
 from dispersive_kit.study.pipeline import Stage, load_pipeline, plan, run_pipeline, shipped_pipelines
 from dispersive_kit.study.schema import read_result
 
@@ -103,12 +103,19 @@ def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(write_quick, t
 
 
 def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have(tmp_path):
-    assert {"demo", "quick", "digits", "imagenet"} <= set(shipped_pipelines())
+    assert {"demo", "quick", "digits", "cifar10", "imagenet", "analysis"} <= set(shipped_pipelines())
     for name in shipped_pipelines():
         pipeline = load_pipeline(name)
         runs = plan(pipeline.stages, tmp_path, mode=pipeline.mode)
         assert all(task.notebook.is_file() for tasks in runs for task in tasks), name
         assert not any(stage.notebook.endswith(".ipynb") for stage in pipeline.stages)  # by number: from a wheel too
+
+
+def test_quick_runs_every_notebook_in_smoke_mode(tmp_path):
+    quick = load_pipeline("quick")
+    runs = plan(quick.stages, tmp_path, mode=quick.mode)
+    assert [task.notebook for tasks in runs for task in tasks] == sorted(notebooks_folder().glob("*.ipynb"))
+    assert all(task.parameters == {"mode": "smoke"} for tasks in runs for task in tasks)
 
 
 @pytest.mark.parametrize(

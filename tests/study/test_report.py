@@ -26,11 +26,13 @@ def page(write_notebook, write_quick, tmp_path):
 
 
 def test_the_report_shows_everything_in_one_offline_file(page):
-    assert "A &amp; B" in page and "It is so." in page and 'alt="a dot"' in page and "1 checks passed" in page
+    assert "A &amp; B" in page and "It is so." in page and 'alt="a dot"' in page and "1 check passed" in page
     assert "half" in page and "0.75" in page and "2.50 to 3.50" in page
     assert re.search(r'class="failed">failed</td>', page) and "one is not enough" in page
+    assert '<td class="failed">2 ok, 1 failed</td>' in page
     assert "Mean of 2 runs" in page and "seeds/seed=1: failed" in page
     assert "torch 2" in page and re.search(r"\d+\.\d GiB", page)
+    assert page.count("floor</th>") == 1 < page.count("95 % interval</th>")  # no column in which nothing stands
     # One file, and no address.
     assert "://" not in page and "<script" not in page and "<link" not in page
     assert "default-src 'none'" in page.partition("<body>")[0]

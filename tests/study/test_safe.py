@@ -1,19 +1,29 @@
-"""What the sources promise: nothing is unpickled, YAML holds plain values, no address is fetched."""
+"""What the package and the notebooks promise: nothing is unpickled, YAML holds plain values, no address is fetched."""
 
 import ast
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dispersive_kit"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-UNPICKLING = re.compile(r"(c?pickle|dill|cloudpickle|joblib|shelve|marshal)\.\w+|(np|numpy|torch)\.load")
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "notebooks").glob("*.ipynb")])
+UNPICKLING = re.compile(r"(c?pickle|dill|cloudpickle|joblib|shelve|marshal|torch\.hub)\.\w+|(np|numpy|torch)\.load")
 FETCHING = {"requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "socket"}
 
 
+def nodes(file):
+    """Of the syntax tree of a module, or of the code cells of a notebook."""
+    text = file.read_text()
+    if file.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    return ast.walk(ast.parse(text))
+
+
 def calls(file):
-    return (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    return (node for node in nodes(file) if isinstance(node, ast.Call))
 
 
 def faults(file):
@@ -28,21 +38,29 @@ def faults(file):
 
 
 def imported(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE.parent)))
 def test_a_source_unpickles_nothing_and_fetches_nothing(file):
     assert list(faults(file)) == []
     assert FETCHING.isdisjoint(imported(file))
 
 
 @pytest.mark.parametrize(
-    "line", ["pickle.load(f)", "torch.load(f)", "np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f)"]
+    "line",
+    [
+        "pickle.load(f)",
+        "torch.hub.load(f, f)",
+        "torch.load(f)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "yaml.load(f)",
+    ],
 )
 def test_the_search_finds_what_it_looks_for(tmp_path, line):
     (tmp_path / "made.py").write_text(line)

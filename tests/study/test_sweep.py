@@ -33,6 +33,20 @@ def test_each_worker_has_a_gpu_of_its_own(write_quick, tmp_path):
         list(run_tasks(tasks, tmp_path / "out", Executor(gpus=("3", "5"), workers=3)))
 
 
+def test_no_workers_are_refused():
+    for wrong in (0, -1):
+        with pytest.raises(ConfigError, match="1 or more"):
+            Executor(workers=wrong)
+
+
+def test_a_request_that_the_cluster_does_not_know_is_refused_and_named(write_quick, tmp_path):
+    tasks = [Task("run", write_quick("made"), {})]
+    for wrong in ({"gpus": 1}, {"timeout_min": "an hour"}):
+        with pytest.raises(ConfigError, match=f"cluster: .*{next(iter(wrong))}"):
+            list(run_tasks(tasks, tmp_path / "out", Executor(kind="local", request=wrong)))
+    assert not (tmp_path / "out" / "run").exists()
+
+
 @pytest.fixture
 def ended(write_quick, tmp_path):
     """A function that makes run folders as `run_notebook` leaves them, and gives their tasks."""

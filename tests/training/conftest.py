@@ -47,7 +47,7 @@ def start_command(arguments: list[object], processes: int = 1) -> subprocess.Pop
 def finish_command(arguments: list[object], processes: int = 1) -> str:
     """Run it to the end and return what it printed; fails with that if it fails."""
     process = start_command(arguments, processes)
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     return printed
 

@@ -1,6 +1,14 @@
 """What a run leaves beside its checkpoints, its other objectives and data, and any setting by name."""
 
+import contextlib
 import dataclasses
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
@@ -72,7 +80,8 @@ def test_any_width_of_the_average_can_be_loaded_after_the_fact(tmp_path):
         load_run(tmp_path / "run", weights="ema:wide")
 
 
-def test_what_a_broken_step_was_fed_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("regularizer", [RegularizerConfig(), PAPER], ids=["base", "paper"])
+def test_what_a_broken_step_was_fed_is_kept(tmp_path, monkeypatch, regularizer):
     real = Session.batch
 
     def poisoned(self, step):
@@ -80,8 +89,8 @@ def test_what_a_broken_step_was_fed_is_kept(tmp_path, monkeypatch):
         return dataclasses.replace(batch, x0=batch.x0 / 0) if step == 2 else batch
 
     monkeypatch.setattr(Session, "batch", poisoned)
-    with pytest.raises(KitError, match="at step 3") as caught:
-        list(train(SMOKE, tmp_path / "run"))
+    with pytest.raises(KitError, match="What it was fed is in") as caught:
+        list(train(dataclasses.replace(SMOKE, regularizer=regularizer), tmp_path / "run"))
     fed = load_file(tmp_path / "run" / "fed-at-step-00000003.safetensors")
     assert "fed-at-step-00000003" in str(caught.value)
     assert set(fed) == {"x0", "y", "t", "eps"} and len(fed["x0"]) == 32 and not fed["x0"].isfinite().all()
@@ -129,3 +138,52 @@ def test_settings_are_taken_by_name_and_checked():
     ]:
         with pytest.raises(ConfigError, match=words):
             with_settings(TrainConfig(), settings)
+
+
+def test_every_line_of_the_log_is_json(tmp_path):
+    """At the first step the output is zero, so the denoising gradient at the tap is too, and their ratio infinite."""
+    records = list(train(dataclasses.replace(SMOKE, regularizer=PAPER, log_every=1), tmp_path / "run"))
+    assert records[0].values["gradient_ratio"] == float("inf")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4] and "gradient_ratio" in logged[1]
+
+
+def test_bf16_is_taken_where_it_is_asked_for(tmp_path, run_command):
+    for precision in ("fp32", "bf16"):
+        arguments = ["--preset", "smoke", "--regularizer", "paper", "--set", f"precision={precision}"]
+        run_command(["train", *arguments, "--out", tmp_path / precision])
+    cards = [json.loads((tmp_path / p / "run.json").read_text())["precision"] for p in ("fp32", "bf16")]
+    a, b = (json.loads((tmp_path / p / "metrics.jsonl").read_text().splitlines()[-1]) for p in ("fp32", "bf16"))
+    assert cards == ["no", "bf16"]
+    assert a["held_out"] != b["held_out"] == pytest.approx(a["held_out"], rel=0.02)
+
+
+PROGRESS = ["train", "--preset", "smoke", "--out"]
+
+
+def test_a_log_gets_a_line_a_tenth_with_rate_time_left_and_memory(tmp_path, run_command):
+    lines = [line for line in run_command([*PROGRESS, tmp_path / "run"]).splitlines() if line.startswith("step")]
+    assert len(lines) == 11  # the first step, and ten tenths
+    assert re.fullmatch(
+        r"step 20/20  loss \d\.\d+  held_out \d\.\d+  [\d.]+ step/s  0:00:00 left  [\d.]+ GiB", lines[-1]
+    )
+
+
+def test_a_terminal_gets_a_bar_with_rate_time_left_and_memory(tmp_path):
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    command = [sys.executable, "-m", "dispersive_kit.cli", *PROGRESS, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    bar = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while chunk := os.read(reader, 4096):
+            bar += chunk
+    os.close(reader)
+    assert process.wait(60) == 0 and "step 2/20" not in process.stdout.read()
+    assert re.search(r"100%.*20/20 \[\d\d:\d\d<00:00, +[\d.]+step/s, loss .* GiB", bar.decode())

@@ -47,7 +47,7 @@ def uninterrupted(command, run_command, tmp_path_factory):
 
 def kill_at_random(process: subprocess.Popen, out: Path, rng: random.Random) -> None:
     """Kill its whole process group, some time after a checkpoint that is drawn."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     wanted = rng.randrange(STEPS // EVERY)
     while process.poll() is None and time.monotonic() < deadline:
         if len(list(out.glob("checkpoints/*"))) and newest(out) >= wanted * EVERY:

@@ -16,7 +16,7 @@ from dispersive_kit.data.autoencoders import load_autoencoder, register_autoenco
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.data.selection import Selection
 from dispersive_kit.diffusion.objectives import FlowMatching
-from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 from dispersive_kit.evaluation import decoder_of, generate, load_reference
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.training import TRAIN_PRESETS, load_run, train, train_preset
@@ -141,6 +141,17 @@ def test_another_autoencoder_is_refused_before_training_and_before_sampling(stor
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="weights_sha256"):
         decoder_of(load_run(trained)[1])
+
+
+def test_a_run_does_not_go_on_with_another_store_at_the_same_place(store, tmp_path):
+    card = load_autoencoder("four channels").card
+    copied = shutil.copytree(store, tmp_path / "store")
+    run(tmp_path / "run", config(copied, steps=2))
+    run(tmp_path / "run", config(copied, steps=2), resume=True)
+    shutil.rmtree(copied)
+    module("latent_stores").write_store(copied, rows=300, shape=(4, 8, 8), card=card, seed=1)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        run(tmp_path / "run", config(copied, steps=2), resume=True)
 
 
 @pytest.mark.parametrize("fault", ["flipped bit", "missing", "spec", "scale"])

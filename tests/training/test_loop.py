@@ -92,9 +92,10 @@ def test_accumulation_gives_the_same_denoising_gradient(tmp_path):
     for name, config in (("whole", whole), ("parts", parts)):
         [record] = run(config, tmp_path / name)
         card = json.loads((tmp_path / name / "run.json").read_text())
-        grads[name] = record.values["grad_norm"], card["dispersion_batch"]
+        grads[name] = record.values["grad_norm"], card["dispersion_batch"], record.values["loss"]
     assert grads["whole"][0] == pytest.approx(grads["parts"][0], rel=1e-5)
     assert (grads["whole"][1], grads["parts"][1]) == (32, 8)
+    assert grads["whole"][2] == pytest.approx(grads["parts"][2], rel=1e-5)  # logged of all parts, not of the last
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dispersive_kit.training import RegularizerConfig, load_run, train_preset
+from dispersive_kit.training import RegularizerConfig, load_run, train, train_preset
 from dispersive_kit.training.checkpoint import checkpoints, load_latest
 
 CLI = ["-m", "dispersive_kit.cli"]
@@ -80,34 +84,130 @@ def finish_and_sample(run_command, out: Path, tmp_path: Path) -> None:
 TRAIN = ["train", "--preset", "smoke", "--checkpoint-every", 3, "--regularizer", "paper"]
 
 
-def test_accelerate_launch_trains_resumes_and_samples_on_two_processes(run_command, tmp_path):
-    out = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for steps in (3, 6):  # the second goes on from the first: a longer run of the same settings
-        if steps == 6:
-            config = json.loads((out / "config.json").read_text())
-            (out / "config.json").write_text(json.dumps({**config, "steps": 6}))
-        command = [*launch, *CLI, *map(str, TRAIN), "--steps", str(steps), "--resume", "--out", str(out)]
-        subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
-    assert json.loads((out / "run.json").read_text())["processes"] == 2
-    finish_and_sample(run_command, out, tmp_path)
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+FSDP = ["--fsdp", "--set", "ema_widths=[0.1]"]
 
 
-def test_fsdp_trains_resumes_to_the_same_bits_and_samples(run_command, tmp_path):
-    arguments = [*TRAIN, "--steps", 6, "--fsdp", "--set", "ema_widths=[0.1]", "--resume", "--out"]
-    run_command([*arguments, tmp_path / "whole"], processes=2)
-    run_command([*arguments, tmp_path / "run"], processes=2)
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [([*ACCELERATE, "--multi_gpu", "--num_processes", "2"], []), ([*TORCHRUN, "2"], FSDP)],
+    ids=["accelerate launch, DDP", "torchrun, FSDP2"],
+)
+def test_two_processes_train_resume_to_the_same_bits_and_sample(run_command, tmp_path, launcher, extra):
+    def launch(name):
+        command = [*launcher, *CLI, *map(str, [*TRAIN, "--steps", 6, *extra, "--resume", "--out", tmp_path / name])]
+        port = {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **port}, timeout=900)
+
+    launch("whole")
+    launch("run")
     whole = load_latest(tmp_path / "whole" / "checkpoints").groups
-    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    for file in newest.iterdir():  # as if it had been killed after the checkpoint before
-        file.unlink()
-    newest.rmdir()
-    run_command([*arguments, tmp_path / "run"], processes=2)
-    again = load_latest(tmp_path / "run" / "checkpoints").groups
-    for group, tensors in whole.items():
-        assert all(torch.equal(again[group][k], v) for k, v in tensors.items()), group
+    shutil.rmtree(checkpoints(tmp_path / "run" / "checkpoints")[-1])  # as if killed after the checkpoint before
+    launch("run")
+    assert_same_bits(load_latest(tmp_path / "run" / "checkpoints").groups, whole)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     finish_and_sample(run_command, tmp_path / "run", tmp_path)
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for group, tensors in b.items():
+        assert all(torch.equal(a[group][k], v) for k, v in tensors.items()), group
+
+
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused_with_the_cure(tmp_path):
+    """Without --multi_gpu it starts one, and says nothing: a run on half the machines that were asked for."""
+    for how in (["--cpu"], []):
+        command = [*ACCELERATE, *how, "--num_processes", "2", *CLI, *map(str, TRAIN), "--out", str(tmp_path / "run")]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode != 0 and "--multi_gpu" in process.stderr, process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+NOTEBOOK = """
+from accelerate import notebook_launcher
+from dispersive_kit.training import progress, train, train_preset
+
+def work(out):
+    for _ in progress(train(train_preset("smoke", steps=6), out)):
+        pass
+
+notebook_launcher(work, ({out!r},), num_processes=2, use_port="0")
+"""
+
+
+def test_a_notebook_trains_on_two_processes(tmp_path):
+    from nbclient import NotebookClient
+
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run")))
+    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), kernel_name="python3", timeout=900).execute()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    assert load_run(tmp_path / "run")[1]["step"] == 6
+
+
+LONG = ["train", "--preset", "smoke", "--steps", 80, "--checkpoint-every", 20, "--set", "log_every=1", "--resume"]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory, run_command):
+    out = tmp_path_factory.mktemp("never_stopped") / "run"
+    run_command([*LONG, "--out", out], 2)
+    return out
+
+
+def started_by(launcher: subprocess.Popen) -> dict[str, psutil.Process]:
+    children = psutil.Process(launcher.pid).children()
+    return {p.environ()["RANK"]: p for p in children if "RANK" in p.environ()}
+
+
+@pytest.mark.parametrize("signalled", ["1", "launcher", pytest.param("0", marks=pytest.mark.long)])
+def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on(
+    start, run_command, tmp_path, never_stopped, signalled
+):
+    out = tmp_path / "run"
+    launcher = start([*LONG, "--out", out], 2)
+    while launcher.poll() is None and not checkpoints(out / "checkpoints"):
+        time.sleep(0.01)
+    (launcher if signalled == "launcher" else started_by(launcher)[signalled]).terminate()
+    printed, _ = launcher.communicate(timeout=900)
+    assert launcher.returncode != 0 and "SIGKILL" not in printed, printed
+    assert signalled == "launcher" or "exitcode  : 143" in printed, printed
+    stopped = load_latest(out / "checkpoints").step
+    assert 20 <= stopped < 80
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
+    run_command([*LONG, "--out", out], 2)
+    assert_same_bits(*(load_latest(run / "checkpoints").groups for run in (out, never_stopped)))
+
+
+def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_path):
+    """As on two machines without a common file system: one finds the checkpoint, the other would begin anew."""
+    worker = str(Path(__file__).with_name("apart_worker.py"))
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    config = dataclasses.replace(PLAIN, steps=2, checkpoint_every=1)
+    list(train(config, tmp_path / "0" / "run"))
+    shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
+    process = subprocess.run(
+        [*TORCHRUN, "2", worker, config.to_json(), str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode != 0 and "do not agree on the step" in process.stderr
+    assert load_latest(tmp_path / "0" / "run" / "checkpoints").step == 1
+
+
+def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_objective(run_command, tmp_path):
+    base = dataclasses.replace(PLAIN, steps=4, checkpoint_every=2)
+    paper = dataclasses.replace(base, regularizer=RegularizerConfig(preset="paper"))
+    for name, config in (("base", base), ("paper", paper)):
+        list(train(config, tmp_path / name))
+        arguments = ["train", "--preset", "smoke", "--resume", "--out", tmp_path / name, "--batch-size", 64]
+        arguments += ["--steps", 4, "--set", "grad_clip=1000000000.0", "--checkpoint-every", 2]
+        arguments += ["--regularizer", config.regularizer.preset]
+        if name == "base":
+            run_command(arguments, 2)
+            continue
+        with pytest.raises(AssertionError, match="dispersion_batch: 64 -> 32"):
+            run_command(arguments, 2)
 
 
 def test_fsdp_and_ddp_train_the_same_model(run_command, tmp_path):

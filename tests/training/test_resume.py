@@ -1,19 +1,22 @@
 """A run that was stopped, however rudely, goes on to the same bits."""
 
+import dataclasses
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import RegularizerConfig, load_run, train, train_preset
-from dispersive_kit.training.checkpoint import checkpoints, load_checkpoint, load_latest
+from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
 
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
 COMMAND = [
@@ -164,3 +167,118 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, whole):
     assert after.step == before.step == 9 and not list((folder / "checkpoints").glob(".partial*"))
     run(folder, resume=True)
     assert_same_bits(final_tensors(folder), final_tensors(whole))
+
+
+def test_a_full_disk_leaves_the_configuration_and_the_log_whole(tmp_path):
+    folder = interrupted(tmp_path / "run")
+    before = {name: (folder / name).read_text() for name in ("config.json", "run.json")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            run(folder, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {name: (folder / name).read_text() for name in before} == before
+    assert not list(folder.glob(".partial*"))
+
+
+# A file system of 30 MB of its own, in a mount namespace of its own: two checkpoints of 12 MB fit, a third does not.
+SMALL_DISK = """
+mount -t tmpfs -o size=30m none "$1" || exit 99
+shift; "$@" --out "$0/run"; echo "full: $?"
+find "$0/run/checkpoints" -name manifest.json | sort
+mount -o remount,size=90m "$0"
+"$@" --out "$0/run" && cp -r "$0/run/checkpoints" "$0.after"
+"""
+
+
+def can_mount():
+    probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return (
+        shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here; the tests above limit the file size")
+def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_there_is_room(tmp_path):
+    arguments = [
+        "train", "--preset", "smoke", "--steps", "14", "--checkpoint-every", "3", "--regularizer", "paper", "--resume",
+    ]  # fmt: skip
+    (tmp_path / "disk").mkdir()
+    shell = ["unshare", "-Urm", "sh", "-c", SMALL_DISK, str(tmp_path / "disk"), str(tmp_path / "disk")]
+    command = [*shell, *COMMAND[:3], *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "full: 2" in printed.stdout and "No space left on device" in printed.stderr, printed
+    assert [line.split("/")[-2] for line in printed.stdout.splitlines() if line.endswith("manifest.json")] == [
+        "step-00000003", "step-00000006",
+    ]  # fmt: skip
+    again = load_latest(tmp_path / "disk.after")
+    assert again.step == 14
+    run(tmp_path / "whole", CONFIG)
+    assert_same_bits(again.groups, final_tensors(tmp_path / "whole"))
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
+    tensors = {"model": {"weight": torch.ones(3)}}
+    for step in (6, 9):
+        save_checkpoint(tmp_path, Checkpoint(step, tensors, {}))
+    (tmp_path / "step-00000009" / "model.safetensors").write_bytes(b"")
+    save_checkpoint(tmp_path, Checkpoint(7, tensors, {}), keep_last=1)  # stopped soon after it had gone back to 6
+    assert load_latest(tmp_path).step == 7
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path, whole):
+    folder = interrupted(tmp_path / "run")
+    left = folder / "checkpoints" / ".partial-step-00000012"  # by the process that was killed at step 12
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (folder / ".partial-1-config.json").write_text("{")
+    run(folder, resume=True)
+    assert_same_bits(final_tensors(folder), final_tensors(whole))
+    assert not left.exists()
+
+
+def test_a_folder_in_which_a_start_was_killed_is_started_in_again(tmp_path, whole):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", "run.json", ".partial-1-config.json"):
+        (folder / name).write_text("")
+    run(folder, resume=True)
+    assert_same_bits(final_tensors(folder), final_tensors(whole))
+
+
+def test_other_data_is_refused_on_resume(tmp_path, cifar_folder):
+    config = dataclasses.replace(CONFIG, data="cifar10", model="DiT-T/4", data_dir=str(cifar_folder), steps=4)
+    run(tmp_path / "run", config)
+    with np.load(cifar_folder / "cifar10.npz") as file:
+        arrays = dict(file)
+    arrays["images"] = arrays["images"] ^ 1
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        run(tmp_path / "run", dataclasses.replace(config, data_dir=str(tmp_path)), resume=True)
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path, whole_command):
+    """A second one is refused, changes nothing, and may go on once the first is gone."""
+    first = subprocess.Popen([*COMMAND, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not checkpoints(tmp_path / "run" / "checkpoints"):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run([*COMMAND, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2 and "another process is training" in second.stderr
+    subprocess.run([*COMMAND, str(tmp_path / "run")], check=True, capture_output=True)
+    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
+
+
+def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):
+    (tmp_path / "run").mkdir()
+    for record in train(CONFIG, tmp_path / "run"):
+        if record.step == 2:
+            (tmp_path / "run" / "previews").write_text("a file, where a folder should be")
+            break
+    with pytest.raises(CheckpointError, match="previews could not be written"):
+        run(tmp_path / "run", resume=True)
+    assert load_latest(tmp_path / "run" / "checkpoints").step == 3

@@ -44,12 +44,13 @@ def test_every_figure_is_drawn():
         views.similarity_matrices({"base": torch.randn(30, 4, generator=g)}, LABELS),
         views.cka_maps({"base": torch.eye(2), "base | loss": torch.rand(2, 3, generator=g)}),
         views.pull_panels({"base": pull, "loss": pull}),
-        views.token_grid(np.zeros((3, 8, 8)), {"t": np.zeros((3, 4, 4, 3))}),
+        views.token_grid(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), {"t": np.zeros((3, 4, 4, 3))}),
+        views.token_grid(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), {"t": np.zeros((3, 4, 4, 3))}),
         views.embeddings(points, LABELS, {"a": 0.9, "b": 0.5}),
         views.probe_maps({"ridge": maps}, LEVELS, "ridge"),
         views.umap_pair(grid, dict.fromkeys(grid, 0.9), LABELS, neighbours=5, min_dist=0.1, seed=0),
         views.intervals({"base": result, "pixels": result}, chance=0.1),
-        views.stage_panel({100: points["a"], 200: points["b"]}, 200, LABELS),
+        views.stage_panel({100: points["a"], 200: points["b"]}, 200, LABELS, 0.9),
     ):
         assert isinstance(figure, Figure)
         figure.canvas.draw()
@@ -79,5 +80,5 @@ def test_similarities_are_sorted_by_class():
 
 def test_stages_of_training_are_drawn_on_the_axes_of_all():
     stages = {1: np.zeros((30, 2)), 2: np.full((30, 2), 9.0)}
-    one, two = (views.stage_panel(stages, step, LABELS).axes[0] for step in stages)
+    one, two = (views.stage_panel(stages, step, LABELS, 0.9).axes[0] for step in stages)
     assert one.get_xlim() == two.get_xlim() == (-0.5, 9.5)

@@ -1,0 +1,150 @@
+"""A folder of images of every kind, read one by one: listing, repair of the known oddities, ADM's crop."""
+
+import hashlib
+import io
+import os
+import re
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispersive_kit.errors import DataError
+
+WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes; its own conversion to RGB makes them white
+NO_KNOWN_RANGE = ("I", "F")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images below a root, sorted. The class of an image is the first folder below the root."""
+
+    root: Path
+    files: tuple[str, ...]  # relative to the root, with forward slashes
+    classes: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the names: a folder that grew or shrank is another one."""
+        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+
+    @cached_property
+    def _label_of(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
+
+    def label(self, file: str) -> int:
+        return self._label_of[_class_of(file)]
+
+
+def list_images(root: Path) -> ImageFolder:
+    """The images of a folder, at any depth, through links to folders too, as torchvision's ImageFolder finds them.
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give one that holds a folder of images for each class")
+    files: list[str] = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        below = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
+        files += [below + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    if not files:
+        raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
+    return ImageFolder(root, tuple(sorted(files)), tuple(sorted({_class_of(f) for f in files})))
+
+
+def _class_of(file: str) -> str:
+    first, slash, _ = file.partition("/")
+    return first if slash else "image"  # a flat folder is one class
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file as read: uint8 (3, S, S), or why it could not be; `oddities` are what had to be put right."""
+
+    file: str
+    pixels: Tensor | None
+    oddities: tuple[str, ...] = ()
+    fault: str = ""
+
+
+def read_image(root: Path, file: str, size: int) -> ImageFile:
+    """Read, turn upright (EXIF), convert to RGB and crop. A damaged file is no error: its `fault` says what it is.
+
+    Raises:
+        DataError: the disk is at fault and not the file, also when asked again after a while.
+    """
+    path = root / file
+    if path.is_symlink() and not path.exists():
+        return ImageFile(file, None, fault="link to a file that is not there")
+    content = _read_patiently(path)
+    if not content:
+        return ImageFile(file, None, fault="empty file")
+    try:
+        return ImageFile(file, *_decode(content, size))
+    except MemoryError:
+        raise
+    # PIL raises SyntaxError, ValueError and struct.error too on damaged files, beside its documented OSError
+    except Exception as error:
+        said = re.sub(r" <_io.*?>", "", str(error))  # an address in memory is another one each time
+        return ImageFile(file, None, fault=f"{type(error).__name__}: {said}")
+
+
+def _read_patiently(path: Path) -> bytes:
+    for wait in (0, *WAITS_S):
+        time.sleep(wait)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            failure = error
+    raise DataError(
+        f"{path} could not be read: {failure.strerror}. That says nothing of the image, so it was not left out. "
+        "What is finished stays: see to the disk, and give the command again"
+    ) from failure
+
+
+def _decode(content: bytes, size: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Pixels, and what had to be put right."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(content)) as opened:
+        upright: Any = ImageOps.exif_transpose(opened)
+        odd = (opened.mode,) if opened.mode != "RGB" else ()
+        turned = ("EXIF-rotated",) if opened.getexif().get(0x0112, 1) != 1 else ()  # the orientation tag
+        return adm_crop(_to_rgb(upright), size), (*odd, *turned)
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode in SIXTEEN_BITS:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in NO_KNOWN_RANGE:
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), of which nobody knows what is white")
+    return image.convert("RGB")
+
+
+def adm_crop(image: Any, size: int) -> Tensor:
+    """ADM's centre crop of a PIL image, uint8 (3, S, S): halve with a box filter, then bicubic, then crop.
+
+    Dhariwal & Nichol, "Diffusion Models Beat GANs" (arXiv 2105.05233), `center_crop_arr` of their code; DiT and SiT
+    use the same.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as tv
+
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    cropped = tv.pil_to_tensor(image.crop((left, top, left + size, top + size)))
+    return cropped.to(torch.uint8)

@@ -1,0 +1,176 @@
+"""What a study found: its runs in one JSON file, and the verdicts that follow from plan and runs alone."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dispersive_kit.errors import DataError
+from dispersive_kit.study.experiment import collect, study_folder
+from dispersive_kit.study.plan import Contrast, Plan, studies_folder
+from dispersive_kit.study.schema import write_json
+from dispersive_kit.study.tuning import choose
+from dispersive_kit.study.verdict import (
+    DIRECTION,
+    INACTIVE,
+    holm,
+    judge_pairs,
+    log_ratios,
+    sign_flip_p,
+)
+
+Run = dict[str, Any]
+KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "described", "warnings", "cpu_seconds")
+
+
+def conclude(plan: Plan, out: Path) -> dict[str, Any]:
+    """Bring all runs of a plan together, write OUT/results.json, and return its content.
+
+    Raises:
+        DataError: runs are missing, or were measured against other real images or by another extractor.
+    """
+    tuning = collect(plan, plan.tuning_cells(), out)
+    chosen = choose(plan, tuning)
+    runs = collect(plan, plan.cells(chosen), out)
+    results = {
+        "plan": plan.name,
+        "plan_sha256": plan.sha256,
+        "title": plan.title,
+        "question": plan.question,
+        "reference": plan.reference,
+        "cpu_hours": {"planned": plan.cpu_hours, "used": round(sum(r["cpu_seconds"] for r in tuning + runs) / 3600, 2)},
+        "verdicts": verdicts(plan, runs),
+        "summary": summary(plan, runs),
+        "chosen": chosen,
+        "record": _shared_record(runs),
+        "environments": _environments(tuning + runs),
+        "runs": [_kept(plan, run) for run in runs],
+        "tuning": [_kept(plan, run) for run in tuning],
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def load_results(plan: Plan) -> dict[str, Any]:
+    """Results of a plan: of the study run here, else those that come with the kit.
+
+    Raises:
+        DataError: there are none, or they are of the plan as it was before a change.
+    """
+    for file in (study_folder(plan) / "results.json", studies_folder() / f"{plan.name}.results.json"):
+        if file.is_file():
+            results = json.loads(file.read_text(encoding="utf-8"))
+            if results["plan_sha256"] != plan.sha256:
+                raise DataError(
+                    f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now "
+                    f"{plan.sha256[:8]}: a plan is not changed after its runs; give the new one another name"
+                )
+            return results
+    raise DataError(f"{plan.name} has no results yet: dispersive-kit study run {plan.name}")
+
+
+def run_id(plan_sha256: str, run: Run) -> str:
+    """The name under which a claim refers to a run."""
+    return f"{plan_sha256[:8]}/{run['arm']}/{run['condition']}/seed={run['seed']}"
+
+
+def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
+    adjusted = holm([sign_flip_p(_pairs(plan, runs, c)) for c in plan.secondaries])
+    roles = [("primary", None), ("co-primary", None), *(("secondary", p) for p in adjusted)]
+    found = []
+    for contrast, (role, p) in zip(plan.contrasts, roles, strict=True):
+        better, margin = _direction(contrast), plan.margin[_kind(contrast.measure)]
+        verdict = judge_pairs(_pairs(plan, runs, contrast), better=better, margin=margin, p_adjusted=p)
+        found.append(
+            {"role": role, **dataclasses.asdict(contrast), **dataclasses.asdict(verdict), **_flags(runs, contrast)}
+        )
+    return found
+
+
+def _pairs(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> Any:
+    arm, reference = (_values(runs, a, contrast.condition, contrast.measure) for a in (contrast.arm, plan.reference))
+    return log_ratios(arm, reference, _direction(contrast))
+
+
+def _values(runs: Sequence[Run], arm: str, condition: str, measure: str) -> list[float | None]:
+    chosen = sorted(_of(runs, arm, condition), key=lambda run: run["seed"])
+    return [run["values"].get(measure) for run in chosen]
+
+
+def _of(runs: Sequence[Run], arm: str, condition: str) -> list[Run]:
+    return [run for run in runs if (run["arm"], run["condition"]) == (arm, condition)]
+
+
+def _kind(measure: str) -> str:
+    """ "frechet cfg 2" is a frechet."""
+    return measure.partition(" ")[0]
+
+
+def _direction(contrast: Contrast) -> int:
+    return DIRECTION[_kind(contrast.measure)]
+
+
+def _flags(runs: Sequence[Run], contrast: Contrast) -> dict[str, Any]:
+    """How many runs of the arm crashed, and whether its regulariser pulled at all."""
+    own = _of(runs, contrast.arm, contrast.condition)
+    ratios = [run["described"]["gradient_ratio"] for run in own if run["status"] == "ok"]
+    ratio = statistics.median(ratios) if ratios else None
+    crashes = sum(run["status"] == "crashed" for run in own)
+    return {"crashes": crashes, "gradient_ratio": ratio, "inactive": ratio is not None and ratio < INACTIVE}
+
+
+def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each condition and arm: geometric mean and spread between seeds of each value, medians of the rest."""
+    return [
+        {"condition": condition, "arm": arm, **_summary([r for r in _of(runs, arm, condition) if r["status"] == "ok"])}
+        for condition in plan.conditions
+        for arm in plan.arms
+    ]
+
+
+def _summary(ended: Sequence[Run]) -> dict[str, Any]:
+    if not ended:
+        return {"n": 0, "values": {}, "described": {}}
+    first = ended[0]
+    values = {name: _spread([run["values"][name] for run in ended]) for name in first["values"]}
+    described = {name: statistics.median(run["described"][name] for run in ended) for name in first["described"]}
+    return {"n": len(ended), "values": values, "described": described}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    logs = [math.log(value) for value in values]
+    return {"mean": math.exp(statistics.fmean(logs)), "sd_log": statistics.stdev(logs) if len(logs) > 1 else None}
+
+
+def _shared_record(runs: Sequence[Run]) -> dict[str, Any]:
+    """What all runs say of how they were measured.
+
+    Raises:
+        DataError: reference or extractor differ.
+    """
+    records = [run["record"] for run in runs if run["status"] == "ok"]
+    if not records:
+        return {}
+    for name in ("reference", "extractor", "data_sha256"):
+        if any(record[name] != records[0][name] for record in records):
+            raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
+    return {name: value for name, value in records[0].items() if all(r.get(name) == value for r in records)}
+
+
+def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The states of code and machine in which runs were made, each with their number."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        same = next((one for one in found if {**one, "runs": 0} == {**run["environment"], "runs": 0}), None)
+        if same is None:
+            found.append(same := {**run["environment"], "runs": 0})
+        same["runs"] += 1
+    return found
+
+
+def _kept(plan: Plan, run: Run) -> Run:
+    return {"id": run_id(plan.sha256, run), **{name: run[name] for name in KEPT}}

@@ -1,0 +1,127 @@
+"""A plan is checked throughout before anything runs, and is known by its hash."""
+
+import copy
+
+import pytest
+import yaml
+
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.study.plan import load_plan, shipped_plans
+
+
+@pytest.fixture
+def load(tmp_path, small_plan):
+    """A function that writes the small plan with changes, by path "a.b", and loads it."""
+
+    def load(**changes):
+        content = copy.deepcopy(small_plan)
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            place = content
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        file = tmp_path / "small.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return load_plan(str(file))
+
+    return load
+
+
+def test_all_arms_of_a_seed_differ_in_what_the_plan_says_and_in_nothing_else(load):
+    plan = load()
+    cells = plan.cells()
+    assert [cell.seed for cell in cells] == [seed for seed in range(6) for _ in range(2)]
+    base, paper = (plan.config(cell) for cell in cells[2:4])
+    assert (base.seed, base.learning_rate, base.regularizer.preset) == (1, 0.004, "none")
+    assert paper.regularizer.preset == "paper"
+    assert {k for k in vars(base) if vars(base)[k] != vars(paper)[k]} == {"regularizer"}
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_layout(load):
+    plan = load()
+    text = plan.file.read_text()
+    plan.file.write_text(f"# a comment\n{text}\n")
+    assert load_plan(str(plan.file)).sha256 == plan.sha256
+    assert load(stop_rule="another").sha256 != plan.sha256
+
+
+REFUSED = {
+    "five seeds": ({"seeds": [0, 1, 2, 3, 4]}, r"5 seeds cannot reach p < 0\.05.*0\.0625 at best.*at least 6"),
+    "too many secondaries": (
+        {"secondaries": [{"arm": "paper", "measure": m} for m in ("frechet cfg 2", "frechet cfg 3")],
+         "evaluation__cfg_scales": [1.0, 2.0, 3.0]},
+        r"with 6 seeds the best p of 2 secondaries is 0\.0625 by Holm",
+    ),
+    "no such arm": ({"primary__arm": "papers"}, r"arm 'papers' of a contrast; there are: paper"),
+    "the reference against itself": ({"primary__arm": "base"}, r"arm 'base' of a contrast"),
+    "no such measure": ({"primary__measure": "FID"}, r"measure 'FID' of a contrast; there are: frechet, held_out"),
+    "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
+    "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),
+    "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper, one, frechet\) stands twice"),
+    "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"no setting is named 'regularizer\.lambda'"),
+    "a setting of another type": ({"train__steps": "many"}, r"steps='many' is not of type int"),
+    "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds stand in `seeds`"),
+    "tuning on the confirmation seeds": (
+        {"tuning__seeds": [5], "tuning__trials": {"base": [{}], "paper": [{}]}},
+        r"seed 5 is for tuning and for confirmation",
+    ),
+    "unequal tuning": (
+        {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{}, {"learning_rate": 0.001}]}},
+        r"equally many tuning trials, the reference among them",
+    ),
+    "tuning of one arm alone": (
+        {"tuning__seeds": [9], "tuning__trials": {"paper": [{}]}}, r"each arm needs equally many tuning trials"
+    ),
+    "no stop rule": ({"stop_rule": ""}, r"\$\.stop_rule"),
+    "an unknown word": ({"best_of": 3}, r"'best_of' was unexpected"),
+    "a name that leaves the folder": ({"arms__../paper": {}}, r"arm or condition '\.\./paper'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_faulty_plan_is_refused_by_name(load, fault):
+    changes, message = REFUSED[fault]
+    with pytest.raises(ConfigError, match=message):
+        load(**changes)
+
+
+def test_a_plan_is_plain_values_and_no_code(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("title: !!python/object/apply:os.getcwd []")
+    with pytest.raises(ConfigError, match="not YAML of plain values"):
+        load_plan(str(file))
+    with pytest.raises(ConfigError, match=r"no plan 'nowhere' .* shipped are: 1-noise-floor"):
+        load_plan("nowhere")
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_a_shipped_plan_states_its_hours_and_keeps_below_six(name):
+    assert load_plan(name).cpu_hours <= 6
+
+
+LATER = {
+    "norm penalty": {"regularizer.norm_penalty": 0.1},
+    "layer-normalised": {"regularizer.normalize": "layer"},
+    "cosine on pooled tokens": {"regularizer.kind": "infonce_cosine", "regularizer.pool": "mean"},
+    "diagonal-free": {"regularizer.diagonal": False},
+    "warm-up": {"regularizer.schedule": "warmup", "regularizer.schedule_steps": 100},
+    "early stop": {"regularizer.schedule": "stop-at", "regularizer.schedule_steps": 60},
+    "another block": {"regularizer.at": "blocks.2"},
+    "tau by the median": {"regularizer.tau": "auto"},
+    "window of t": {"regularizer.t_window": 0.1},
+    "local batch of 16": {"accumulation": 4, "batch_size": 64},
+    "DDPM": {"objective": "ddpm"},
+    "MeanFlow": {"objective": "meanflow"},
+    "MNIST": {"data": "mnist"},
+}
+
+
+@pytest.mark.parametrize("arm", LATER)
+def test_an_arm_is_a_matter_of_the_plan_alone(load, arm):
+    plan = load(arms__paper={"regularizer.preset": "paper", **LATER[arm]}, evaluation__cfg_scales=[1.0, 1.5, 3.0])
+    config = plan.config(plan.cells()[1])
+    for name, value in LATER[arm].items():
+        place, _, field = name.rpartition(".")
+        assert getattr(config.regularizer if place else config, field) == value
+    assert list(plan.evaluation.frechets) == ["frechet", "frechet cfg 1.5", "frechet cfg 3"]

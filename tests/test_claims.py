@@ -1,0 +1,100 @@
+"""No sentence of the README without a ground, and no number that its ground does not give."""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+
+import pytest
+
+from dispersive_kit.errors import DataError
+from dispersive_kit.study import claims
+from dispersive_kit.study.claims import claim_of, disagreements, load_claims, own_sentences, readme_text, run_ids
+from dispersive_kit.study.lookup import notebooks_folder
+from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
+from dispersive_kit.study.results import load_results, summary, verdicts
+from dispersive_kit.training import shipped
+
+README = readme_text()
+SENTENCES = list(own_sentences(README))
+RESULTS = sorted(file.name.removesuffix(".results.json") for file in studies_folder().glob("*.results.json"))
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda s: s[:50])
+def test_every_own_sentence_of_the_readme_has_a_claim(sentence):
+    assert claim_of(sentence), f"no claim in notebooks/claims.yaml stands for: {sentence}"
+
+
+def test_a_sentence_or_a_number_without_a_claim_is_noticed():
+    row = next(sentence for sentence in SENTENCES if sentence.startswith("|"))
+    assert claim_of(row) and not claim_of(f"| DiT-XL/2, everything {row}")
+    digit = re.search(r"\d\.\d", row)[0]
+    says = next(number["says"] for number in claim_of(row).numbers)
+    assert digit and not claim_of(row.replace(says, says[:-1] + ("1" if says[-1] != "1" else "2")))
+
+
+def test_rows_of_the_paper_are_not_the_kits_own():
+    assert len(SENTENCES) >= 5 and not [s for s in SENTENCES if "36.49" in s]
+    with pytest.raises(DataError, match="no table"):
+        list(own_sentences("# nothing"))
+
+
+@pytest.mark.parametrize("claim", load_claims(), ids=lambda c: c.sentence[:50])
+def test_a_number_is_the_one_its_runs_give(claim):
+    assert disagreements(claim) == []
+    for number in claim.numbers:
+        wrong = dataclasses.replace(claim, numbers=({**number, "says": f"{number['says']}9"},))
+        assert len(disagreements(wrong)) == 1
+
+
+@pytest.mark.parametrize("claim", load_claims(), ids=lambda c: c.sentence[:50])
+def test_a_claim_rests_on_runs_that_exist_or_on_a_check_that_can_fail(claim):
+    if claim.check:
+        notebook = json.loads((notebooks_folder() / f"{claim.check['notebook']}.ipynb").read_text())
+        code = "".join(line for cell in notebook["cells"] if cell["cell_type"] == "code" for line in cell["source"])
+        assert f'nb.check("{claim.check["promise"]}"' in code  # and test_notebooks.py perturbs every check
+    elif claim.study:
+        assert len(run_ids(claim)) == 2 * len(load_plan(claim.study).seeds)
+    else:
+        assert all((shipped(run) / "metrics.jsonl").is_file() for run in run_ids(claim))
+        assert "one seed" in next(s for s in SENTENCES if claim_of(s) == claim)
+
+
+def test_a_claim_on_a_verdict_that_was_not_registered_is_refused():
+    claim = next(claim for claim in load_claims() if claim.study)
+    with pytest.raises(DataError, match="has no ground"):
+        run_ids(dataclasses.replace(claim, contrast={"arm": "paper", "measure": "beauty"}))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_shipped_results_are_those_of_the_shipped_plan_and_whole(name):
+    plan = load_plan(name)
+    results = load_results(plan)
+    assert name in shipped_plans() and results["plan_sha256"] == plan.sha256
+    assert [(r["arm"], r["seed"]) for r in results["runs"]] == [(c.arm, c.seed) for c in plan.cells()]
+    assert all(environment["versions"]["torch"] and environment["commit"] for environment in results["environments"])
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_shipped_verdicts_follow_from_the_shipped_runs(name):
+    plan = load_plan(name)
+    results = load_results(plan)
+    assert verdicts(plan, results["runs"]) == pytest.approx(results["verdicts"])
+    assert summary(plan, results["runs"]) == results["summary"]
+
+
+def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
+    """The rule is in the plan of study 1: the larger of 0.05 (0.01) and twice the SD of its paired log-ratios."""
+    noise = load_results(load_plan("1-noise-floor"))["runs"]
+    for measure, least in (("frechet", 0.05), ("held_out", 0.01)):
+        values = {(run["arm"], run["seed"]): math.log(run["values"][measure]) for run in noise}
+        ratios = [values["base-again", seed] - values["base", seed] for arm, seed in values if arm == "base"]
+        margin = max(least, math.ceil(200 * statistics.stdev(ratios)) / 100)
+        assert load_plan("2a-published-short").margin[measure] == margin
+        assert load_plan("2b-published-short-low-lr").margin[measure] == margin
+
+
+def test_readme_text_is_absent_from_a_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "PACKAGE", tmp_path / "dispersive_kit")
+    assert readme_text() is None

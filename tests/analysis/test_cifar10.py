@@ -1,12 +1,45 @@
-"""The analysis of the CIFAR-10 runs: the command makes what `load` reads."""
+"""The analysis of the CIFAR-10 runs that comes with the package: of these weights, and made by the command it names."""
 
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from dispersive_kit.analysis import cifar10, gradient_pull
+from dispersive_kit.analysis import LEVELS, cifar10, gradient_pull, projection
 from dispersive_kit.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return cifar10.load()
+
+
+def test_it_is_of_the_shipped_weights_and_of_one_set_of_images(stored):
+    for arm, digest in cifar10.weights_here().items():
+        assert stored.sweeps[arm].protocol["checkpoint_sha256"] == digest
+    assert len({one.protocol["sha256"] for one in stored.sweeps.values()}) == 1
+    assert all(one.protocol["images"] == cifar10.IMAGES for one in stored.sweeps.values())
+
+
+def test_every_map_is_there_and_finite(stored):
+    assert stored.sweeps.keys() == {*cifar10.ARMS, cifar10.RANDOM}
+    for one in stored.sweeps.values():
+        assert one.levels == LEVELS and one.rows.shape == (4, cifar10.KEPT, 96)
+        for name, value in (*one.values.items(), *one.gaussian.items()):
+            assert value.shape == (6, 4) and value.isfinite().all(), name
+    assert stored.between.shape == (6, 4, 4) and all(one.shape == (5, 4) for one in stored.signal.values())
+    assert all(pull.ratio.shape == (4, 4) for pull in stored.pulls.values())
+    assert {len(points) for points in stored.pictures.values()} == {cifar10.KEPT}
+
+
+def test_the_stored_rows_have_the_stored_spectrum_and_their_pictures(stored):
+    for arm in cifar10.ARMS:
+        one = stored.sweeps[arm]
+        variance = one.rows.double().var(1).sum(-1)  # (blocks,), of 400 of the 2,000 images
+        assert torch.allclose(variance, one.spectra[cifar10.LEVEL].sum(-1), rtol=0.15)
+        picture = stored.pictures[f"{arm}/15/0.1/0"]
+        assert projection.trustworthiness(one.rows[-1], picture) > 0.7
 
 
 def test_a_missing_file_is_said_with_the_cure(monkeypatch):

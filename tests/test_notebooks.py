@@ -142,11 +142,17 @@ def dotted_names(node: ast.AST) -> set[str]:
 def test_what_a_slider_moves_is_a_plain_figure_before(path: Path) -> None:
     """So that there is something to see without a front end, and an error of the view stops the notebook."""
     shown: set[str] = set()
-    for name, call in calls(path):
-        if name == "show":
-            shown |= dotted_names(call.args[0])
-        elif name in ("explore", "scrub"):
-            assert shown & dotted_names(call.args[0]), ast.unparse(call)
+    made: dict[str, set[str]] = {}  # of a variable, such as the frames of a slider: what it was made of
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Assign):
+                made |= {ast.unparse(target): dotted_names(node.value) for target in node.targets}
+            elif isinstance(node, ast.Call):
+                name, used = ast.unparse(node.func).rpartition(".")[2], set().union(*map(dotted_names, node.args[:1]))
+                if name == "show":
+                    shown |= used
+                elif name in ("explore", "scrub"):
+                    assert shown & used.union(*(made.get(one, set()) for one in used)), ast.unparse(node)
 
 
 @each_notebook

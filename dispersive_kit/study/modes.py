@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
     },
     "13_imagenet_train": {
         **PRACTICE,
+        "costed": (("S", "B"), *(("S", "B", "L", "XL"),) * 2),  # sizes whose price is told
         "preset": ("smoke", "photographs", "imagenet-{size}2-{arm}"),
         "stop_after": (3, 6, 0),
         "images": (40, 100, 50_000),

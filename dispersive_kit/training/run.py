@@ -63,7 +63,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
             "Sample or evaluate it, or start a new run in another folder"
         )
     before, now = (one.get("data", {}).get("sha256") for one in (old, card))
-    if old and before != now:
+    if old and before != now and not changed:
         raise CheckpointError(
             f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 {before} "
             f"then, {now} now). Bring the old data back, or start a new run in another folder"

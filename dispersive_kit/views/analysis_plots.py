@@ -236,12 +236,12 @@ def intervals(results: Mapping[str, Any], *, chance: float) -> Figure:
     return figure
 
 
-def stage_panel(stages: Mapping[int, Array], step: int, labels: Tensor, trust: float) -> Figure:
-    """One stage (N, 2) of an AlignedUMAP, on the axes of all stages, and how far it may be trusted."""
+def stage_panel(stages: Mapping[int, Array], step: int, labels: Tensor, trust: float | None = None) -> Figure:
+    """One stage (N, 2) of an AlignedUMAP, on the axes of all stages, and how far it may be trusted, where known."""
     points = np.concatenate(list(stages.values()))
     low, high = points.min(0) - 0.5, points.max(0) + 0.5
     figure, axis = plt.subplots(figsize=(5, 4.6))
     _classes(axis, stages[step], labels)
     axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=f"after {step} steps",
-             xlabel=f"trustworthiness {trust:.2f}")  # fmt: skip
+             xlabel="" if trust is None else f"trustworthiness {trust:.2f}")  # fmt: skip
     return figure

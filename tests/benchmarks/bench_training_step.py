@@ -7,7 +7,9 @@ write them. Each lives in a process of its own, because the kit tells the alloca
 
 "Outside" is the part of those same steps that is neither the model's forward nor its backward pass: noise, path,
 losses with their gradients, optimizer, average, `.item()`. Hooks on the model part the two. The rate of matrix
-products is that of the model's own shapes, forward and backward, in the same run.
+products is that of the model's own shapes, forward and backward, in the same run. What bounds "outside" on several
+cores is memory: AdamW reads or writes seven numbers a parameter and the average three, and the time in which that
+many pass through one plain `lerp_` over as many parameters is printed beside it.
 
 With --compile each block is compiled in both; the last line then has the public style as it is published, eager.
 """
@@ -77,25 +79,32 @@ class Clock:
 
 
 def serve(pipe: Connection, ours: bool, compiled: bool) -> None:
-    """Take a step, or all its matrix products alone, whenever the pipe says so, and send how long that took."""
+    """Do what the pipe asks for, a step or what bounds it, and send how long its parts took."""
     torch.manual_seed(0)
+    model = build_dit("DiT-S/4")
     if ours:
         keep_freed_memory(torch.device("cpu"))
-    model = build_dit("DiT-S/4")
-    if not ours:
+    else:
         weights, model = model.state_dict(), PublicSiT()
         model.load_state_dict(weights)
     for block in model.blocks if compiled else ():
         block.compile()
     side, clock = Ours(model) if ours else PublicStyle(model, TAP, WEIGHT), Clock(model)
-    data, products = (torch.randn(BATCH, 4, 32, 32), torch.randint(0, 1000, (BATCH,))), matrix_products()
+    data = torch.randn(BATCH, 4, 32, 32), torch.randint(0, 1000, (BATCH,))
+    bounds = {"products": matrix_products(), "traffic": traffic(sum(p.numel() for p in model.parameters()))}
     while what := pipe.recv():
         if what == "step":
             pipe.send(clock.measure(side.step, *data))
         else:
             start = time.perf_counter()
-            products()
-            pipe.send({"products": time.perf_counter() - start})
+            bounds[what]()
+            pipe.send({what: time.perf_counter() - start})
+
+
+def traffic(parameters: int) -> Callable[[], object]:
+    """Ten numbers a parameter through the memory: a `lerp_` takes three."""
+    average, values = torch.zeros(parameters * 10 // 3), torch.ones(parameters * 10 // 3)
+    return lambda: average.lerp_(values, 0.1)
 
 
 def matrix_products() -> Callable[[], None]:
@@ -131,7 +140,7 @@ def measure(arms: dict[str, tuple[bool, bool]], repeats: int) -> dict[tuple[str,
         processes[-1].start()
     seen: dict[tuple[str, str], list[float]] = {}
     for i in range(repeats + 2):
-        for name, what in [*((name, "step") for name in arms), ("ours", "products")]:
+        for name, what in [*((name, "step") for name in arms), ("ours", "products"), ("ours", "traffic")]:
             pipes[name].send(what)
             for part, seconds in pipes[name].recv().items():
                 if i >= 2:  # two rounds of warming up
@@ -162,6 +171,7 @@ def main() -> None:
     row("step / step in the public style", step, took["public", "step"], "at most 0.92")
     row("  the model's forward and backward", took["ours", "model"], took["public", "model"], "")
     row("  outside forward and backward", took["ours", "outside"], took["public", "outside"], "at most 0.333")
+    row("  memory traffic alone / our outside", took["ours", "traffic"], took["ours", "outside"], "")
     row("matrix products alone / our step", took["ours", "products"], step, "at least 0.60")
     if args.compile:
         row("step / public style as published", step, took["public, eager", "step"], "")

@@ -250,5 +250,5 @@ def test_disagreement_about_learned_sigma_is_named(generator):
         MeanFlow()(lambda x, t, r: x, x0, draws=FlowMatching().draw(x0, generator))
     with pytest.raises(ConfigError, match="is unknown"):
         FlowMatching(prediction="u")
-    with pytest.raises(ConfigError, match="abstract"):
-        Objective()(None, x0, generator=generator)
+    with pytest.raises(TypeError, match="abstract"):
+        Objective()

@@ -1,6 +1,8 @@
 """The DiT: published sizes, an independent re-statement of its block, options, and what it refuses."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +253,23 @@ def test_wrong_image_size_or_unwanted_labels_are_refused():
         model(torch.zeros(1, 4, 8, 8), torch.zeros(1), r=torch.zeros(1))
     with pytest.raises(ConfigError, match=r"points \(B, 2\)"):
         MLP()(torch.zeros(1, 3), torch.zeros(1))
+
+
+def test_the_alternative_of_the_benchmark_is_the_same_network():
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        from public_style import PublicSiT
+    finally:
+        sys.path.remove(folder)
+    model, public = randomised(build_dit("DiT-S/4", depth=2)), PublicSiT(depth=2).eval()
+    public.load_state_dict(model.state_dict())
+    x, t, y = batch(model)
+    torch.testing.assert_close(model(x, t, y), public(x, 1000 * t, y), atol=1e-5, rtol=1e-5)
+
+
+def test_the_residual_stream_is_contiguous():
+    """As a transposed view of the patches, which the public code keeps, each layer norm would copy it first."""
+    model = build_dit("DiT-T/2", input_size=8)
+    _, taps = model(*batch(model), taps=(0, 3))
+    assert all(z.is_contiguous() for z in taps)

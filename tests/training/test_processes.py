@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -90,14 +91,15 @@ FSDP = ["--fsdp", "--set", "ema_widths=[0.1]"]
 
 @pytest.mark.parametrize(
     ("launcher", "extra"),
-    [([*ACCELERATE, "--multi_gpu", "--num_processes", "2"], []), ([*TORCHRUN, "2"], FSDP)],
+    [([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], []), ([*TORCHRUN, "2"], FSDP)],
     ids=["accelerate launch, DDP", "torchrun, FSDP2"],
 )
 def test_two_processes_train_resume_to_the_same_bits_and_sample(run_command, tmp_path, launcher, extra):
     def launch(name):
         command = [*launcher, *CLI, *map(str, [*TRAIN, "--steps", 6, *extra, "--resume", "--out", tmp_path / name])]
-        port = {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **port}, timeout=900)
+        subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900
+        )
 
     launch("whole")
     launch("run")
@@ -124,6 +126,12 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused_with_the_cu
     assert not (tmp_path / "run").exists()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 NOTEBOOK = """
 from accelerate import notebook_launcher
 from dispersive_kit.training import progress, train, train_preset
@@ -132,14 +140,14 @@ def work(out):
     for _ in progress(train(train_preset("smoke", steps=6), out)):
         pass
 
-notebook_launcher(work, ({out!r},), num_processes=2, use_port="0")
+notebook_launcher(work, ({out!r},), num_processes=2, use_port="{port}")
 """
 
 
 def test_a_notebook_trains_on_two_processes(tmp_path):
     from nbclient import NotebookClient
 
-    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run")))
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run"), port=free_port()))
     NotebookClient(nbformat.v4.new_notebook(cells=[cell]), kernel_name="python3", timeout=900).execute()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     assert load_run(tmp_path / "run")[1]["step"] == 6

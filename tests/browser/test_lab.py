@@ -135,7 +135,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, chromium: Browser) -> Iterator
     running = Lab(folder, chromium)
     yield running
     running.process.terminate()  # its kernels with it
-    running.process.wait(20)
+    running.process.wait(RUN_S)
 
 
 def tracebacks(page: Page) -> Locator:

@@ -1,17 +1,16 @@
 """The shipped CIFAR-10 runs, analysed: notebooks may not download 170 MB of images, so the numbers are in the package.
 
 `python -m dispersive_kit.analysis.cifar10 DATA_DIR` makes the file anew; cifar10 lies in DATA_DIR. A quarter of an hour
-on one core. Beside each number stand the hashes of the weights and images it was measured on.
+on one core; `dispersive-kit artefacts seal` then lists it. Beside each number stand the hashes of the weights and of
+the images it was measured on.
 """
 
 import dataclasses
-import importlib.resources
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from dispersive_kit.analysis.similarity import cka_matrix
 from dispersive_kit.analysis.sweep import Sweep, sweep
 from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, name_of
 from dispersive_kit.data import ImageSet, load_images
-from dispersive_kit.errors import DataError
+from dispersive_kit.data.artefacts import FOLDER, artefact
 from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.evaluation.reference import draw_images
@@ -149,21 +148,14 @@ class Shipped:
     pictures: dict[str, projection.Array]
 
 
-def file() -> Path:
-    return Path(str(importlib.resources.files("dispersive_kit"))) / "artefacts" / FILE
-
-
-def load() -> Shipped:
-    """The analysis that comes with the package.
+def load(path: Path | None = None) -> Shipped:
+    """The analysis that comes with the package, or one that `save` wrote.
 
     Raises:
-        DataError: the file is missing or damaged.
+        DataError: the shipped file is missing, or not the one that was listed.
     """
-    try:
-        with np.load(file(), allow_pickle=False) as arrays:
-            found: Any = nested({name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise DataError(f"{file()} cannot be read ({error}): make it with the command its module names") from error
+    with np.load(path or artefact(FILE), allow_pickle=False) as arrays:
+        found: Any = nested({name: arrays[name] for name in arrays.files})
     protocol, labels, probes = json.loads(str(found["protocol"])), torch.from_numpy(found["labels"]), found["probes"]
     return Shipped(
         sweeps={
@@ -210,15 +202,15 @@ def as_tensors(tree: Nested) -> Any:
     return {k: as_tensors(v) if isinstance(v, Mapping) else torch.from_numpy(v).double() for k, v in tree.items()}
 
 
-def save(found: Nested) -> None:
+def save(found: Nested, path: Path) -> None:
     """Write what `make` found, pictures in half and other numbers in single precision."""
     arrays = {name: np.asarray(value) for name, value in flat(found).items()}
     for name, array in arrays.items():
         if array.dtype == np.float64:
             arrays[name] = array.astype(np.float16 if name.startswith("pictures") else np.float32)
-    np.savez_compressed(file(), **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    save(make(Path(sys.argv[1])))
+    save(make(Path(sys.argv[1])), FOLDER / FILE)

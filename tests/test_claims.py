@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
+import statistics
 
 import pytest
 
@@ -59,6 +61,12 @@ def test_a_claim_rests_on_runs_that_exist_or_on_a_check_that_can_fail(claim):
         assert "one seed" in next(s for s in SENTENCES if claim_of(s) == claim)
 
 
+def test_a_claim_on_a_verdict_that_was_not_registered_is_refused():
+    claim = next(claim for claim in load_claims() if claim.study)
+    with pytest.raises(DataError, match="has no ground"):
+        run_ids(dataclasses.replace(claim, contrast={"arm": "paper", "measure": "beauty"}))
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_shipped_results_are_those_of_the_shipped_plan_and_whole(name):
     plan = load_plan(name)
@@ -74,6 +82,17 @@ def test_shipped_verdicts_follow_from_the_shipped_runs(name):
     results = load_results(plan)
     assert verdicts(plan, results["runs"]) == pytest.approx(results["verdicts"])
     assert summary(plan, results["runs"]) == results["summary"]
+
+
+def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
+    """The rule is in the plan of study 1: the larger of 0.05 (0.01) and twice the SD of its paired log-ratios."""
+    noise = load_results(load_plan("1-noise-floor"))["runs"]
+    for measure, least in (("frechet", 0.05), ("held_out", 0.01)):
+        values = {(run["arm"], run["seed"]): math.log(run["values"][measure]) for run in noise}
+        ratios = [values["base-again", seed] - values["base", seed] for arm, seed in values if arm == "base"]
+        margin = max(least, math.ceil(200 * statistics.stdev(ratios)) / 100)
+        assert load_plan("2a-published-short").margin[measure] == margin
+        assert load_plan("2b-published-short-low-lr").margin[measure] == margin
 
 
 def test_readme_text_is_absent_from_a_wheel(monkeypatch, tmp_path):

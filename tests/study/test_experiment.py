@@ -105,9 +105,10 @@ def test_killed_in_the_middle_of_a_training_it_goes_on_to_equal_results(finished
     file, folder = write_plan(tmp_path, small_plan), tmp_path / "out"
     words = command("run", file, "--out", folder, "--workers", 2)
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    end = time.monotonic() + 300
+    end = time.monotonic() + 400
     while not in_the_middle(folder):
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None and time.monotonic() < end, sorted(map(str, folder.rglob("*.json")))
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {one: one.stat() for one in folder.glob("confirmation/*/*/*/result.json")}

@@ -394,6 +394,23 @@ BROKEN = {
             "shared = mutual_knn(features['base'], torch.randn(len(labels), 8))"
         ),
     },
+    "16_what_may_we_claim": {
+        "every claim agrees with its runs": (
+            "number = {**claims[0].numbers[0], 'says': claims[0].numbers[0]['says'] + '1'}\n"
+            "import dataclasses; claims = (dataclasses.replace(claims[0], numbers=(number,)),)"
+        ),
+        "no sentence of the README is without a claim": (
+            "sentences = [*sentences, 'DiT-XL/2 on everything: better']; readme = readme or '# a README'"
+        ),
+        "the verdicts follow from the runs": (
+            "opened = [(p, {**one, 'verdicts': [{**v, 'word': '?'} for v in one['verdicts']]}) for p, one in opened]"
+        ),
+        "each run carries the hash of its plan": (
+            "opened = [(p, {**one, 'runs': [{**r, 'seed': r['seed'] + 1} for r in one['runs']]}) for p, one in opened]"
+        ),
+        "no study was cut short": "opened = [(p, {**one, 'runs': one['runs'][1:]}) for p, one in opened]",
+        "the best of ten is mostly luck": "luck = ((settings[:, :1].amin(1) - alone) < -0.05).double().mean().item()",
+    },
 }
 
 
@@ -597,6 +614,21 @@ WRONG = {
         "def discordant(first, second):\n    from scipy.stats import binomtest\n"
         "    a, b = int((first & ~second).sum()), int((second & ~first).sum())\n"
         "    return binomtest(a, a + b, alternative='greater').pvalue",  # one-sided
+    ],
+    "sign flip": [
+        "def sign_flip(x):\n    return torch.tensor(2.0 ** (1 - len(x)))",  # what the best case gives
+        "def sign_flip(x):\n    s = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=x.dtype)] * len(x))\n"
+        "    return ((s @ x) >= x.sum() - 1e-12).double().mean()",  # one side
+        "def sign_flip(x):\n    s = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=x.dtype)] * len(x))\n"
+        "    return ((s @ x).abs() > x.sum().abs() + 1e-12).double().mean()",  # without the data itself
+    ],
+    "holm": [
+        "def holm(p): return (p * len(p)).clamp(max=1)",  # Bonferroni
+        "def holm(p):\n    order = p.argsort()\n    times = torch.arange(len(p), 0, -1, dtype=p.dtype)\n"
+        "    return (p[order] * times).cummax(0).values.clamp(max=1)",  # in another order
+        "def holm(p):\n    order, adjusted = p.argsort(), torch.empty_like(p)\n"
+        "    times = torch.arange(len(p), 0, -1, dtype=p.dtype)\n"
+        "    adjusted[order] = (p[order] * times).clamp(max=1)\n    return adjusted",  # one below an earlier one
     ],
     "shared neighbours": [
         "def shared_neighbours(a, b): return (a == b).double().mean()",  # minds the order

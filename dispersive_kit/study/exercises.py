@@ -14,6 +14,7 @@ from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
+from dispersive_kit.study.verdict import holm, sign_flip_p
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,16 @@ EXERCISES: dict[str, Exercise] = {
         lambda a, b: (a[:, :, None] == b[:, None]).double().sum((1, 2)).mean() / a.shape[1],
         neighbour_lists,
         "for each row the size of the intersection of two sets of k, over k; their order does not matter",
+    ),
+    "sign flip": Exercise(
+        lambda x: sign_flip_p(x.numpy()),
+        lambda: [(random_points(n, seed=n) + shift,) for n, shift in ((3, 0.0), (6, 1.0), (5, 0.3))],
+        "every choice of signs counts once, also that of the data; far from 0 is far on either side",
+    ),
+    "holm": Exercise(
+        lambda p: holm(p.tolist()),
+        lambda: [(torch.tensor(p, dtype=torch.float64),) for p in ([0.02, 0.5, 0.01, 0.03], [0.6, 0.7], [0.04])],
+        "the least p times m, the next times m - 1, ...; none below an earlier one, none above 1; in the order given",
     ),
 }
 

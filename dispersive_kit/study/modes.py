@@ -91,6 +91,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "draws": (1, 3, 3),
     },
     "11_umap": {},
+    "16_what_may_we_claim": {},
 }
 
 

@@ -16,6 +16,7 @@ from dispersive_kit.views import widgets
 @pytest.fixture(autouse=True)
 def clean_figures() -> Iterator[None]:
     plt.switch_backend("Agg")
+    plt.close("all")  # those of a notebook that was run before in this process
     yield
     assert not plt.get_fignums(), "a widget left a figure open"
 

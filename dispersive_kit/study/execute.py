@@ -52,7 +52,7 @@ class CleanLog(io.StringIO):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.file, self.rest = file, ""
+        self.file, self.rest = file.resolve(), ""  # while a notebook runs, its folder is the current one
         file.write_text("")
 
     def write(self, text: str) -> int:
@@ -120,7 +120,7 @@ def _execute(notebook: Path, folder: Path, given: dict[str, Any], log: CleanLog)
     try:
         papermill.execute_notebook(
             str(notebook),
-            str(folder / "notebook.ipynb"),
+            str(folder.resolve() / "notebook.ipynb"),
             parameters={**given, "out": str(folder.resolve())},
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),

@@ -157,3 +157,13 @@ def test_notebooks_are_found_by_number_name_or_path(write_quick):
     for wrong in ("77", "0", "", "nothing.ipynb"):
         with pytest.raises(ConfigError, match="06_does_it_help"):
             find_notebook(wrong)
+
+
+def test_a_folder_may_be_named_relative_to_where_one_stands(write_quick, tmp_path, monkeypatch):
+    """While a notebook runs, its own folder is the current one: the log and the copy must still find their place."""
+    monkeypatch.chdir(tmp_path)
+    notebook = write_quick("quick", "print('seen')")
+    result = run_notebook(str(notebook), Path("runs/relative"))
+    assert result.status == "ok"
+    assert "seen" in (tmp_path / "runs/relative/log.txt").read_text()
+    assert (tmp_path / "runs/relative/notebook.ipynb").is_file()

@@ -1,7 +1,7 @@
 """Dispersive Loss: the family as functions, the plug-in for any `nn.Module`, and what it is compared with."""
 
 from .attach import Dispersive
-from .baselines import REPA, LayerSync, contrastive_loss
+from .baselines import REPA, LayerSync, NormMatched, contrastive_loss
 from .losses import dispersive_loss, floor
 from .options import KINDS, PRESETS, LossOptions
 from .schedules import Schedule
@@ -14,6 +14,7 @@ __all__ = [
     "Dispersive",
     "LayerSync",
     "LossOptions",
+    "NormMatched",
     "Schedule",
     "Stats",
     "contrastive_loss",

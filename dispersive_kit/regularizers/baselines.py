@@ -1,5 +1,6 @@
-"""What Dispersive Loss is compared with: its contrastive counterparts, LayerSync, REPA."""
+"""What Dispersive Loss is compared with: its contrastive counterparts, a placebo of norms, LayerSync, REPA."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DispersiveError
+from .attach import Dispersive
 from .losses import dispersive_loss, distance, rows_of, temperature
 from .options import LossOptions, check_choice, check_number
 from .pairwise import full_precision
 from .schedules import Schedule
-from .taps import Attached, Select
+from .taps import At, Attached, Select
 
 VIEWS = ("noise", "time", "both")
 
@@ -62,6 +64,26 @@ def positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
     if options.kind == "vicreg":
         return D.mean()
     return D.square().mean() if options.kind == "hinge" else D.mean() / temperature(a, options)
+
+
+class NormMatched(Dispersive):
+    """weight * (log RMS(z) - log rms)^2: a placebo that gives the features a size, and spreads nothing.
+
+    Set `rms` to what features reach under Dispersive Loss, and all that follows from their size alone follows here
+    too. Used as `Dispersive` is; `stats` are those of Dispersive Loss with the same options, which is not added.
+
+    Raises DispersiveError: rms not above 0; else as `Dispersive`.
+    """
+
+    def __init__(self, model: nn.Module, at: At = None, *, rms: float, **options: Any) -> None:
+        check_number("rms", rms, above=0.0)
+        super().__init__(model, at, **options)
+        self.rms = rms
+
+    def _one(self, path: str, z: Tensor, t: Tensor | None, y: Tensor | None, weight: float) -> Tensor:
+        super()._one(path, z.detach(), t, y, weight)
+        mean_square = z.to(torch.promote_types(z.dtype, torch.float32)).square().mean().clamp(min=1e-12)
+        return (mean_square.log() / 2 - math.log(self.rms)).square()
 
 
 class LayerSync(Attached):

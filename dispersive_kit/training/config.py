@@ -30,10 +30,13 @@ class RegularizerConfig:
     memory: int | None = None  # rows of earlier micro-batches that are kept
     schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
     schedule_steps: int = 0
+    norm_matched: float | None = None  # a placebo in its place: features of this RMS, nothing spread
 
     def overrides(self) -> dict[str, Any]:
         """Keywords of `Dispersive.from_preset` that were set by hand."""
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("preset", "schedule_steps")}
+        options = {
+            k: v for k, v in dataclasses.asdict(self).items() if k not in ("preset", "schedule_steps", "norm_matched")
+        }
         if self.schedule:
             options["schedule"] = Schedule(self.schedule, self.schedule_steps)
         return {k: v for k, v in options.items() if v is not None}
@@ -46,6 +49,7 @@ class TrainConfig:
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
     image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
+    data_share: float = 1.0  # share of the training images that is used, the same of every class
     flip: bool = False  # random horizontal flips
     classes: tuple[str, ...] = ()  # of a store of latents; empty: all
     balanced: bool = False  # every class of a store equally often
@@ -96,6 +100,8 @@ class TrainConfig:
             )
         if not 0 <= self.class_dropout_prob < 1 or not 0 <= self.ema_decay < 1:
             raise ConfigError("class_dropout_prob and ema_decay must lie in [0, 1)")
+        if not 0 < self.data_share <= 1:
+            raise ConfigError(f"data_share must lie in (0, 1], got {self.data_share}")
         if self.objective not in ("flow", "ddpm", "meanflow"):
             raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.schedule not in ("constant", "cosine"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.regularizers.attach import Dispersive
+from dispersive_kit.regularizers.baselines import NormMatched
 from dispersive_kit.training.checkpoint import (
     Checkpoint,
     flatten_optimizer,
@@ -235,8 +236,10 @@ def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, mode
 
 
 def attach_regularizer(model: nn.Module, config: RegularizerConfig) -> Dispersive:
-    """Dispersive Loss as configured; without one, the paper's, which is then measured and not added."""
+    """Dispersive Loss as configured, or its placebo; without one, the paper's, which is then measured and not added."""
     preset = "paper" if config.preset == "none" else config.preset
+    if config.norm_matched:
+        return NormMatched.from_preset(model, preset, **config.overrides(), rms=config.norm_matched)
     return Dispersive.from_preset(model, preset, **config.overrides())
 
 

@@ -36,8 +36,10 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
 
     Raises:
         DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`; classes or balance
-            asked of anything but a store.
+            asked of anything but a store, or a share of anything but images.
     """
+    if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
+        raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
     if is_store(config.data):
         train, held_out = open_store(config)
         sets = LatentSet(train, device), LatentSet(held_out, device)
@@ -49,7 +51,19 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
     images, others = (
         load_images(config.data, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
+    images = share_of(images, config.data_share)
     return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), describe_images(images))
+
+
+def share_of(images: ImageSet, share: float) -> ImageSet:
+    """The first images of every class in the set's own order, a share of each, at least one: smaller shares lie
+    within larger ones.
+    """
+    if share == 1:
+        return images
+    classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]
+    kept = torch.cat([own[: max(1, round(share * len(own)))] for own in classes])
+    return images.subset(kept.sort().values)
 
 
 def describe_images(data: ImageSet) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.models.efficientnet import efficientnet_lite0, preprocess
-from dispersive_kit.regularizers import KINDS, REPA, LayerSync, Schedule, contrastive_loss, dispersive_loss
+from dispersive_kit.regularizers import KINDS, REPA, LayerSync, NormMatched, Schedule, contrastive_loss, dispersive_loss
 from dispersive_kit.regularizers.baselines import make_projector, second_view
 
 F64 = torch.float64
@@ -127,3 +127,26 @@ def test_repa_takes_token_features_and_refuses_others():
         repa.remove()
     model.eval()
     assert REPA(model, encoder=torch.nn.Identity(), projector=nn.Identity()).loss(x).item() == 0
+
+
+def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
+    # mutation: NormMatched adds the Dispersive Loss it measures
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6))
+    placebo = NormMatched(model, "0", rms=2.0, weight=0.5)
+    for scale in (1.0, 3.0):
+        for x in (torch.randn(8, 4), torch.ones(8, 4)):  # spread out, and all the same
+            with placebo:
+                z = model(scale * x)
+            loss = placebo.loss()
+            want = 0.5 * (z.square().mean().sqrt() / 2.0).log().square()
+            torch.testing.assert_close(loss, want)
+            (pull,) = torch.autograd.grad(loss, z)
+            along = 1 if z.square().mean() > 4.0 else -1  # too large: descent shrinks it
+            torch.testing.assert_close(pull / pull.norm(), along * z / z.norm())
+    assert placebo.stats.loss == pytest.approx(0.0, abs=1e-6)  # of Dispersive Loss, on a batch of equal rows
+
+
+def test_the_placebo_needs_a_size():
+    with pytest.raises(DispersiveError, match="rms"):
+        NormMatched(nn.Sequential(nn.Linear(4, 6)), "0", rms=0.0)

@@ -10,6 +10,7 @@ from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, tr
 from dispersive_kit.training.draws import DeviceSet, sample_index, stream
 from dispersive_kit.training.loop import learning_rate
 from dispersive_kit.training.session import Session, begin
+from dispersive_kit.training.sources import share_of
 
 SMOKE = train_preset("smoke", steps=6)
 PAPER = dataclasses.replace(SMOKE, regularizer=RegularizerConfig(preset="paper"))
@@ -41,6 +42,41 @@ def test_both_arms_are_fed_the_same_numbers_at_every_step(tmp_path, monkeypatch)
     for a, b in zip(fed["none"], fed["paper"], strict=True):
         assert torch.equal(a.x0, b.x0) and torch.equal(a.y, b.y)
         assert torch.equal(a.draws.t, b.draws.t) and torch.equal(a.draws.eps, b.draws.eps)
+
+
+def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larger_one(tmp_path):
+    images = load_images("digits")
+    parts = [share_of(images, share) for share in (0.1, 0.3, 1.0)]
+    rows = [{row.tobytes() for row in part.images.numpy()} for part in parts]
+    assert rows[0] < rows[1] < rows[2]
+    for part, share in zip(parts, (0.1, 0.3, 1.0), strict=True):
+        assert part.labels.bincount().tolist() == [round(share * n) for n in images.labels.bincount().tolist()]
+    session = begin(dataclasses.replace(SMOKE, data_share=0.1), tmp_path / "run", resume=False)
+    assert session.source.card["samples"] == len(session.source.train) == len(parts[0])
+    assert session.source.card["sha256"] == parts[0].sha256 != images.sha256
+
+
+def test_a_share_is_refused_of_what_has_none(tmp_path):
+    with pytest.raises(ConfigError, match="data_share must lie"):
+        train_preset("smoke", data_share=0.0)
+    with pytest.raises(ConfigError, match="is for sets of images"):
+        run(train_preset("toy", data_share=0.5), tmp_path / "run")
+
+
+def test_the_placebo_brings_the_features_to_its_size_and_spreads_them_no_more_than_the_base_arm(tmp_path):
+    arms = {
+        "base": RegularizerConfig(),
+        "placebo": RegularizerConfig(preset="paper", norm_matched=3.0),
+        "paper": RegularizerConfig(preset="paper"),
+    }
+    last = {}
+    for name, regularizer in arms.items():
+        config = train_preset("digits", steps=60, warmup_steps=5, eval_every=60, checkpoint_every=60)
+        last[name] = run(dataclasses.replace(config, regularizer=regularizer), tmp_path / name)[-1].values
+    assert last["base"]["feature_rms"] < 1.5 and abs(last["placebo"]["feature_rms"] - 3.0) < 0.3
+    relative = {name: values["dispersive"] for name, values in last.items()}
+    assert relative["paper"] < -4 < relative["placebo"]  # -log 64 = -4.16: only the paper arm is at its floor
+    assert last["placebo"]["gradient_ratio"] > 0
 
 
 def test_training_leaves_the_global_generators_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""The commands around a pre-registered study: dispersive-kit study run | report | list."""
+"""The commands around a pre-registered study: dispersive-kit study run | report | list | table."""
 
 import math
 import time
@@ -118,10 +118,43 @@ def plans() -> None:
     print(as_table(rows))
 
 
+def table(write: bool = False) -> None:
+    """The verdicts of all studies that come with the kit, as the README has them.
+
+    Args:
+        write: Put them into the README of this checkout, and draw notebooks/figures/verdicts.png.
+    """
+    from dispersive_kit.errors import ConfigError
+    from dispersive_kit.study.claims import readme_text
+    from dispersive_kit.study.evidence import evidence_markdown, with_evidence
+    from dispersive_kit.study.lookup import PACKAGE
+
+    if not write:
+        print(evidence_markdown())
+        return
+    readme = readme_text()
+    if readme is None:
+        raise ConfigError(f"{PACKAGE.parent} has no README.md to write into: --write is for a checkout")
+    (PACKAGE.parent / "README.md").write_text(with_evidence(readme), encoding="utf-8")
+    draw_evidence(PACKAGE.parent / "notebooks" / "figures" / "verdicts.png")
+
+
+def draw_evidence(file: Path) -> None:
+    """All verdicts as one picture, which carries the hash of the table that it belongs to."""
+    from dispersive_kit.study.evidence import all_verdicts, evidence_hash
+    from dispersive_kit.views.plots import style
+    from dispersive_kit.views.study_plots import verdict_forest
+
+    style()
+    verdict_forest(all_verdicts()).savefig(file, metadata={"Description": evidence_hash()})
+
+
 Run = Annotated[Any, tyro.conf.subcommand("run", constructor=run, prefix_name=False)]
 Report = Annotated[Any, tyro.conf.subcommand("report", constructor=report, prefix_name=False)]
 Plans = Annotated[Any, tyro.conf.subcommand("list", constructor=plans, prefix_name=False)]
 
+Table = Annotated[Any, tyro.conf.subcommand("table", constructor=table, prefix_name=False)]
 
-def study(task: tyro.conf.OmitArgPrefixes[Run | Report | Plans]) -> None:
-    """Run a pre-registered study, report one, or list those that come with the kit."""
+
+def study(task: tyro.conf.OmitArgPrefixes[Run | Report | Plans | Table]) -> None:
+    """Run a pre-registered study, report one, list those that come with the kit, or tell all their verdicts."""

@@ -7,13 +7,16 @@ import re
 import statistics
 
 import pytest
+from PIL import Image
 
+from dispersive_kit.cli import main
 from dispersive_kit.errors import DataError
 from dispersive_kit.study import claims
 from dispersive_kit.study.claims import claim_of, disagreements, load_claims, own_sentences, readme_text, run_ids
+from dispersive_kit.study.evidence import all_evidence, evidence_hash, evidence_markdown, evidence_of, with_evidence
 from dispersive_kit.study.lookup import notebooks_folder
 from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
-from dispersive_kit.study.results import load_results, summary, verdicts
+from dispersive_kit.study.results import shipped_results, summary, verdicts
 from dispersive_kit.training import shipped
 
 README = readme_text()
@@ -44,8 +47,9 @@ def test_rows_of_the_paper_are_not_the_kits_own():
 def test_a_number_is_the_one_its_runs_give(claim):
     assert disagreements(claim) == []
     for number in claim.numbers:
-        wrong = dataclasses.replace(claim, numbers=({**number, "says": f"{number['says']}9"},))
-        assert len(disagreements(wrong)) == 1
+        *_, digit = says = number["says"]
+        wrong = says[:-1] + str((int(digit) + 5) % 10) if digit.isdigit() else f"not {says}"
+        assert len(disagreements(dataclasses.replace(claim, numbers=({**number, "says": wrong},)))) == 1
 
 
 @pytest.mark.parametrize("claim", load_claims(), ids=lambda c: c.sentence[:50])
@@ -70,7 +74,7 @@ def test_a_claim_on_a_verdict_that_was_not_registered_is_refused():
 @pytest.mark.parametrize("name", RESULTS)
 def test_shipped_results_are_those_of_the_shipped_plan_and_whole(name):
     plan = load_plan(name)
-    results = load_results(plan)
+    results = shipped_results()[name]
     assert name in shipped_plans() and results["plan_sha256"] == plan.sha256
     assert [(r["arm"], r["seed"]) for r in results["runs"]] == [(c.arm, c.seed) for c in plan.cells()]
     assert all(environment["versions"]["torch"] and environment["commit"] for environment in results["environments"])
@@ -79,7 +83,7 @@ def test_shipped_results_are_those_of_the_shipped_plan_and_whole(name):
 @pytest.mark.parametrize("name", RESULTS)
 def test_shipped_verdicts_follow_from_the_shipped_runs(name):
     plan = load_plan(name)
-    results = load_results(plan)
+    results = shipped_results()[name]
     for again, kept in zip(verdicts(plan, results["runs"]), results["verdicts"], strict=True):
         assert again == pytest.approx(kept)
     assert summary(plan, results["runs"]) == results["summary"]
@@ -87,13 +91,72 @@ def test_shipped_verdicts_follow_from_the_shipped_runs(name):
 
 def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
     """The rule is in the plan of study 1: the larger of 0.05 (0.01) and twice the SD of its paired log-ratios."""
-    noise = load_results(load_plan("1-noise-floor"))["runs"]
+    noise = shipped_results()["1-noise-floor"]["runs"]
     for measure, least in (("frechet", 0.05), ("held_out", 0.01)):
         values = {(run["arm"], run["seed"]): math.log(run["values"][measure]) for run in noise}
         ratios = [values["base-again", seed] - values["base", seed] for arm, seed in values if arm == "base"]
         margin = max(least, math.ceil(200 * statistics.stdev(ratios)) / 100)
         assert load_plan("2a-published-short").margin[measure] == margin
         assert load_plan("2b-published-short-low-lr").margin[measure] == margin
+
+
+# ---- the table of verdicts
+
+
+def test_the_readme_has_the_verdicts_of_the_shipped_results():
+    assert evidence_of(README) == evidence_markdown(), (
+        "the README is of other results: dispersive-kit study table --write"
+    )
+    assert with_evidence(README) == README
+
+
+def test_the_figure_was_drawn_from_the_same_verdicts():
+    with Image.open(notebooks_folder() / "figures" / "verdicts.png") as figure:
+        drawn_from = figure.text["Description"]
+    assert drawn_from == evidence_hash(), "the figure is of other results: dispersive-kit study table --write"
+
+
+def test_a_changed_digit_in_the_table_is_noticed_and_mended():
+    row = next(line for line in evidence_of(README).splitlines() if line.startswith("| `"))
+    digit = re.search(r"\d\.\d", row)[0]
+    changed = README.replace(row, row.replace(digit, "9.9", 1))
+    assert changed != README and evidence_of(changed) != evidence_markdown()
+    assert not claim_of(row.replace(digit, "9.9", 1)) and with_evidence(changed) == README
+    with pytest.raises(DataError, match="between which the verdicts stand"):
+        with_evidence("# a README without the marks")
+
+
+def test_every_verdict_is_a_row_and_every_row_a_claim():
+    rows = [line.strip("| ") for line in evidence_of(README).splitlines() if line.startswith("| `")]
+    verdicts = [(name, v) for name in RESULTS for v in shipped_results()[name]["verdicts"]]
+    assert len(rows) == len(verdicts) >= 2
+    for row, (name, verdict) in zip(rows, verdicts, strict=True):
+        claim = claim_of(row)
+        assert (claim.study, claim.contrast["arm"], claim.sentence) == (name, verdict["arm"], row)
+        assert len(claim.numbers) >= 5 and len(run_ids(claim)) == 2 * verdict["n"]
+
+
+@pytest.mark.parametrize("one", list(all_evidence()), ids=lambda one: f"{one.plan.name}, {one.verdict['arm']}")
+def test_a_row_says_what_its_runs_say(one):
+    """Worked out from the runs alone: geometric means of both arms, their ratio, and the word for or against."""
+    verdict, reference = one.verdict, one.plan.reference
+    runs = shipped_results()[one.plan.name]["runs"]
+    ended = [run for run in runs if (run["condition"], run["status"]) == (verdict["condition"], "ok")]
+    base, arm = (
+        statistics.geometric_mean(r["values"][verdict["measure"]] for r in ended if r["arm"] == name)
+        for name in (reference, verdict["arm"])
+    )
+    assert float(one.says["base"]) == pytest.approx(base, rel=6e-3)
+    assert float(one.says["arm"]) == pytest.approx(arm, rel=6e-3)
+    assert float(one.says["mean"]) == pytest.approx(arm / base, abs=6e-3)
+    assert float(one.says["low"]) <= float(one.says["mean"]) <= float(one.says["high"])
+    sides = {"better": "**for**: ", "worse": "**against**: ", "equivalent": "no difference: ", "inconclusive": "open: "}
+    assert one.cells[-1] == sides[verdict["word"]] + verdict["word"]
+
+
+def test_the_command_prints_the_table_and_writes_nothing(capsys):
+    main(["study", "table"])
+    assert capsys.readouterr().out == f"{evidence_markdown()}\n"
 
 
 def test_readme_text_is_absent_from_a_wheel(monkeypatch, tmp_path):

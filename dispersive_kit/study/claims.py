@@ -1,7 +1,7 @@
 """What the README says, sentence by sentence, and where it comes from: a study's runs, shipped runs, or a check.
 
-notebooks/claims.yaml lists them. A claim's numbers are worked out again from its source, and written with as many
-digits as the README has.
+notebooks/claims.yaml lists them, and each row of the table of verdicts is one. A claim's numbers are worked out again
+from its source, and written with as many digits as the README has.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import yaml
 
 from dispersive_kit.errors import DataError
 from dispersive_kit.study.arms import read_metrics
+from dispersive_kit.study.evidence import Evidence, all_evidence, evidence_of
 from dispersive_kit.study.lookup import PACKAGE, notebooks_folder
-from dispersive_kit.study.plan import load_plan
-from dispersive_kit.study.results import load_results
+from dispersive_kit.study.results import shipped_results
 from dispersive_kit.study.schema import check_form
 from dispersive_kit.training import shipped
 
@@ -50,7 +50,7 @@ class Claim:
 
 @functools.cache
 def load_claims() -> tuple[Claim, ...]:
-    """The claims that come with the kit.
+    """The claims that come with the kit: those of claims.yaml, then a row of the README for each verdict.
 
     Raises:
         DataError: claims.yaml is not of its form.
@@ -58,7 +58,7 @@ def load_claims() -> tuple[Claim, ...]:
     file = notebooks_folder() / "claims.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     check_form(content, "claims", str(file), DataError)
-    return tuple(map(_read, content))
+    return (*map(_read, content), *map(_of_verdict, all_evidence()))
 
 
 def _read(one: dict[str, Any]) -> Claim:
@@ -66,14 +66,20 @@ def _read(one: dict[str, Any]) -> Claim:
     return Claim(**fields)
 
 
+def _of_verdict(one: Evidence) -> Claim:
+    contrast = {name: one.verdict[name] for name in ("arm", "condition", "measure")}
+    arms = {"base": one.plan.reference, "arm": contrast["arm"]}
+    numbers = [{"says": says, **({"mean": arms[k]} if k in arms else {"verdict": k})} for k, says in one.says.items()]
+    return Claim(one.row, tuple(numbers), study=one.plan.name, contrast=contrast)
+
+
 def run_ids(claim: Claim) -> list[str]:
     """The runs a claim rests on: of a study all runs of both arms, by hash of the plan."""
     if not claim.study:
         return list(claim.runs)
-    plan = load_plan(claim.study)
-    arms, verdict = (claim.contrast["arm"], plan.reference), _verdict(claim)
-    runs = load_results(plan)["runs"]
-    return [run["id"] for run in runs if run["arm"] in arms and run["condition"] == verdict["condition"]]
+    verdict, results = _verdict(claim), shipped_results()[claim.study]
+    arms, condition = (verdict["arm"], results["reference"]), verdict["condition"]
+    return [run["id"] for run in results["runs"] if run["arm"] in arms and run["condition"] == condition]
 
 
 def disagreements(claim: Claim) -> list[str]:
@@ -107,7 +113,7 @@ def _last(run: str, key: str) -> float:
 
 def _verdict(claim: Claim) -> dict[str, Any]:
     wanted = claim.contrast.items()
-    for verdict in load_results(load_plan(claim.study))["verdicts"]:
+    for verdict in shipped_results()[claim.study]["verdicts"]:
         if wanted <= verdict.items():
             return verdict
     raise DataError(f"{claim.study} has no verdict on {claim.contrast}: {claim.sentence!r} has no ground")
@@ -116,13 +122,13 @@ def _verdict(claim: Claim) -> dict[str, Any]:
 def _mean(claim: Claim, arm: str) -> float:
     """Geometric mean over the seeds of the contrast's measure, or of what describes an arm the median."""
     verdict = _verdict(claim)
-    rows = load_results(load_plan(claim.study))["summary"]
+    rows = shipped_results()[claim.study]["summary"]
     row = next(r for r in rows if (r["arm"], r["condition"]) == (arm, verdict["condition"]))
     return row["values"][verdict["measure"]]["mean"]
 
 
 def own_sentences(readme: str) -> Iterator[str]:
-    """The rows of the README's table "What is known" that are the kit's own, and the points below it."""
+    """The rows of the README's table "What is known" that are the kit's own, the points below it, and all verdicts."""
     found = TABLE.search(readme)
     if found is None:
         raise DataError('the README has no table under "What is known"')
@@ -132,6 +138,7 @@ def own_sentences(readme: str) -> Iterator[str]:
         if not source.startswith(OTHERS):
             yield row
     yield from (" ".join(point.split()) for point in re.findall(r"^- (.+(?:\n  .+)*)", below, re.MULTILINE))
+    yield from re.findall(r"^\| .+$", evidence_of(readme), re.MULTILINE)[2:]
 
 
 def readme_text() -> str | None:

@@ -1,6 +1,7 @@
 """What a study found: its runs in one JSON file, and the verdicts that follow from plan and runs alone."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ from typing import Any
 
 from dispersive_kit.errors import DataError
 from dispersive_kit.study.experiment import collect, study_folder
-from dispersive_kit.study.plan import Contrast, Plan, studies_folder
+from dispersive_kit.study.plan import Contrast, Plan, load_plan, shipped_plans, studies_folder
 from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.tuning import choose
 from dispersive_kit.study.verdict import (
@@ -60,16 +61,35 @@ def load_results(plan: Plan) -> dict[str, Any]:
     Raises:
         DataError: there are none, or they are of the plan as it was before a change.
     """
-    for file in (study_folder(plan) / "results.json", studies_folder() / f"{plan.name}.results.json"):
+    for file in (study_folder(plan) / "results.json", _shipped_file(plan)):
         if file.is_file():
-            results = json.loads(file.read_text(encoding="utf-8"))
-            if results["plan_sha256"] != plan.sha256:
-                raise DataError(
-                    f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now "
-                    f"{plan.sha256[:8]}: a plan is not changed after its runs; give the new one another name"
-                )
-            return results
+            return _read_results(plan, file)
     raise DataError(f"{plan.name} has no results yet: dispersive-kit study run {plan.name}")
+
+
+@functools.cache
+def shipped_results() -> dict[str, dict[str, Any]]:
+    """The results that come with the kit, by the name of their plan, whatever was run here; to be read only.
+
+    Raises:
+        DataError: some are of their plan as it was before a change.
+    """
+    plans = map(load_plan, shipped_plans())
+    return {plan.name: _read_results(plan, _shipped_file(plan)) for plan in plans if _shipped_file(plan).is_file()}
+
+
+def _shipped_file(plan: Plan) -> Path:
+    return studies_folder() / f"{plan.name}.results.json"
+
+
+def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if results["plan_sha256"] != plan.sha256:
+        raise DataError(
+            f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now "
+            f"{plan.sha256[:8]}: a plan is not changed after its runs; give the new one another name"
+        )
+    return results
 
 
 def run_id(plan_sha256: str, run: Run) -> str:

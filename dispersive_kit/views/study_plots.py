@@ -1,6 +1,8 @@
 """Figures of a study: pairs as lines, and beside them the interval of the difference. Results as in results.json."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,25 +14,47 @@ from matplotlib.ticker import LogLocator
 
 from dispersive_kit.views.plots import MARKERS, OKABE_ITO
 
+LOOKS: dict[str, dict[str, Any]] = {
+    "better": {"color": OKABE_ITO[2], "marker": "^"},
+    "equivalent": {"color": OKABE_ITO[0], "marker": "o"},
+    "worse": {"color": OKABE_ITO[1], "marker": "v"},
+    "inconclusive": {"color": "#666666", "marker": "D"},
+}
+WORDS = tuple(LOOKS)
+MANY = 5  # arms whose names stand side by side
 LABELS = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss", "probe": "probe accuracy"}
 
 
 def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
     """A column for each condition: above, one line a seed through all arms; below, each arm's ratio to the reference
     with its 95 % interval, and the margin within which it counts as equal. Crashed runs leave a gap in their line.
+
+    The reference stands first, then the arms from the lowest to the highest value in the first condition.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
-    arms = list(dict.fromkeys(row["arm"] for row in results["summary"]))
+    arms = _sorted_arms(results, measure)
+    below_height = 0.9 + 0.3 * len(arms)
     figure, axes = plt.subplots(
-        2, len(conditions), figsize=(1.6 + 3.9 * len(conditions), 5.6), squeeze=False,
-        height_ratios=(3, 0.9 + 0.35 * len(arms)), sharey="row",
+        2, len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), 3.4 + below_height),
+        squeeze=False, height_ratios=(3.4, below_height), sharey="row",
     )  # fmt: skip
     for (above, below), condition in zip(axes.T, conditions, strict=True):
         _slopes(above, results, condition, arms, measure)
-        _differences(below, results, condition, arms, measure)
+        _differences(below, results, condition, arms[1:], measure)
         above.set_title(condition)
     axes[0, 0].set_ylabel(LABELS.get(measure, measure))
     return figure
+
+
+def _sorted_arms(results: Mapping[str, Any], measure: str) -> list[str]:
+    """Names of all arms, the reference first; one without a value, since all its runs crashed, last."""
+    first = results["summary"][0]["condition"]
+    means = {
+        row["arm"]: row["values"].get(measure, {}).get("mean", math.inf)
+        for row in results["summary"]
+        if row["condition"] == first
+    }
+    return sorted(means, key=lambda arm: (arm != results["reference"], means[arm]))
 
 
 def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[str], measure: str) -> None:
@@ -39,28 +63,36 @@ def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[s
         own = {run["arm"]: run["values"].get(measure, math.nan) for run in runs if run["seed"] == seed}
         look: dict[str, Any] = {"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]}
         axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, label=f"seed {seed}", **look)
-    axis.set(xticks=range(len(arms)), xticklabels=arms, xlim=(-0.3, len(arms) - 0.7))
+    axis.set(xticks=range(len(arms)), xlim=(-0.3, len(arms) - 0.7))
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticklabels(arms, **(slanted if len(arms) > MANY else {}))
     _log_if_wide(axis, "y")
     if measure.startswith("frechet") and "floor_value" in results["record"]:
         axis.axhline(results["record"]["floor_value"], color="black", linestyle=":", lw=1)
 
 
 def _differences(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[str], measure: str) -> None:
-    others = [arm for arm in arms if arm != results["reference"]]
     known = {v["arm"]: v for v in results["verdicts"] if (v["condition"], v["measure"]) == (condition, measure)}
-    for i, arm in enumerate(others):
+    for i, arm in enumerate(arms):
         if arm in known:
-            v = known[arm]
-            low, mid, high = np.exp([v["low"], v["mean"], v["high"]])
-            axis.errorbar(mid, i, xerr=[[mid - low], [high - mid]], color="black", marker="o", capsize=4)
-            axis.annotate(v["word"], (mid, i), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
-            axis.axvspan(math.exp(-v["margin"]), math.exp(v["margin"]), color="#0072B2", alpha=0.06, lw=0)
+            _interval(axis, i, known[arm])
+    for margin in {verdict["margin"] for verdict in known.values()}:
+        axis.axvspan(math.exp(-margin), math.exp(margin), color="#0072B2", alpha=0.06, lw=0)
     axis.axvline(1, color="black", linestyle=":", lw=1)
     axis.set(
-        yticks=range(len(others)), yticklabels=others, ylim=(len(others) - 0.5, -0.8),
+        yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5),
         xlabel=f"ratio to {results['reference']}",
     )  # fmt: skip
     _log_if_wide(axis, "x")
+
+
+def _interval(axis: Axes, i: int, verdict: Mapping[str, Any]) -> None:
+    """Line i of a plot of ratios: the interval in the colour and with the marker of its word, the word at its right."""
+    low, mid, high = np.exp([verdict["low"], verdict["mean"], verdict["high"]])
+    axis.errorbar(mid, i, xerr=[[mid - low], [high - mid]], capsize=4, **LOOKS[verdict["word"]])
+    axis.annotate(
+        verdict["word"], (1.01, i), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9, annotation_clip=False
+    )
 
 
 def _log_if_wide(axis: Axes, which: Literal["x", "y"]) -> None:
@@ -75,42 +107,47 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"]) -> None:
     side.set_minor_formatter("")
 
 
-WORDS = ("better", "equivalent", "worse", "inconclusive")  # a colour and a marker each
-
-
 def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figure:
     """Every verdict of several studies as ratio with interval, one line each; show: all of them, or those of one word.
 
     Rows: verdicts as in results.json, each with its `study`. All states have one axis and one height.
     """
-    figure, axis = plt.subplots(figsize=(10, 1.4 + 0.42 * len(rows)))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.29 * max(len(rows), 4)))
     shown = [row for row in rows if show in ("all", row["word"])]
     for i, row in enumerate(shown):
-        low, mid, high = np.exp([row["low"], row["mean"], row["high"]])
-        look: dict[str, Any] = {
-            "color": OKABE_ITO[WORDS.index(row["word"])],
-            "marker": MARKERS[WORDS.index(row["word"])],
-        }
-        axis.errorbar(mid, i, xerr=[[mid - low], [high - mid]], capsize=4, **look)
-        axis.annotate(row["word"], (high, i), xytext=(8, -4), textcoords="offset points", fontsize=9)
-    labels = [f"{row['study']}: {row['arm']}, {row['measure']}" for row in shown]
+        _interval(axis, i, row)
+        if i and row["study"] != shown[i - 1]["study"]:
+            axis.axhline(i - 0.5, color="black", alpha=0.3, lw=0.7)
     lows, highs = (np.exp([row[end] for row in rows]) for end in ("low", "high"))
     axis.axvline(1, color="black", linestyle=":", lw=1)
     axis.set(
-        yticks=range(len(shown)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6), xscale="log",
-        xlim=(0.9 * lows.min(), 1.5 * highs.max()), xlabel="ratio to the reference arm (log axis)",
+        yticks=range(len(shown)), yticklabels=_labels(shown), ylim=(len(rows) - 0.4, -0.6),
+        xscale="log", xlim=(min(0.7, lows.min()) / 1.05, max(1.5, highs.max()) * 1.05),
+        xlabel="ratio to the reference arm (log axis)",
     )  # fmt: skip
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     return figure
 
 
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Study, arm and measure of each row; the condition where its study has several."""
+    places = {(row["study"], row["condition"]) for row in rows}
+    several = [study for study, n in Counter(study for study, _ in places).items() if n > 1]
+    return [
+        f"{row['study']}: {row['arm']}{', ' + row['condition'] if row['study'] in several else ''}, {row['measure']}"
+        for row in rows
+    ]
+
+
 def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
     """What each seed alone would have told of an arm: its ratio to the reference, and the interval of all together."""
-    values = {(run["arm"], run["seed"]): run["values"][measure] for run in results["runs"] if measure in run["values"]}
-    seeds = sorted({seed for name, seed in values if name == arm})
     verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
+    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
+    values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
+    seeds = sorted({seed for name, seed in values if name == arm and (results["reference"], seed) in values})
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(seeds)))
     for i, seed in enumerate(seeds):
         axis.plot(values[arm, seed] / values[results["reference"], seed], i, "o", color=OKABE_ITO[0])
@@ -119,4 +156,36 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
     axis.axvline(1, color="black", linestyle=":", lw=1)
     names = [*(f"seed {seed} alone" for seed in seeds), "all, 95 %"]
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=f"ratio, {arm}")
+    return figure
+
+
+def sign_flips(x: Sequence[float], p: float) -> Figure:
+    """The mean of log-ratios x (n,) among the means of all 2^n choices of their signs, one tick each."""
+    means = np.array(list(itertools.product((1, -1), repeat=len(x)))) @ np.array(x) / len(x)
+    own = abs(float(np.mean(x)))
+    far = np.abs(means) >= own - 1e-12
+    figure, axis = plt.subplots(figsize=(8, 1.9))
+    for which, color, where in ((~far, OKABE_ITO[0], "nearer to 0"), (far, OKABE_ITO[1], "as far out as the data")):
+        axis.plot(means[which], np.zeros(which.sum()), "|", ms=34, color=color, label=f"{which.sum()} {where}")
+    axis.plot(np.mean(x), 0, "v", color="black", ms=9, label="the data")
+    axis.set(
+        yticks=[], ylim=(-1, 1.6), xlabel=f"mean log-ratio under each of {len(means)} choices of signs: p = {p:.3f}"
+    )
+    axis.legend(loc="upper center", ncols=3)
+    return figure
+
+
+def one_word(x: Sequence[float], verdict: Mapping[str, Any]) -> Figure:
+    """The pairs' log-ratios x (n,), their 95 % interval, and the margin within which it counts as equal."""
+    figure, axis = plt.subplots(figsize=(8, 1.9))
+    axis.axvspan(-verdict["margin"], verdict["margin"], color=OKABE_ITO[0], alpha=0.12, lw=0)
+    axis.axvline(0, color="black", linestyle=":", lw=1)
+    axis.plot(x, np.ones(len(x)), "o", color=OKABE_ITO[0])
+    mid = verdict["mean"]
+    errors = [[mid - verdict["low"]], [verdict["high"] - mid]]
+    axis.errorbar(mid, 0, xerr=errors, capsize=5, **LOOKS[verdict["word"]])
+    axis.set(
+        yticks=[0, 1], yticklabels=["95 %", "pairs"], ylim=(-0.6, 1.6), xlim=(-0.6, 0.6), xlabel="log-ratio to base",
+        title=f"p = {verdict['p']:.3f}, p of equivalence = {verdict['p_equivalent']:.3f}: {verdict['word']}",
+    )  # fmt: skip
     return figure

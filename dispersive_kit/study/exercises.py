@@ -14,7 +14,7 @@ from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
-from dispersive_kit.study.verdict import holm, sign_flip_p
+from dispersive_kit.study.verdict import LEVEL, holm, tost_p
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ def neighbour_lists() -> list[tuple[Any, ...]]:
         tuple(random_points(n, n, seed=s).topk(k, 1).indices for s in (n, n + 1))
         for n, k in ((8, 3), (20, 5), (30, 10))
     ]
+
+
+def log_ratios_and_margins() -> list[tuple[Any, ...]]:
+    """Six pairs each, a margin, and the quantile 0.95 of Student's distribution with five degrees of freedom."""
+    cases = [(0.005, 0.015, 0.05), (0.03, 0.002, 0.05), (0.01, 0.25, 0.05), (-0.3, 0.01, 0.05), (0.3, 0.01, 0.05)]
+    pattern = torch.tensor([-1.4, -0.8, -0.2, 0.3, 0.7, 1.4], dtype=torch.float64)
+    return [(mean + spread * pattern, margin, 2.015) for mean, spread, margin in (*cases, (0.0, 0.04, 0.05))]
 
 
 EXERCISES: dict[str, Exercise] = {
@@ -223,10 +230,10 @@ EXERCISES: dict[str, Exercise] = {
         neighbour_lists,
         "for each row the size of the intersection of two sets of k, over k; their order does not matter",
     ),
-    "sign flip": Exercise(
-        lambda x: sign_flip_p(x.numpy()),
-        lambda: [(random_points(n, seed=n) + shift,) for n, shift in ((3, 0.0), (6, 1.0), (5, 0.3))],
-        "every choice of signs counts once, also that of the data; far from 0 is far on either side",
+    "equivalent": Exercise(
+        lambda x, margin, t: tost_p(x.numpy(), margin) < LEVEL,
+        log_ratios_and_margins,
+        "the mean give or take t standard errors, both ends; a standard error is the deviation over the root of n",
     ),
     "holm": Exercise(
         lambda p: holm(p.tolist()),

@@ -35,10 +35,10 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "descent_steps": (60, 300, 2000),
     },
     "05_dit_anatomy": {},
-    "06_does_it_help": {
-        "preset": ("smoke", "digits", "digits"),
-        "images": (64, 500, 500),
-        "num_steps": (4, 20, 50),
+    "06_does_it_help": {  # of one seed of a study, in class mode as the study has it
+        "steps": (20, 300, 300),
+        "log_every": (5, 25, 25),
+        "images": (64, 2000, 2000),
     },
     "14_one_step_meanflow": {
         "train_steps": (150, 1000, 20000),

@@ -26,21 +26,22 @@ LABELS = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss",
 
 
 def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
-    """A column for each condition: above, one line a seed through all arms; below, each arm's ratio to the reference
-    with its 95 % interval, and the margin within which it counts as equal. Crashed runs leave a gap in their line.
+    """A column for each condition: above, one line a seed through all arms; below, the ratio to the reference with its
+    95 % interval of each arm that has a verdict, and the margin of what counts as equal. A crash is a gap in its line.
 
     The reference stands first, then the arms from the lowest to the highest value in the first condition.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
     arms = _sorted_arms(results, measure)
-    below_height = 0.9 + 0.3 * len(arms)
+    judged = [arm for arm in arms if any((v["arm"], v["measure"]) == (arm, measure) for v in results["verdicts"])]
+    below_height = 0.9 + 0.27 * len(judged)
     figure, axes = plt.subplots(
-        2, len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), 3.4 + below_height),
-        squeeze=False, height_ratios=(3.4, below_height), sharey="row",
+        2, len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), 3.2 + below_height),
+        squeeze=False, height_ratios=(3.2, below_height), sharey="row",
     )  # fmt: skip
     for (above, below), condition in zip(axes.T, conditions, strict=True):
         _slopes(above, results, condition, arms, measure)
-        _differences(below, results, condition, arms[1:], measure)
+        _differences(below, results, condition, judged, measure)
         above.set_title(condition)
     axes[0, 0].set_ylabel(LABELS.get(measure, measure))
     return figure
@@ -80,7 +81,7 @@ def _differences(axis: Axes, results: Mapping[str, Any], condition: str, arms: l
         axis.axvspan(math.exp(-margin), math.exp(margin), color="#0072B2", alpha=0.06, lw=0)
     axis.axvline(1, color="black", linestyle=":", lw=1)
     axis.set(
-        yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5),
+        yticks=range(len(arms)), yticklabels=arms, ylim=(max(len(arms), 1) - 0.5, -0.5),
         xlabel=f"ratio to {results['reference']}",
     )  # fmt: skip
     _log_if_wide(axis, "x")

@@ -82,26 +82,22 @@ def reconstruct(snapshots: Path, width: float, *, step: int | None = None) -> di
     Raises:
         CheckpointError: the run kept no snapshots (train with ema_widths). ConfigError: impossible width.
     """
-    kept = [load_checkpoint(path) for path in checkpoints(snapshots)]
-    kept = [one for one in kept if step is None or one.step <= step]
+    kept = {int(path.name[5:]): path for path in checkpoints(snapshots)}  # step -> folder
+    kept = {at: path for at, path in kept.items() if step is None or at <= step}
     if not kept:
         raise CheckpointError(
             f"{snapshots} holds no snapshot up to step {step}: train with two ema_widths, e.g. 0.05 and 0.10"
         )
-    profiles = [(one.step, power_exponent(float(name)), one.groups[name]) for one in kept for name in one.groups]
-    shares = profile_shares([(t, gamma) for t, gamma, _ in profiles], step or kept[-1].step, power_exponent(width))
-    newest = kept[-1].groups[next(iter(kept[-1].groups))]
-    return {
-        key: _weighted_sum(shares, [weights[key] for *_, weights in profiles]) if value.is_floating_point() else value
-        for key, value in newest.items()
-    }
-
-
-def _weighted_sum(shares: NDArray[np.float64], tensors: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for share, tensor in zip(shares, tensors, strict=True):
-        total += float(share) * tensor
-    return total.to(tensors[0].dtype)
+    names = [(at, file.stem) for at, path in kept.items() for file in path.glob("*.safetensors")]
+    profiles = [(at, power_exponent(float(name))) for at, name in names]
+    shares = dict(zip(names, profile_shares(profiles, step or max(kept), power_exponent(width)), strict=True))
+    total: dict[str, Tensor] = {}
+    for at, path in kept.items():  # one snapshot in memory at a time: a long run has hundreds
+        for name, weights in load_checkpoint(path).groups.items():
+            for key, value in weights.items():
+                term = shares[at, name] * value.double() if value.is_floating_point() else value
+                total[key] = total[key] + term if key in total and value.is_floating_point() else term
+    return {key: value.to(weights[key].dtype) for key, value in total.items()}
 
 
 def profile_shares(profiles: Sequence[tuple[int, float]], step: int, gamma: float) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -166,8 +167,9 @@ def distance_panel(
         xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.8),
         xlabel=f"{records[0].name.partition(',')[0]}] (log axis, lower is better)",
     )  # fmt: skip
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     return figure
 
 

@@ -110,7 +110,8 @@ def _train_and_measure(plan: Plan, config: Any, folder: Path) -> dict[str, Any]:
         except (DataError, CheckpointError, ConfigError):  # not the fault of the arm
             raise
         except KitError as error:
-            measured = {"status": "crashed", "error": str(error), "values": {}, "described": {}, "record": {}}
+            said = str(error).partition(". ")[0]  # what goes on with paths of this machine and advice
+            measured = {"status": "crashed", "error": said, "values": {}, "described": {}, "record": {}}
     return {**measured, "warnings": sorted({str(w.message) for w in caught if "Dispersive Loss" in str(w.message)})}
 
 

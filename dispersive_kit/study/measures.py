@@ -9,6 +9,7 @@ import torch
 
 from dispersive_kit.analysis.features import LEVELS, extract, pooled
 from dispersive_kit.analysis.probes import Split, Splits, choose_and_test
+from dispersive_kit.errors import KitError
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.features import make_extractor
 from dispersive_kit.evaluation.panel import Panel
@@ -20,14 +21,14 @@ from dispersive_kit.training import TrainConfig, load_run
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
-DESCRIBED = ("feature_rms", "effective_rank", "gap", "dispersive")  # of the last step's batch, the same in all arms
+DESCRIBED = ("feature_rms", "effective_rank", "gap", "dispersive")  # of the last step's batch, where they are finite
 
 
 def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
     """Values by name, numbers that describe without being judged, and the record of how they came about.
 
     Raises:
-        KitError: the run has no whole checkpoint, or its data is missing.
+        KitError: the run has no whole checkpoint, its data is missing, or its held-out loss is not finite.
     """
     model, card = load_run(run)
     lines = read_metrics(run)
@@ -43,10 +44,13 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
         record = panel.measure(images)[0]
         values[name] = record.value
         records.append(record)
+    if "held_out" not in last:
+        raise KitError("the held-out loss of the last step is not finite")
     values |= {"held_out": last["held_out"], **probe}
     ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
     bins = {name: value for name, value in last.items() if name.startswith("held_out_t")}
-    described = {"gradient_ratio": statistics.median(ratios), **bins, **{name: last[name] for name in DESCRIBED}}
+    known = {name: last[name] for name in DESCRIBED if name in last}
+    described = {"gradient_ratio": statistics.median(ratios), **bins, **known}
     return {"values": values, "described": described, "record": _record(records[0], card, config, how)}
 
 

@@ -157,7 +157,9 @@ def _summary(ended: Sequence[Run]) -> dict[str, Any]:
         return {"n": 0, "values": {}, "described": {}}
     first = ended[0]
     values = {name: _spread([run["values"][name] for run in ended]) for name in first["values"]}
-    described = {name: statistics.median(run["described"][name] for run in ended) for name in first["described"]}
+    everywhere = set.intersection(*(set(run["described"]) for run in ended))
+    names = [name for name in first["described"] if name in everywhere]
+    described = {name: statistics.median(run["described"][name] for run in ended) for name in names}
     return {"n": len(ended), "values": values, "described": described}
 
 

@@ -18,7 +18,7 @@ from dispersive_kit.errors import DataError
 from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import is_done, run_cell
 from dispersive_kit.study.plan import load_plan
-from dispersive_kit.study.results import conclude, load_results, verdicts
+from dispersive_kit.study.results import conclude, load_results, summary, verdicts
 from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.tuning import choose
 from dispersive_kit.training import train
@@ -182,6 +182,17 @@ def test_a_training_that_breaks_down_is_a_result_and_counts_against_its_arm(tmp_
     ]  # fmt: skip
     primary = verdicts(plan, runs)[0]
     assert (primary["word"], primary["crashes"], primary["inactive"]) == ("worse", 6, False)
+
+
+def test_a_loss_without_a_floor_has_no_gap_and_is_measured_all_the_same(tmp_path, small_plan):
+    arms = {"base": {}, "paper": {"regularizer.preset": "paper", "regularizer.diagonal": False}}
+    plan = load_plan(str(write_plan(tmp_path, {**small_plan, "arms": arms})))
+    runs = [run_cell(plan, cell, out=tmp_path) for cell in plan.cells()[:2]]
+    assert [run["status"] for run in runs] == ["ok", "ok"]
+    assert ["gap" in run["described"] for run in runs] == [True, False]
+    assert [row["n"] for row in summary(plan, runs)] == [1, 1]
+    mixed = [runs[0], {**runs[0], "described": runs[1]["described"]}]
+    assert "gap" not in summary(plan, mixed)[0]["described"]
 
 
 def test_missing_data_is_no_fault_of_the_arm_and_no_result(tmp_path, small_plan):

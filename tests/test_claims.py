@@ -138,7 +138,7 @@ def test_every_verdict_is_a_row_and_every_row_a_claim():
 
 @pytest.mark.parametrize("one", list(all_evidence()), ids=lambda one: f"{one.plan.name}, {one.verdict['arm']}")
 def test_a_row_says_what_its_runs_say(one):
-    """Worked out from the runs alone: geometric means of both arms, their ratio where no run crashed, for or against."""
+    """Worked out from the runs alone: geometric means of both arms, their ratio where no run crashed, and the side."""
     verdict, names = one.verdict, {"base": one.plan.reference, "arm": one.verdict["arm"]}
     runs = [r for r in shipped_results()[one.plan.name]["runs"] if r["condition"] == verdict["condition"]]
     values = {

@@ -168,10 +168,13 @@ def wait_for(page: Page, condition: str, *arguments: object) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name.startswith(SHORT) else pytest.mark.long) for name in ALIVE]
 )
-def test_all_cells_run_and_each_slider_changes_the_picture_below_it_and_back(lab: Lab, name: str) -> None:
+def test_all_cells_run_and_each_slider_changes_the_picture_below_it_and_back(
+    lab: Lab, name: str, touching: str
+) -> None:
     page = lab.run_all(name)
     expect(tracebacks(page)).to_have_count(0)
     assert page.evaluate(CUT_OFF) == 0
+    assert page.evaluate(touching) == []
     moved = controls(page)
     assert moved
     for control in moved:

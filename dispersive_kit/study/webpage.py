@@ -1,5 +1,6 @@
 """An executed notebook as one HTML page that fetches nothing."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def to_html(markdown: str) -> str:
 
     class Renderer(IPythonRenderer):
         def inline_math(self, body: str, display: str = "inline") -> str:
-            return convert(body, xmlns="", display=display).replace(' xmlns=""', "")  # HTML needs none
+            mathml = convert(body, xmlns="", display=display).replace(' xmlns=""', "")  # HTML needs none
+            return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(i|n|sub|sup|frac)\b)", r'\1<mspace width="0.17em" />', mathml)
 
         def block_math(self, body: str) -> str:
             return self.inline_math(body, "block")

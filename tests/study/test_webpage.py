@@ -22,5 +22,5 @@ def test_a_page_has_its_formulas_as_mathml_and_no_address(tmp_path: Path) -> Non
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebook.ipynb")
     write_page(tmp_path / "notebook.ipynb")
     page = (tmp_path / "notebook.html").read_text(encoding="utf-8")
-    assert "<mi>log</mi>" in page and '<math display="block">' in page and "<mfrac>" in page
+    assert "<mi>log</mi><mspace" in page and '<math display="block">' in page and "<mfrac>" in page
     assert "$" not in page and "://" not in page

@@ -27,7 +27,8 @@ LARGE_TYPE = """<style>
   font-size: 20px !important; line-height: 1.3}
 .lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
 .lecture .widget-hslider, .lecture button {height: 38px !important}
-.lecture .widget-hslider {width: 255px !important} .lecture .words {width: 390px !important}
+.lecture .widget-hslider {width: auto !important} .lecture .words {width: 390px !important}
+.lecture .slider-container {flex: 1 0 130px !important; min-width: 130px}
 .lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
 .lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important}
 .lecture .widget-hslider .widget-label {margin-right: 22px}

@@ -116,6 +116,9 @@ def test_no_label_touches_its_slider_and_no_value_the_next_label(page: Page, nam
     open_demo(page, name)
     page.wait_for_timeout(300)  # for the layout
     assert page.evaluate(touching) == []
+    tracks = [track.bounding_box()["width"] for track in page.locator(".lecture .noUi-target:visible").all()]
+    assert name == "quiz" or min(tracks) >= 100
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
 def test_nothing_that_the_notebook_prints_stands_on_the_wall(page: Page) -> None:

@@ -128,7 +128,7 @@ def _execute(notebook: Path, folder: Path, given: dict[str, Any], log: CleanLog)
             stderr_file=log,
             cwd=str(folder),
             execution_timeout=None if given.get("mode") == "full" else CELL_TIMEOUT_S,
-            extra_arguments=["--log-level=ERROR"],  # of the kernel, which otherwise warns that it uses TCP
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel: it calls its own end an error
         )
     except papermill.PapermillExecutionError as failed:
         place = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"

@@ -9,7 +9,9 @@ from dispersive_kit.study.lookup import notebooks_folder
 LAB = "lab"
 CONSOLE = "voila/render/90_lecture_console.ipynb"
 BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
-TEMPLATES = Path(__file__).parent / "jupyter"  # of the console's page, which fetches nothing
+# Voila's template for the console's page, which fetches nothing; and defaults of JupyterLab: long lines of code are
+# wrapped, so that a projector shows all of them, and no news is fetched, which would cover figures too.
+OWN = Path(__file__).parent / "jupyter"
 
 
 def lab_arguments(port: int, token: str, *, browser: bool, allow_root: bool, page: str = LAB) -> list[str]:
@@ -46,7 +48,8 @@ def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) ->
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(TEMPLATES), os.environ.get("JUPYTER_PATH")]))
+    for variable in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
+        os.environ[variable] = os.pathsep.join(filter(None, [str(OWN), os.environ.get(variable)]))
     # JupyterLab itself prints no token that it was given.
     print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)
     LabApp.launch_instance(lab_arguments(port, token, browser=browser, allow_root=allow_root, page=page))

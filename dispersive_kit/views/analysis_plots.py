@@ -159,7 +159,8 @@ def pull_panels(arms: Mapping[str, Any]) -> Figure:
         column[1].set(xlabel="block", xticks=range(1, blocks + 1), ylim=(-1, 1))
     axes[0, 0].set(ylabel="gradient, dispersive / denoising")
     axes[1, 0].set(ylabel="cosine between them")
-    axes[0, -1].legend(fontsize=9)
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=4, fontsize=9)  # in a panel it would cover a line
     return figure
 
 

@@ -27,10 +27,11 @@ LARGE_TYPE = """<style>
   font-size: 20px !important; line-height: 1.3}
 .lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
 .lecture .widget-hslider, .lecture button {height: 38px !important}
-.lecture .widget-hslider {width: 255px !important} .lecture .words {width: 390px !important}
+.lecture .widget-hslider {width: auto !important} .lecture .words {width: 390px !important}
+.lecture .slider-container {flex: 1 0 130px !important; min-width: 130px}
 .lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
 .lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important}
-.lecture .widget-hslider {margin-right: 12px}
+.lecture .widget-hslider .widget-label {margin-right: 22px}
 .lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}
 .lecture .noUi-connects, .lecture .noUi-target {background: #6e6e6e}
 .lecture svg {max-height: calc(100vh - 230px); min-height: 240px}
@@ -98,7 +99,7 @@ def add_cells(explorer: Explorer, names: tuple[str, str]) -> None:
     paint()
     free = [one for one in explorer.controls.values() if one not in (across, down)]
     words = ipywidgets.Label(f"{names[1]} down, {names[0]} across")
-    beside = ipywidgets.VBox([*free, words, grid], layout={"flex": "0 0 auto"})
+    beside = ipywidgets.VBox([*free, words, grid], layout={"flex": "0 0 auto", "margin": "0 20px 0 0"})
     explorer.box.children = [ipywidgets.HBox([beside, explorer.picture], layout={"width": "100%"})]
 
 

@@ -117,7 +117,7 @@ def _gauge(loss: float, low: float, size: float, variant: str) -> str:
         + f'{fill}fill="{BLUE}" opacity="0.5"/>'
         + text(right + 10, min(max(top, 60), bottom - 4), f"{loss:.2f}", color=RED)
         + text(1055, 418, name, anchor="middle")
-        + text(1055, 452, f"B|g| = {size:.1e}", anchor="middle", color=RED)
+        + text(1055, 452, f"B|g| = {size:.2g}", anchor="middle", color=RED)
     )
 
 

@@ -118,13 +118,13 @@ def price_of_a_step(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.7))
     _lines(left, errors)
     _lines(right, distances)
-    right.axhline(floor, color="black", linestyle=":")
-    right.annotate("real against real", (1, floor), xytext=(2, -12), textcoords="offset points", fontsize=9)
+    right.axhline(floor, color="black", linestyle=":", label="real against real")
     for axis in (left, right):
         axis.set(xscale="log", xlabel="evaluations of the model")
     left.set(yscale="log", ylim=(1e-9, 3), ylabel="median error of a sample")
     right.set(ylim=(0, 1.6), ylabel="W2 to the data")
     left.legend(fontsize=9)
+    right.legend(fontsize=9)
     return figure
 
 

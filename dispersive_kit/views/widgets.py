@@ -101,7 +101,7 @@ def control(name: str, values: Sequence[Hashable], start: Any = None) -> ipywidg
     """A slider over values that the arrow keys move; words too, since JupyterLab takes the arrow keys from a menu."""
     words = isinstance(values[0], str)
     value = values[0] if start is None else start
-    layout = {"width": "290px" if words else "245px"}
+    layout = {"width": "290px" if words else "245px", "margin": "2px 16px 2px 2px"}  # values keep off the next label
     slider = ipywidgets.SelectionSlider(options=list(values), value=value, description=name, style=WIDE, layout=layout)
     return slider.add_class("words") if words else slider
 

@@ -111,6 +111,22 @@ def test_every_control_is_moved_by_keyboard_and_picture_and_words_follow(page: P
     assert page.locator("text=Traceback").count() == 0
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_no_label_touches_its_slider_and_no_value_the_next_label(page: Page, name: str, touching: str) -> None:
+    open_demo(page, name)
+    page.wait_for_timeout(300)  # for the layout
+    assert page.evaluate(touching) == []
+    tracks = [track.bounding_box()["width"] for track in page.locator(".lecture .noUi-target:visible").all()]
+    assert name == "quiz" or min(tracks) >= 100
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_nothing_that_the_notebook_prints_stands_on_the_wall(page: Page) -> None:
+    printed = page.locator("pre", has_text="done in")
+    printed.wait_for(state="attached")
+    assert not printed.is_visible()
+
+
 def test_a_cell_of_the_map_opens_its_samples(page: Page) -> None:
     open_demo(page, "map")
     page.locator(".lecture .widget-gridbox button:visible").nth(3).press("Enter")

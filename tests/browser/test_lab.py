@@ -48,6 +48,12 @@ TOO_HIGH = """
 control => control.closest('.jp-OutputArea-output').offsetHeight - control.closest('.jp-Notebook').clientHeight
 """
 
+# Cells whose code is wider than they are.
+CUT_OFF = """
+() => [...document.querySelectorAll('.jp-CodeCell .cm-scroller')]
+  .filter(one => one.scrollWidth > one.clientWidth).length
+"""
+
 # Milliseconds from each key press to the frame after the one in which another picture was there.
 STOPWATCH = f"""
 control => {{
@@ -162,9 +168,13 @@ def wait_for(page: Page, condition: str, *arguments: object) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name.startswith(SHORT) else pytest.mark.long) for name in ALIVE]
 )
-def test_all_cells_run_and_each_slider_changes_the_picture_below_it_and_back(lab: Lab, name: str) -> None:
+def test_all_cells_run_and_each_slider_changes_the_picture_below_it_and_back(
+    lab: Lab, name: str, touching: str
+) -> None:
     page = lab.run_all(name)
     expect(tracebacks(page)).to_have_count(0)
+    assert page.evaluate(CUT_OFF) == 0
+    assert page.evaluate(touching) == []
     moved = controls(page)
     assert moved
     for control in moved:

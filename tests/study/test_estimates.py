@@ -1,7 +1,10 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from dispersive_kit.study.estimates import estimate, measured
-from dispersive_kit.study.lookup import find_notebook
+from dispersive_kit.study.lookup import find_notebook, notebooks_folder
 from dispersive_kit.study.modes import MODES
 from dispersive_kit.study.sweep import Task
 
@@ -21,6 +24,16 @@ def test_the_table_holds_measured_runs_of_notebooks_that_exist():
     for notebook, modes in measured()["notebooks"].items():
         assert find_notebook(notebook).stem == notebook and set(modes) <= set(MODES)
         assert all(run["seconds"] > 1 and run["peak_gib"] > 0.1 for run in modes.values())
+
+
+def test_class_mode_of_every_notebook_was_measured_and_is_short_enough_for_a_class():
+    """At most 3 minutes and 3 GB; and the README's table says what was measured."""
+    found = {name: modes["class"] for name, modes in measured()["notebooks"].items()}
+    assert set(found) == {path.stem for path in notebooks_folder().glob("*.ipynb")}
+    assert all(run["seconds"] <= 180 and run["peak_gib"] <= 3e9 / 2**30 for run in found.values())
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| (\d\d_\w+) \|.*\| (\d+) s \| ([\d.]+) GiB \|$", readme, re.MULTILINE)
+    assert rows == [(name, f"{run['seconds']:.0f}", f"{run['peak_gib']:.2f}") for name, run in sorted(found.items())]
 
 
 def test_stages_add_up_and_workers_share_the_time_of_a_sweep_but_not_its_memory(seconds):

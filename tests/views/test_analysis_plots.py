@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from dispersive_kit.analysis import Pull
 from dispersive_kit.analysis.umap_grid import ARMS, name_of
 from dispersive_kit.views import analysis_plots as views
+from dispersive_kit.views.plots import STYLE
 
 LEVELS = (math.inf, 2.0, -2.0)
 LABELS = torch.arange(30) % 3
@@ -70,6 +71,17 @@ def test_arms_share_one_scale_of_colours_and_the_difference_is_centred():
     base, loss, apart = (axis.collections[0].get_clim() for axis in figure.axes)
     assert base == loss == (0, 1) and apart == (-1, 1)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "clean"
+
+
+def test_the_legend_of_the_two_gradients_lies_on_no_panel():
+    """Their lines may be anywhere in them."""
+    pull = Pull(torch.rand(4, 2), torch.zeros(4, 2), torch.zeros(2))
+    with plt.rc_context(STYLE):
+        figure = views.pull_panels({"base": pull, "loss": pull})
+        figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.texts) == 4
+    assert not any(axis.get_legend() or legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
 
 
 def test_similarities_are_sorted_by_class():

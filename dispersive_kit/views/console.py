@@ -30,7 +30,8 @@ LARGE_TYPE = """<style>
 .lecture .widget-hslider {width: auto !important} .lecture .words {width: 390px !important}
 .lecture .slider-container {flex: 1 0 130px !important; min-width: 130px}
 .lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
-.lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important}
+.lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important;
+  margin-left: 20px !important}
 .lecture .widget-hslider .widget-label {margin-right: 22px}
 .lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}
 .lecture .noUi-connects, .lecture .noUi-target {background: #6e6e6e}

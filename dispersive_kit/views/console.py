@@ -28,9 +28,10 @@ LARGE_TYPE = """<style>
 .lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
 .lecture .widget-hslider, .lecture button {height: 38px !important}
 .lecture .widget-hslider {width: auto !important} .lecture .words {width: 390px !important}
-.lecture .slider-container {flex: 1 0 130px !important; min-width: 130px}
+.lecture .slider-container {flex: 1 0 112px !important; min-width: 112px}
 .lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
-.lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important}
+.lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important;
+  margin-left: 20px !important}
 .lecture .widget-hslider .widget-label {margin-right: 22px}
 .lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}
 .lecture .noUi-connects, .lecture .noUi-target {background: #6e6e6e}

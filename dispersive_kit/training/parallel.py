@@ -1,8 +1,6 @@
 """Placement: which device, which precision, which rows of the global batch; and sharding over processes."""
 
 import ctypes
-import functools
-import mmap
 import os
 import sys
 from collections.abc import Iterable
@@ -36,26 +34,17 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     return accelerator
 
 
-@functools.cache
 def keep_freed_memory(device: torch.device) -> None:
-    """On a Linux CPU: what a step frees stays with the process for the next step, until the process ends, and the
-    first 2 GiB of it lie in huge pages. Call it before the model is built.
+    """On a Linux CPU: what a step frees stays with the process for the next step, until the process ends.
 
     glibc would give large blocks back to the kernel and take them again as zeroed pages: up to 200,000 page faults
-    in a training step of DiT-S/4 at batch 32, and a fifth of a guided DiT-T/2's time at batch 16. And in pages of
-    4 KiB, rather than of 2 MiB, the processor looks up addresses for a twentieth of such a step.
+    in a training step of DiT-S/4 at batch 32, and a fifth of a guided DiT-T/2's time at batch 16.
     """
-    if sys.platform != "linux" or device.type != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, mmap_threshold, advise_huge_pages = -1, -3, 14  # malloc.h, mman.h
-    libc.mallopt(trim_threshold, -1)  # never
-    libc.mallopt(mmap_threshold, 2**31 - 1)
-    # The kernel gives huge pages to whoever asks, and only for addresses that are there: the heap is made long first.
-    libc.malloc.restype = ctypes.c_void_p
-    if heap := libc.malloc(ctypes.c_size_t(size := 2**31 - 2**24)):
-        page = heap + (-heap) % mmap.PAGESIZE
-        libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(size - mmap.PAGESIZE), advise_huge_pages)
-        libc.free(ctypes.c_void_p(heap))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and device.type == "cpu":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def check_split(batch_size: int, processes: int, accumulation: int) -> int:

@@ -81,10 +81,10 @@ class Clock:
 def serve(pipe: Connection, ours: bool, compiled: bool) -> None:
     """Do what the pipe asks for, a step or what bounds it, and send how long its parts took."""
     torch.manual_seed(0)
+    model = build_dit("DiT-S/4")
     if ours:
         keep_freed_memory(torch.device("cpu"))
-    model = build_dit("DiT-S/4")
-    if not ours:
+    else:
         weights, model = model.state_dict(), PublicSiT()
         model.load_state_dict(weights)
     for block in model.blocks if compiled else ():

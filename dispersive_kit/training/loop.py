@@ -25,7 +25,7 @@ from dispersive_kit.errors import DispersiveError, KitError
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.draws import Batch
 from dispersive_kit.training.interrupt import StopRequest
-from dispersive_kit.training.measures import gradient_ratio, held_out_loss
+from dispersive_kit.training.measures import GradientRatio, held_out_loss
 from dispersive_kit.training.parallel import any_process, whole
 from dispersive_kit.training.session import Session, begin
 
@@ -97,8 +97,10 @@ def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
         rows = batch.rows(accelerator.process_index * config.accumulation + micro, parts)
         more_to_come = micro + 1 < config.accumulation
         with accelerator.no_sync(run.network) if more_to_come else contextlib.nullcontext():
-            loss, measured = _losses(run, rows, step, measure=measure)
+            loss, measured, ratio = _losses(run, rows, step, measure=measure)
             accelerator.backward(loss / config.accumulation)
+        if ratio:
+            measured["gradient_ratio"] = ratio.after_backward(1 / config.accumulation)
         values = {name: values.get(name, 0) + value / config.accumulation for name, value in measured.items()}
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -110,23 +112,26 @@ def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
     return values
 
 
-def _losses(run: Session, rows: Batch, step: int, *, measure: bool) -> tuple[Tensor, dict[str, Any]]:
+def _losses(
+    run: Session, rows: Batch, step: int, *, measure: bool
+) -> tuple[Tensor, dict[str, Any], GradientRatio | None]:
     """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
     if not (run.regularised or measure):
         with run.accelerator.autocast():
             loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
-        return loss, {"loss": loss.detach()}
+        return loss, {"loss": loss.detach()}, None
     regularizer = run.regularizer
     with regularizer, run.accelerator.autocast():
         loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws, taps=run.returned_taps)
     taps = list(aux.taps) or regularizer.captured
     dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step, taps=aux.taps or None)
     values: dict[str, Any] = {"loss": loss.detach()}
+    ratio = None
     if measure:
         stats = regularizer.stats
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
-        values["gradient_ratio"] = gradient_ratio(dispersive, loss, taps)
-    return (loss + dispersive if run.regularised else loss), values
+        ratio = GradientRatio(dispersive, taps, added=run.regularised)
+    return (loss + dispersive if run.regularised else loss), values, ratio
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -6,9 +6,11 @@ import torch
 
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError, KitError
+from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset
 from dispersive_kit.training.draws import DeviceSet, sample_index, stream
 from dispersive_kit.training.loop import learning_rate
+from dispersive_kit.training.measures import GradientRatio
 from dispersive_kit.training.session import Session, begin
 from dispersive_kit.training.sources import share_of
 
@@ -77,6 +79,18 @@ def test_the_placebo_brings_the_features_to_its_size_and_spreads_them_no_more_th
     relative = {name: values["dispersive"] for name, values in last.items()}
     assert relative["paper"] < -4 < relative["placebo"]  # -log 64 = -4.16: only the paper arm is at its floor
     assert last["placebo"]["gradient_ratio"] > 0
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(added):
+    torch.manual_seed(0)
+    x, w = torch.randn(8, 4, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    z = x @ w
+    loss, dispersive = z.sin().square().mean(), 0.3 * dispersive_loss(z)
+    pull, push = (torch.autograd.grad(value, z, retain_graph=True)[0].norm() for value in (dispersive, loss))
+    ratio = GradientRatio(dispersive, [z], added=added)
+    ((loss + dispersive if added else loss) / 3).backward()
+    torch.testing.assert_close(ratio.after_backward(1 / 3), pull / push)
 
 
 def test_training_leaves_the_global_generators_alone(tmp_path):

@@ -90,9 +90,9 @@ def evidence_markdown() -> str:
     counts = Counter(one.verdict["word"] for one in rows)
     titles = {one.plan.name: one.plan.title for one in rows}
     said = (
-        f"{len(rows)} contrasts in {len(titles)} studies: **{counts['better']} speak for** the arm (better than base), "
-        f"**{counts['worse']} against** it (worse), {counts['equivalent']} find no difference within a margin fixed "
-        f"beforehand, {counts['inconclusive']} leave it open."
+        f"{len(rows)} contrasts in {len(titles)} studies: **{counts['better']} for** the arm (better than base), "
+        f"**{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a margin fixed "
+        f"beforehand, {counts['inconclusive']} left open."
     )
     figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
     lines = [" | ".join(HEADER), " | ".join(["---"] * len(HEADER)), *(one.row for one in rows)]

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dispersive_kit.regularizers import KINDS, PRESETS, dispersive_loss, floor
+from dispersive_kit.regularizers.losses import EPS
 
 LOG_KINDS = [name for name, kind in KINDS.items() if kind.log]
 F64 = torch.float64
@@ -174,11 +175,14 @@ def test_floor_of_the_cosine_form_at_batch_128():
 @pytest.mark.parametrize("diagonal", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**20), B=st.integers(2, 8), dim=st.integers(2, 12))
+@example(seed=2, B=2, dim=11)  # a channel whose two values all but agree
 @settings(max_examples=25, deadline=None)
 def test_no_batch_is_below_the_floor(kind, diagonal, seed, B, dim):
     z = features(B, dim, seed=seed)
     low = floor(kind, B, diagonal=diagonal, dim=dim)
-    assert dispersive_loss(z, kind=kind, diagonal=diagonal).item() >= low - 1e-6  # EPS in the deviation
+    smallest = float(z.var(0, correction=0).min())  # a correlation falls short by EPS beside the variance
+    slack = 2 * EPS / smallest if kind == "covariance" else 0.0
+    assert dispersive_loss(z, kind=kind, diagonal=diagonal).item() >= low - slack - 1e-6
 
 
 def test_antipodal_clusters_do_not_pass_the_angular_floor():

@@ -33,6 +33,8 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     model, card = load_run(run)
     lines = read_metrics(run)
     last = lines[-1]
+    if "held_out" not in last:
+        raise KitError("the held-out loss of the last step is not finite")
     probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
     model = model.to(this_process().device)
     panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
@@ -44,8 +46,6 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
         record = panel.measure(images)[0]
         values[name] = record.value
         records.append(record)
-    if "held_out" not in last:
-        raise KitError("the held-out loss of the last step is not finite")
     values |= {"held_out": last["held_out"], **probe}
     ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
     bins = {name: value for name, value in last.items() if name.startswith("held_out_t")}

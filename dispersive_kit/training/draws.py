@@ -88,11 +88,11 @@ class DeviceSet:
         index = sample_index(seed, step, size, len(self)).to(device)
         generator = stream(seed, "batch", step, device)
         x0, y = self.samples[index], self.labels[index]
-        if x0.dtype == torch.uint8:
-            x0 = to_float(x0)
-        if flip:
+        if flip:  # while they are bytes: a quarter of the memory to move
             mirrored = torch.rand(size, generator=generator, device=device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        if x0.dtype == torch.uint8:
+            x0 = to_float(x0)
         if null_label is not None:
             dropped = torch.rand(size, generator=generator, device=device) < drop_prob
             y = torch.where(dropped, null_label, y)

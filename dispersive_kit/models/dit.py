@@ -187,6 +187,14 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
+def default_time_scale(interval: bool) -> float:
+    """1000 as in DiT; 1 for MeanFlow, whose target holds the model's derivative along t, 1000 times larger with it.
+
+    On digits, 300 steps, one seed: FD[digits-classifier48, N=2000] of two-step samples 10.2 with 1, 55.1 with 1000.
+    """
+    return 1.0 if interval else 1000.0
+
+
 class Conditioned(nn.Module):
     """What a model is told beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class."""
 
@@ -221,7 +229,7 @@ class DiT(Conditioned):
     output of block i counted from 0.
 
     learn_sigma: twice the channels out, the second half for the variance (public SiTs have and drop them).
-    time_scale: the embedder sees t * time_scale (1000 for DiT, 1 for SiT).
+    time_scale: the embedder sees t * time_scale (1000 for DiT, 1 for SiT); None is `default_time_scale(interval)`.
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
     checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
     with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
@@ -242,7 +250,7 @@ class DiT(Conditioned):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = False,
-        time_scale: float = 1000.0,
+        time_scale: float | None = None,
         qk_norm: bool = False,
         norm: str = "layer",
         mlp: str = "gelu",
@@ -256,7 +264,8 @@ class DiT(Conditioned):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.null_label = num_classes if num_classes and class_dropout_prob > 0 else None
-        self.num_heads, self.time_scale, self.checkpointing = num_heads, time_scale, checkpointing
+        self.num_heads, self.checkpointing = num_heads, checkpointing
+        self.time_scale = default_time_scale(interval) if time_scale is None else time_scale
         grid = input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .dit import Conditioned, LabelEmbedder, TimestepEmbedder
+from .dit import Conditioned, LabelEmbedder, TimestepEmbedder, default_time_scale
 
 
 class ResidualBlock(nn.Module):
@@ -33,11 +33,12 @@ class MLP(Conditioned):
         hidden_size: int = 128,
         depth: int = 4,
         num_classes: int = 0,
-        time_scale: float = 1000.0,
+        time_scale: float | None = None,
         interval: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.num_classes, self.time_scale = dim, num_classes, time_scale
+        self.dim, self.num_classes = dim, num_classes
+        self.time_scale = default_time_scale(interval) if time_scale is None else time_scale
         self.null_label = num_classes or None
         self.x_embedder = nn.Linear(dim, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)

@@ -2,11 +2,13 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive_kit.errors import ConfigError
@@ -209,6 +211,19 @@ def test_zero_interval_is_the_velocity():
         x = torch.randn(4, 4, 8, 8) if hasattr(model, "input_size") else torch.randn(4, 2)
         assert torch.equal(model(x, t, y), model(x, t, y, r=t))
         assert not torch.allclose(model(x, t, y), model(x, t, y, r=t / 2))
+
+
+@pytest.mark.parametrize("build", [partial(build_dit, "DiT-T/2", input_size=8, num_classes=0), MLP])
+def test_what_meanflow_differentiates_along_t_is_told_t_and_not_a_thousand_times_it(build):
+    def slope(**options):
+        model = randomised(build(interval=True, **options))
+        x, t = torch.randn(4, *model.sample_shape), torch.linspace(0.2, 0.8, 4)
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda t: model(x, t, r=t / 2), (t,), (torch.ones(4),))[1].norm()
+
+    torch.manual_seed(0)
+    assert slope(time_scale=1000.0) > 50 * slope()
+    assert build().time_scale == 1000
 
 
 def test_unknown_size_name_is_told_what_exists():

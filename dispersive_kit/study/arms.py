@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import RegularizerConfig, progress, shipped, train, train_preset
@@ -45,7 +46,8 @@ def read_previews(run: Path, columns: int = 8) -> dict[int, Tensor]:
     grids = {}
     for file in sorted((run / "previews").glob("step-*.png")):
         with Image.open(file) as image:
-            grid = pil_to_tensor(image)  # (C, rows (H + 1) + 1, columns (W + 1) + 1)
+            pixels = torch.from_numpy(np.array(image))
+        grid = pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)  # (C, rows (H + 1) + 1, columns (W + 1) + 1)
         side = (grid.shape[2] - 1) // columns
         cells = grid[:, 1:, 1:].unfold(1, side, side).unfold(2, side, side)  # (C, rows, columns, side, side)
         grids[int(file.stem[5:])] = cells.flatten(1, 2).transpose(0, 1)[..., :-1, :-1]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 from dispersive_kit.data import to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
@@ -53,6 +52,8 @@ def save_preview(samples: Tensor, file: Path) -> None:
     """A grid of images as PNG; points, and latents that only a decoder can show, as safetensors."""
     file.parent.mkdir(exist_ok=True)
     if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        from torchvision.utils import save_image  # two seconds that a command without pictures need not wait for
+
         save_image(samples.float() / 255, file.with_suffix(".png"), nrow=8, padding=1)
         return
     from safetensors.torch import save_file

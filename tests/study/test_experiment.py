@@ -195,6 +195,18 @@ def test_a_loss_without_a_floor_has_no_gap_and_is_measured_all_the_same(tmp_path
     assert "gap" not in summary(plan, mixed)[0]["described"]
 
 
+def test_a_run_whose_held_out_loss_is_not_finite_has_broken_down(finished, tmp_path):
+    plan, out, _ = finished
+    cell = plan.cells()[0]
+    shutil.copytree(out / cell.name / "training", tmp_path / cell.name / "training")
+    log = tmp_path / cell.name / "training" / "metrics.jsonl"
+    *lines, last = map(json.loads, log.read_text().splitlines())
+    del last["held_out"]  # what is not finite has no JSON: the training's log leaves it out
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, last]))
+    run = run_cell(plan, cell, out=tmp_path)
+    assert (run["status"], run["values"]) == ("crashed", {}) and "not finite" in run["error"]
+
+
 def test_missing_data_is_no_fault_of_the_arm_and_no_result(tmp_path, small_plan):
     plan = load_plan(str(write_plan(tmp_path, {**small_plan, "train": {"preset": "smoke", "data": "nowhere"}})))
     with pytest.raises(DataError, match="nowhere"):

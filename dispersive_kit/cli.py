@@ -17,8 +17,6 @@ from dispersive_kit.cli_study import study
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.options import Evaluation
 
-OUT_HELP = "Folder to write; refused if it holds something already."
-
 
 def demo(out: Path = Path("runs/demo"), resume: bool = False) -> None:
     """Run the main job headlessly: four notebooks on data that needs no download, then one offline report.
@@ -175,7 +173,7 @@ def sample(
         out: Folder to write grid.png and samples.npz into; refused if it holds something already.
         num: Number of images.
         label: Class of all images; all classes in turn if not given.
-        num_steps: Steps of Heun's method.
+        num_steps: Steps of the sampler: Heun, of DDPM runs DDIM, of MeanFlow runs its own.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Of the first image; image i has seed + i.
         weights: The average (ema), or the weights as last trained (model).
@@ -191,6 +189,8 @@ def sample(
 
     net, card = load_run(run, weights=weights)
     device = this_process().device
+    if len(net.sample_shape) != 3:
+        raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)

@@ -59,14 +59,14 @@ def report(plan: Annotated[str, tyro.conf.Positional], out: Path | None = None) 
 
     Args:
         plan: Name of a shipped plan, or the path of a YAML file.
-        out: Folder to write report.html into; runs/studies/NAME-HASH if not given.
+        out: Folder of the runs, as for run, which report.html is written into; runs/studies/NAME-HASH if not given.
     """
     from dispersive_kit.study.experiment import study_folder
     from dispersive_kit.study.plan import load_plan
     from dispersive_kit.study.results import load_results
 
     opened = load_plan(plan)
-    _report(opened, load_results(opened), out or study_folder(opened))
+    _report(opened, load_results(opened, out), out or study_folder(opened))
 
 
 def _report(plan: "Plan", results: dict[str, Any], folder: Path) -> None:

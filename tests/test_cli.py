@@ -80,11 +80,19 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     samples = ["evaluate", tmp_path / "samples.npz", "--data", "digits", "--extractor", "random-conv"]
     assert "--num 20" in refused(capsys, *samples)
     assert "(1, 8, 8)" in refused(capsys, *samples, "--num", "20")
+    for weights in ("optimizer", "model:0.08"):
+        assert "weights" in refused(capsys, "evaluate", trained, "--weights", weights, "--extractor", "random-conv")
     assert "has no parameter" in refused(capsys, "run", "06", "-p", "sed=3", "--out", new)
     assert "is int" in refused(capsys, "run", "06", "-p", "seed=three", "--out", new)
     assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)
     assert "00_start_here" in refused(capsys, "run", "42", "--out", new)
     assert not new.exists()
+
+
+def test_points_are_not_written_as_images(tmp_path, capsys):
+    main(["train", "--preset", "toy", "--steps", "2", "--out", str(tmp_path / "run")])
+    assert "no images" in refused(capsys, "sample", tmp_path / "run", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

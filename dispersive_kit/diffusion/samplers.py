@@ -145,6 +145,9 @@ def ddpm(
     clip].
     """
 
+    if variance not in ("posterior", "step", "learned"):
+        raise ConfigError(f"unknown variance {variance!r}; there are: posterior, step, learned")
+
     def step(x: Tensor, t: float, s: float) -> Tensor:
         a, b, low, high = path.posterior(at(t), at(s))
         out = f(x, t)

@@ -1,6 +1,7 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import DispersiveError
 from .gather import all_gather
 from .losses import measure
-from .options import PRESETS, LossOptions, check_choice, check_number
+from .options import LossOptions, check_choice, check_number, preset_settings
 from .schedules import Schedule
 from .stats import Record, Stats, Watch
 from .taps import At, Attached, Select
@@ -57,18 +58,14 @@ class Dispersive(Attached):
         super().__init__(model, at, depth, select, weight, schedule)
         self.gather, self.memory = gather, int(memory)
         self._records: list[Record] = []
-        self._watch = Watch()
+        self._watch, self._told = Watch(), False
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
         self._step: int | None = None
 
     @classmethod
     def from_preset(cls, model: nn.Module, name: str, at: At = None, **overrides: Any) -> "Dispersive":
         """With `PRESETS[name]`, changed by `overrides`; another kind comes with its own tau, unless given."""
-        check_choice("preset", name, tuple(PRESETS))
-        settings = dict(PRESETS[name])
-        if overrides.get("kind", settings["kind"]) != settings["kind"]:
-            del settings["tau"]  # not comparable across kinds
-        return cls(model, at, **{**settings, **overrides})
+        return cls(model, at, **preset_settings(name, overrides))
 
     @property
     def stats(self) -> Stats:
@@ -85,7 +82,7 @@ class Dispersive(Attached):
         step: int | None = None,
         taps: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Weighted loss (0-d) of what was captured last; zero in eval.
+        """Weighted loss (0-d) of what was captured last; zero in eval, which is said once where gradients are on.
 
         t, y: (B,), for t_window and ignore_same_class. step: the optimizer step, for schedule and memory.
         taps: features (B, ...) that the model returned itself, in the order of `paths`, instead of captured.
@@ -95,6 +92,13 @@ class Dispersive(Attached):
         """
         if not self.model.training:
             self._require_hooks()
+            if torch.is_grad_enabled() and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"Dispersive Loss on {', '.join(self.paths)} is 0 in eval mode, and gradients are on: call "
+                    "model.train() to train with it (from_pretrained leaves a model in eval mode)",
+                    stacklevel=2,
+                )
             return self._zero()
         features = self._take(taps)
         weight = self._weight(step)

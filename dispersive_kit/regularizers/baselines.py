@@ -150,6 +150,8 @@ class REPA(Attached):
             target = self.encoder(x0)
         for path, z in zip(self.paths, self._take(taps), strict=True):
             tokens = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z  # (B, N, C)
+            if not torch.is_autocast_enabled(tokens.device.type):  # a block under autocast gives bf16, also outside it
+                tokens = tokens.to(next((p.dtype for p in self.projector.parameters()), tokens.dtype))
             if target.ndim == 2 and tokens.ndim == 3:
                 tokens = tokens.mean(1)
             terms.append(alignment(self.projector(tokens), target.detach(), path))

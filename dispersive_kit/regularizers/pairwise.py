@@ -61,14 +61,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     settings = [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
     before = [setting.fp32_precision for setting in settings]
+    everywhere = None if settings else torch.get_float32_matmul_precision()  # torch before 2.9 has one setting for all
     try:
         for setting in settings:
             setting.fp32_precision = "ieee"
+        if everywhere:
+            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+        if everywhere:
+            torch.set_float32_matmul_precision(everywhere)
 
 
 class PairSum(torch.autograd.Function):

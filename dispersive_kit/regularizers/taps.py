@@ -198,7 +198,8 @@ def bare(name: str) -> str:
 def resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     names = ", ".join(list(modules)[:8])
     if isinstance(one, nn.Module):
-        paths = [path for path, module in modules.items() if module is one][:1]
+        compiled = getattr(one, "_orig_mod", one)  # `modules` has the block itself, not what torch.compile put round it
+        paths = [path for path, module in modules.items() if module in (one, compiled)][:1]
         hint = f"at= is a {type(one).__name__} that is not inside the model: take a module from it ({names}, ...)"
     elif isinstance(one, str):
         patterns = bare(one).split(".")

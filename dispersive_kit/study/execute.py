@@ -69,7 +69,7 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
     While another process runs in the folder, this one waits.
 
     Raises:
-        ConfigError: no such notebook or parameter, or a value of the wrong type; no kernel was started.
+        ConfigError: no such notebook or parameter, or a value of the wrong type.
     """
     notebook, given = find_notebook(name), parameters or {}
     check_parameters(notebook, given)

@@ -48,8 +48,11 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1, data_dir: str | None =
     """Run what is not done yet, tuning first; yields each run as it ends.
 
     Raises:
-        KitError: a run could not be brought to its end (a lost worker, no data, a full disk); what is done is kept.
+        ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full disk);
+            what is done is kept.
     """
+    if workers < 1:
+        raise ConfigError(f"{workers} workers cannot run anything: --workers takes 1 or more")
     yield from _run_cells(plan, plan.tuning_cells(), out, workers, data_dir)
     chosen = choose(plan, collect(plan, plan.tuning_cells(), out))
     yield from _run_cells(plan, plan.cells(chosen), out, workers, data_dir)
@@ -139,6 +142,6 @@ def collect(plan: Plan, cells: list[Cell], out: Path) -> list[dict[str, Any]]:
     if missing := [cell.name for cell in cells if not is_done(plan, cell, out)]:
         raise DataError(
             f"{len(missing)} of {len(cells)} runs of {plan.name} are not done ({missing[0]}, ...), and its number of "
-            f"seeds is fixed: go on with dispersive-kit study run {plan.name}"
+            f"seeds is fixed: go on with dispersive-kit study run {plan.called}"
         )
     return [read_json(_file(cell, out)) for cell in cells]

@@ -30,7 +30,7 @@ from dispersive_kit.study.schema import check_form
 from dispersive_kit.study.verdict import LEVEL, smallest_p
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
-LEAST_SEEDS = 6  # five pairs cannot reach p < 0.05
+LEAST_SEEDS, MOST_SEEDS = 6, 20  # five pairs cannot reach p < 0.05; an exact test looks at 2^n choices of signs
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ class Plan:
     cpu_hours: float
     notes: str = ""
     file: Path = field(default=Path(), compare=False)
+
+    @property
+    def called(self) -> str:
+        """What `dispersive-kit study run` takes: the name of a shipped plan, or the path of another."""
+        return self.name if self.file.parent == studies_folder() else str(self.file)
 
     @property
     def contrasts(self) -> tuple[Contrast, ...]:
@@ -217,6 +222,8 @@ def _check_names(plan: Plan) -> None:
 
 def _check_seeds(plan: Plan) -> None:
     n, wanted = len(plan.seeds), max(1, len(plan.secondaries))
+    if n > MOST_SEEDS:
+        raise ConfigError(f"{plan.name}: {n} seeds are more than an exact test can list; take at most {MOST_SEEDS}")
     if n < LEAST_SEEDS:
         raise ConfigError(
             f"{plan.name}: {n} seeds cannot reach p < {LEVEL}, the exact sign-flip test gives {smallest_p(n):.3g} at "
@@ -240,7 +247,8 @@ def _check_tuning(plan: Plan) -> None:
 
 
 def _check_settings(plan: Plan) -> None:
-    for cell in (*plan.cells(), *plan.tuning_cells()):
+    cells = (*plan.cells(), *plan.tuning_cells())
+    for cell in cells:
         plan.config(cell)
-    if "seed" in {**plan.train, **{k: 1 for c in plan.cells() for k in c.settings}}:
+    if "seed" in {*plan.train, *(name for cell in cells for name in cell.settings)}:
         raise ConfigError(f"{plan.name}: seeds stand in `seeds`, and are the same in all arms")

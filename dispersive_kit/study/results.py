@@ -55,16 +55,17 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     return results
 
 
-def load_results(plan: Plan) -> dict[str, Any]:
-    """Results of a plan: of the study run here, else those that come with the kit.
+def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
+    """Results of a plan: of the runs in `out`, else of the study run here, else those that come with the kit.
 
     Raises:
         DataError: there are none, or they are of the plan as it was before a change.
     """
-    for file in (study_folder(plan) / "results.json", _shipped_file(plan)):
+    folders = [study_folder(plan)] if out is None else [out, study_folder(plan)]
+    for file in (*(folder / "results.json" for folder in folders), _shipped_file(plan)):
         if file.is_file():
             return _read_results(plan, file)
-    raise DataError(f"{plan.name} has no results yet: dispersive-kit study run {plan.name}")
+    raise DataError(f"{plan.name} has no results yet: dispersive-kit study run {plan.called}")
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def sign_flip_p(x: NDArray[np.float64]) -> float:
     """Exact two-sided p that the mean of x (n,) is 0, over all 2^n signs: no assumption but symmetry about 0."""
     from scipy.stats import permutation_test
 
-    test = permutation_test((x,), _mean, permutation_type="samples", n_resamples=np.inf, vectorized=True)
+    test = permutation_test((x,), _mean, permutation_type="samples", n_resamples=np.inf, vectorized=True, batch=2**14)
     return float(test.pvalue)
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, DispersiveError
+from dispersive_kit.regularizers.options import PRESETS, LossOptions, check_number, preset_settings
 from dispersive_kit.regularizers.schedules import Schedule
 
 
@@ -40,6 +41,28 @@ class RegularizerConfig:
         if self.schedule:
             options["schedule"] = Schedule(self.schedule, self.schedule_steps)
         return {k: v for k, v in options.items() if v is not None}
+
+    def check(self) -> None:
+        """Raises ConfigError: no such preset or option, options at odds, or options without a preset."""
+        if self.preset not in ("none", *PRESETS):
+            raise ConfigError(f"unknown regularizer.preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
+        default = RegularizerConfig(self.preset, at=self.at, depth=self.depth)  # where "none" measures
+        idle = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        if self.preset == "none" and idle:
+            raise ConfigError(
+                f"regularizer.{idle[0]} is set and regularizer.preset is none, which adds no loss: choose one of "
+                f"{', '.join(PRESETS)} to start from"
+            )
+        if self.norm_matched is not None and not self.norm_matched > 0:
+            raise ConfigError(f"regularizer.norm_matched must be above 0, got {self.norm_matched}")
+        if self.preset != "none":
+            try:
+                settings = preset_settings(self.preset, self.overrides())
+                known = {f.name for f in fields(LossOptions)}
+                LossOptions.of({name: value for name, value in settings.items() if name in known})
+                check_number("weight", settings["weight"], at_least=0.0)
+            except DispersiveError as error:
+                raise ConfigError(f"regularizer: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,7 @@ class TrainConfig:
             raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
+        self.regularizer.check()
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"unknown precision {self.precision!r}; there are: auto, fp32, bf16")
 
@@ -114,9 +138,9 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
-        fields = json.loads(text)
-        fields |= {name: tuple(fields.get(name, ())) for name in ("ema_widths", "classes")}
-        return cls(**{**fields, "regularizer": RegularizerConfig(**fields["regularizer"])})
+        values = json.loads(text)
+        values |= {name: tuple(values.get(name, ())) for name in ("ema_widths", "classes")}
+        return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 
 
 # Cadence and place change no number, so a resumed run may alter them.

@@ -173,11 +173,12 @@ def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = No
 def _weights(run_dir: Path, checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     name, colon, width = weights.partition(":")
     if colon:
-        if not width.replace(".", "", 1).isdigit():
-            raise CheckpointError(f"weights {weights!r}: after the colon goes a width, as in ema:0.08")
+        if name != "ema" or not width.replace(".", "", 1).isdigit():
+            raise CheckpointError(f"weights {weights!r}: a width goes after ema and a colon, as in ema:0.08")
         return reconstruct(run_dir / SNAPSHOTS, float(width), step=checkpoint.step)
-    if name not in checkpoint.groups:
-        raise CheckpointError(f"{run_dir} holds {', '.join(checkpoint.groups)} weights only, not {weights!r}")
+    known = [group for group in checkpoint.groups if group != "optimizer"]
+    if name not in known:
+        raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
     return checkpoint.groups[name]
 
 

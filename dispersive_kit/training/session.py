@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dispersive_kit.diffusion.objectives import Objective
-from dispersive_kit.errors import CheckpointError
+from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.baselines import NormMatched
 from dispersive_kit.training.checkpoint import (
@@ -80,7 +81,7 @@ class Session:
         """Blocks whose features the model must return itself: a hook cannot see through MeanFlow's derivative."""
         if self.config.objective != "meanflow":
             return ()
-        return tuple(int(path.rpartition(".")[2]) for path in self.regularizer.paths)
+        return tuple(int(path.removeprefix("blocks.")) for path in self.regularizer.paths)
 
     def close(self) -> None:
         """Leave no hook, no lock and no open file behind."""
@@ -173,6 +174,11 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     model = build_model(config, source.card).to(device)
     averages = {"ema": EMA(model, config.ema_decay), **{str(w): PowerEMA(model, w) for w in config.ema_widths}}
     regularizer = attach_regularizer(model, config.regularizer)
+    if config.objective == "meanflow" and not all(re.fullmatch(r"blocks\.\d+", path) for path in regularizer.paths):
+        raise ConfigError(
+            f"regularizer.at is {', '.join(regularizer.paths)}: with MeanFlow it must be whole blocks, such as "
+            "blocks.1, since the model itself returns their outputs"
+        )
     card, held = run_card(config, accelerator, source, model), None
     if accelerator.is_main_process:
         source.verify()
@@ -236,11 +242,18 @@ def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, mode
 
 
 def attach_regularizer(model: nn.Module, config: RegularizerConfig) -> Dispersive:
-    """Dispersive Loss as configured, or its placebo; without one, the paper's, which is then measured and not added."""
+    """Dispersive Loss as configured, or its placebo; without one, the paper's, which is then measured and not added.
+
+    Raises:
+        ConfigError: the model has no such block, or an option does not fit the number of processes.
+    """
     preset = "paper" if config.preset == "none" else config.preset
-    if config.norm_matched:
-        return NormMatched.from_preset(model, preset, **config.overrides(), rms=config.norm_matched)
-    return Dispersive.from_preset(model, preset, **config.overrides())
+    try:
+        if config.norm_matched is not None:
+            return NormMatched.from_preset(model, preset, **config.overrides(), rms=config.norm_matched)
+        return Dispersive.from_preset(model, preset, **config.overrides())
+    except DispersiveError as error:
+        raise ConfigError(f"regularizer: {error}") from error
 
 
 def versions() -> dict[str, str]:

@@ -99,6 +99,11 @@ def tanh_field(x, t):
     return torch.tanh(3 * x) * (1 + 2 * t[:, None]) - x.roll(1, 1) * torch.cos(5 * t)[:, None]
 
 
+def test_a_variance_that_ddpm_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match="'lerned'; there are: posterior, step, learned"):
+        ddpm(tanh_field, torch.zeros(2, 3), time_grid(2), seeds=[0, 1], variance="lerned")
+
+
 def test_adaptive_solver_equals_torchdiffeq():
     from torchdiffeq import odeint
 

@@ -129,6 +129,16 @@ def test_repa_takes_token_features_and_refuses_others():
     assert REPA(model, encoder=torch.nn.Identity(), projector=nn.Identity()).loss(x).item() == 0
 
 
+def test_repa_takes_features_in_bf16_outside_autocast_too():
+    model = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train()
+    repa = REPA(
+        model, encoder=lambda x: torch.ones(len(x), 5), projector=nn.Linear(96, 5), select=lambda z: z.bfloat16()
+    )
+    with repa, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(3, 4, 8, 8), torch.rand(3))
+    assert repa.loss(torch.randn(3, 4, 8, 8)).requires_grad
+
+
 def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
     # mutation: NormMatched adds the Dispersive Loss it measures
     torch.manual_seed(0)

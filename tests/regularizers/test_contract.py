@@ -1,6 +1,7 @@
 """The plug-in's contract on the kit's own DiT, line by line. A `mutation` was tried and fails the test."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -239,7 +240,21 @@ def test_eval_captures_nothing_and_the_loss_is_zero():
     reg = Dispersive(model, "blocks.1")
     with reg:
         model(X, T)
-    assert not reg.captured and reg.loss().item() == 0 and not reg.loss().requires_grad
+    with pytest.warns(UserWarning, match=r"blocks\.1 is 0 in eval mode.*model\.train"):
+        assert not reg.captured and reg.loss().item() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, and never where no gradient is wanted
+        assert not reg.loss().requires_grad
+        with torch.no_grad():
+            assert Dispersive(model, "blocks.1").loss().item() == 0
+
+
+def test_a_block_that_was_compiled_by_itself_is_known_by_the_compiled_module():
+    model = make_model()
+    model.blocks[1] = compiled(model.blocks[1])
+    reg = Dispersive(model, model.blocks[1])
+    assert reg.paths == ["blocks.1"]
+    assert_same(step(model, reg), expected())
 
 
 def test_state_dict_is_unchanged_and_remove_leaves_no_hook():

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from dispersive_kit.cli import main
-from dispersive_kit.errors import DataError
+from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.study import experiment
-from dispersive_kit.study.experiment import is_done, run_cell
+from dispersive_kit.study.experiment import is_done, run_cell, run_study
 from dispersive_kit.study.plan import load_plan
 from dispersive_kit.study.results import conclude, load_results, summary, verdicts
 from dispersive_kit.study.schema import write_json
@@ -90,6 +90,23 @@ def test_the_page_stands_alone_and_shows_plan_verdict_and_runs(finished):
     assert "stop_rule: six pairs" in page and "co-primary" in page and "paper/one/seed=5" in page
 
 
+def test_a_report_of_runs_that_lie_elsewhere_is_of_those(finished, tmp_path, monkeypatch, capsys):
+    plan, out, said = finished
+    monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(tmp_path))  # where there is none
+    main(["study", "report", str(plan.file), "--out", str(out)])
+    verdict = re.search(r"^primary .*$", said, re.MULTILINE)
+    assert verdict and verdict.group() in capsys.readouterr().out
+
+
+def test_a_block_that_is_not_there_is_a_fault_of_the_plan_and_no_crash(tmp_path, small_plan):
+    arms = {"base": {}, "paper": {"regularizer.preset": "paper", "regularizer.at": "block.2"}}
+    plan = load_plan(str(write_plan(tmp_path, {**small_plan, "arms": arms})))
+    with pytest.raises(ConfigError, match=r"no module 'block\.2'"):
+        run_cell(plan, plan.cells()[1], out=tmp_path)
+    with pytest.raises(ConfigError, match="0 workers"):
+        next(run_study(plan, tmp_path, workers=0))
+
+
 def test_a_plan_that_ships_is_listed_and_one_that_does_not_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(tmp_path))
     main(["study", "list"])
@@ -157,7 +174,7 @@ def test_a_changed_plan_takes_no_old_run(finished, tmp_path, small_plan):
 def test_results_of_an_earlier_plan_are_refused(finished, tmp_path, small_plan, monkeypatch):
     plan, out, _ = finished
     monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(tmp_path))
-    with pytest.raises(DataError, match="small has no results yet: dispersive-kit study run small"):
+    with pytest.raises(DataError, match=r"small has no results yet: dispersive-kit study run /.*small\.yaml"):
         load_results(plan)
     place = tmp_path / "studies" / f"small-{plan.sha256[:8]}"
     place.mkdir(parents=True)

@@ -61,6 +61,28 @@ REFUSED = {
     "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper, one, frechet\) stands twice"),
     "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"no setting is named 'regularizer\.lambda'"),
     "a setting of another type": ({"train__steps": "many"}, r"steps='many' is not of type int"),
+    "no such preset": (
+        {"arms__paper": {"regularizer.preset": "papre"}}, r"unknown regularizer\.preset 'papre'.*paper"
+    ),
+    "no such kind": (
+        {"arms__paper": {"regularizer.preset": "paper", "regularizer.kind": "cosin"}}, r"kind 'cosin' is unknown"
+    ),
+    "options at odds": (
+        {"arms__paper": {"regularizer.preset": "paper", "regularizer.kind": "covariance", "regularizer.tau": 1.0}},
+        r"'covariance' has no scale",
+    ),
+    "a weight of no preset": (
+        {"arms__paper": {"regularizer.weight": 0.1}}, r"weight is set and regularizer\.preset is none"
+    ),
+    "a placebo of no preset": ({"arms__paper": {"regularizer.norm_matched": 6.5}}, r"norm_matched is set"),
+    "a placebo of no size": (
+        {"arms__paper": {"regularizer.preset": "paper", "regularizer.norm_matched": 0.0}},
+        r"norm_matched must be above 0",
+    ),
+    "more seeds than can be tested": ({"seeds": list(range(24))}, r"24 seeds are more .* at most 20"),
+    "a seed of its own for a trial": (
+        {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{"seed": 3}]}}, r"seeds stand in `seeds`"
+    ),
     "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds stand in `seeds`"),
     "tuning on the confirmation seeds": (
         {"tuning__seeds": [5], "tuning__trials": {"base": [{}], "paper": [{}]}},

@@ -15,6 +15,7 @@ from dispersive_kit.training.session import Session, begin
 from dispersive_kit.training.sources import share_of
 
 SMOKE = train_preset("smoke", steps=6)
+PART = RegularizerConfig(preset="paper", at="blocks.1.adaLN_modulation.1")  # no whole block, and it ends with a number
 PAPER = dataclasses.replace(SMOKE, regularizer=RegularizerConfig(preset="paper"))
 
 
@@ -168,10 +169,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
         ({"data": "digit"}, KitError, "digits, photos, mnist, cifar10"),
         ({"model": "DiT-Q/2"}, ConfigError, "DiT-XL"),
         ({"model": "DiT-T/16"}, ConfigError, "patch"),
-        ({"regularizer": RegularizerConfig(preset="papers")}, DispersiveError, "official-pytorch"),
-        ({"regularizer": RegularizerConfig(preset="paper", at="blocks.7")}, DispersiveError, "blocks.7"),
-        ({"regularizer": RegularizerConfig(preset="paper", kind="infonce")}, DispersiveError, "infonce_l2"),
+        ({"regularizer": RegularizerConfig(preset="papers")}, ConfigError, "official-pytorch"),
+        ({"regularizer": RegularizerConfig(preset="paper", at="blocks.7")}, ConfigError, "blocks.7"),
+        ({"regularizer": RegularizerConfig(preset="paper", kind="infonce")}, ConfigError, "infonce_l2"),
         ({"batch_size": 1, "regularizer": RegularizerConfig(preset="paper")}, DispersiveError, "batch of one"),
+        ({"regularizer": RegularizerConfig(weight=0.5)}, ConfigError, "preset is none"),
+        ({"objective": "meanflow", "regularizer": PART}, ConfigError, "whole blocks"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_cure(tmp_path, config, error, words):

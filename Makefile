@@ -52,8 +52,8 @@ $(VENV)/constraints.txt: constraints.txt
 	fi
 
 $(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
-	@echo "installing the kit and its notebooks extra into $(VENV) (some minutes, some GB: PyTorch is among it)"
-	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[notebooks]'
+	@echo "installing the kit and its extras for notebooks into $(VENV) (some minutes, some GB: PyTorch is among it)"
+	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[notebooks,latents]'
 	@mkdir -p $(VENV)/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@

@@ -18,7 +18,8 @@ def test_environment_yml_agrees_with_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     conda = {d for d in environment if isinstance(d, str)} - {"pip"}
     wanted = {f"python{PROJECT['requires-python']}"}
-    for requirement in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["notebooks"]:
+    extras = PROJECT["optional-dependencies"]
+    for requirement in PROJECT["dependencies"] + extras["notebooks"] + extras["latents"]:
         name, bound = re.fullmatch(r"([\w-]+)(>=[\d.]+)", requirement).groups()
         wanted.add(CONDA_NAMES.get(name, name) + bound)
     assert conda == wanted

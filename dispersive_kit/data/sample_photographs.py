@@ -20,7 +20,7 @@ def photographs() -> dict[str, NDArray[np.uint8]]:
         from skimage import data
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise DataError("the photographs need both: pip install scikit-image 'dispersive-kit[notebooks]'") from error
+        raise DataError("the photographs need both: pip install 'dispersive-kit[notebooks,latents]'") from error
     found = {name: getattr(data, name)() for name in IN_SCIKIT_IMAGE}
     china, flower = load_sample_images().images
     return {**found, "motorcycle": data.stereo_motorcycle()[0], "china": china, "flower": flower}

@@ -27,22 +27,24 @@ LABELS = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss",
 
 def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
     """A column for each condition: above, one line a seed through all arms; below, the ratio to the reference with its
-    95 % interval of each arm that has a verdict, and the margin of what counts as equal. A crash is a gap in its line.
+    95 % interval of each arm that has a verdict, and the margin of what counts as equal; without a verdict the lines
+    alone. A crash is a gap in its line.
 
     The reference stands first, then the arms from the lowest to the highest value in the first condition.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
     arms = _sorted_arms(results, measure)
     judged = [arm for arm in arms if any((v["arm"], v["measure"]) == (arm, measure) for v in results["verdicts"])]
-    below_height = 0.9 + 0.27 * len(judged)
+    heights = [3.2, 0.9 + 0.27 * len(judged)] if judged else [3.2]
     figure, axes = plt.subplots(
-        2, len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), 3.2 + below_height),
-        squeeze=False, height_ratios=(3.2, below_height), sharey="row",
+        len(heights), len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), sum(heights)),
+        squeeze=False, height_ratios=heights, sharey="row",
     )  # fmt: skip
-    for (above, below), condition in zip(axes.T, conditions, strict=True):
-        _slopes(above, results, condition, arms, measure)
-        _differences(below, results, condition, judged, measure)
-        above.set_title(condition)
+    for column, condition in zip(axes.T, conditions, strict=True):
+        _slopes(column[0], results, condition, arms, measure)
+        column[0].set_title(condition)
+        if judged:
+            _differences(column[1], results, condition, judged, measure)
     axes[0, 0].set_ylabel(LABELS.get(measure, measure))
     return figure
 

@@ -190,7 +190,7 @@ class PatchEmbed(nn.Module):
 def default_time_scale(interval: bool) -> float:
     """1000 as in DiT; 1 for MeanFlow, whose target holds the model's derivative along t, 1000 times larger with it.
 
-    On digits, 300 steps, one seed: FD[digits-classifier48, N=2000] of two-step samples 10.2 with 1, 55.1 with 1000.
+    With 1000 a DiT-T/2 does not learn digits in 300 steps, and with 1 it does (tests/training/test_meanflow.py).
     """
     return 1.0 if interval else 1000.0
 

@@ -46,11 +46,11 @@ class RegularizerConfig:
         """Raises ConfigError: no such preset or option, options at odds, or options without a preset."""
         if self.preset not in ("none", *PRESETS):
             raise ConfigError(f"unknown regularizer.preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
-        default = RegularizerConfig(self.preset, at=self.at, depth=self.depth)  # where "none" measures
-        idle = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        if self.preset == "none" and idle:
+        measuring = RegularizerConfig("none", at=self.at, depth=self.depth, gather=self.gather)  # what "none" takes
+        if self.preset == "none" and self != measuring:
+            name = next(f.name for f in fields(self) if getattr(self, f.name) != getattr(measuring, f.name))
             raise ConfigError(
-                f"regularizer.{idle[0]} is set and regularizer.preset is none, which adds no loss: choose one of "
+                f"regularizer.{name} is set and regularizer.preset is none, which adds no loss: choose one of "
                 f"{', '.join(PRESETS)} to start from"
             )
         if self.norm_matched is not None and not self.norm_matched > 0:

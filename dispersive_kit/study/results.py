@@ -173,14 +173,18 @@ def _shared_record(runs: Sequence[Run]) -> dict[str, Any]:
     """What all runs say of how they were measured.
 
     Raises:
-        DataError: reference or extractor differ.
+        DataError: reference or extractor differ, or, within a condition, the training images.
     """
-    records = [run["record"] for run in runs if run["status"] == "ok"]
+    ended = [run for run in runs if run["status"] == "ok"]
+    records = [run["record"] for run in ended]
     if not records:
         return {}
     for name in ("reference", "extractor", "data_sha256"):
-        if any(record[name] != records[0][name] for record in records):
-            raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
+        first: dict[str, Any] = {}
+        for run in ended:  # a share of the training images may be a condition
+            place = run["condition"] if name == "data_sha256" else ""
+            if first.setdefault(place, run["record"][name]) != run["record"][name]:
+                raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
     return {name: value for name, value in records[0].items() if all(r.get(name) == value for r in records)}
 
 

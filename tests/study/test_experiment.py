@@ -107,6 +107,22 @@ def test_a_block_that_is_not_there_is_a_fault_of_the_plan_and_no_crash(tmp_path,
         next(run_study(plan, tmp_path, workers=0))
 
 
+def test_training_images_may_differ_between_conditions_and_not_within_one(finished, tmp_path, small_plan):
+    _, out, _ = finished
+    shares = {"all": {}, "half": {"data_share": 0.5}}
+    two = load_plan(str(write_plan(tmp_path, {**small_plan, "conditions": shares})))
+    for cell in two.cells():
+        run = json.loads((out / "confirmation" / cell.arm / "one" / f"seed={cell.seed}" / "result.json").read_text())
+        own = {"plan_sha256": two.sha256, "condition": cell.condition, "settings": cell.settings}
+        (tmp_path / cell.name).mkdir(parents=True)
+        record = {**run["record"], "data_sha256": cell.condition}
+        write_json(tmp_path / cell.name / "result.json", {**run, **own, "record": record})
+    assert "data_sha256" not in conclude(two, tmp_path)["record"]
+    write_json(tmp_path / cell.name / "result.json", {**run, **own})
+    with pytest.raises(DataError, match="different data_sha256"):
+        conclude(two, tmp_path)
+
+
 def test_a_plan_that_ships_is_listed_and_one_that_does_not_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(tmp_path))
     main(["study", "list"])

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -43,11 +41,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 def read_previews(run: Path, columns: int = 8) -> dict[int, Tensor]:
     """The preview grids of a run by step, cut into their images: uint8 (N, C, H, W)."""
+    from torchvision.transforms.v2.functional import pil_to_tensor  # slow to import, and the commands do not need it
+
     grids = {}
     for file in sorted((run / "previews").glob("step-*.png")):
         with Image.open(file) as image:
-            pixels = torch.from_numpy(np.array(image))
-        grid = pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)  # (C, rows (H + 1) + 1, columns (W + 1) + 1)
+            grid = pil_to_tensor(image)  # (C, rows (H + 1) + 1, columns (W + 1) + 1)
         side = (grid.shape[2] - 1) // columns
         cells = grid[:, 1:, 1:].unfold(1, side, side).unfold(2, side, side)  # (C, rows, columns, side, side)
         grids[int(file.stem[5:])] = cells.flatten(1, 2).transpose(0, 1)[..., :-1, :-1]

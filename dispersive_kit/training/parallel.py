@@ -81,7 +81,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor. Its module takes a second to import, which a run in one process need not wait for."""
+    """Whether it is a DTensor. Its module is slow to import, and a run in one process does not need it."""
     return hasattr(tensor, "to_local")
 
 

@@ -52,7 +52,7 @@ def save_preview(samples: Tensor, file: Path) -> None:
     """A grid of images as PNG; points, and latents that only a decoder can show, as safetensors."""
     file.parent.mkdir(exist_ok=True)
     if samples.ndim == 4 and samples.shape[1] in (1, 3):
-        from torchvision.utils import save_image  # two seconds that a command without pictures need not wait for
+        from torchvision.utils import save_image  # slow to import, and a run without pictures does not need it
 
         save_image(samples.float() / 255, file.with_suffix(".png"), nrow=8, padding=1)
         return

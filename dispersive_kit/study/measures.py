@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dispersive_kit.analysis.dispersion import rankme, spectrum
 from dispersive_kit.analysis.features import LEVELS, extract, pooled
 from dispersive_kit.analysis.probes import Split, Splits, choose_and_test
 from dispersive_kit.errors import KitError
@@ -15,13 +16,15 @@ from dispersive_kit.evaluation.features import make_extractor
 from dispersive_kit.evaluation.panel import Panel
 from dispersive_kit.evaluation.processes import this_process
 from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.regularizers import PRESETS
+from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.arms import read_metrics
 from dispersive_kit.study.plan import Sampling
 from dispersive_kit.training import TrainConfig, load_run
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
-DESCRIBED = ("feature_rms", "effective_rank", "gap", "dispersive")  # of the last step's batch, where they are finite
+DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
 
 
 def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     if "held_out" not in last:
         raise KitError("the held-out loss of the last step is not finite")
     probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
+    pooled_rank = measure_pooled_rank(model, config)
     model = model.to(this_process().device)
     panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
     labels = balanced_labels(how.num, model.num_classes)
@@ -50,7 +54,7 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
     bins = {name: value for name, value in last.items() if name.startswith("held_out_t")}
     known = {name: last[name] for name in DESCRIBED if name in last}
-    described = {"gradient_ratio": statistics.median(ratios), **bins, **known}
+    described = {"gradient_ratio": statistics.median(ratios), **bins, **known, "pooled_rank": pooled_rank}
     return {"values": values, "described": described, "record": _record(records[0], card, config, how)}
 
 
@@ -74,6 +78,18 @@ def _record(number: Any, card: dict[str, Any], config: TrainConfig, how: Samplin
         **shared,
         **data,
     }
+
+
+def measure_pooled_rank(model: Any, config: TrainConfig) -> float:
+    """RankMe of the mean tokens of clean held-out images after the block that the published settings tap.
+
+    The effective rank in the training log is of the rows that the arm's loss saw: 64 of as many channels as its pooling
+    leaves. This one is of the same images, block and pooling whatever the arm, so that arms may be compared.
+    """
+    images = draw_images(load_reference(config)[1], TESTED).images
+    (features,) = extract(pooled(model), images, LEVELS[:1])  # (1, blocks, N, D)
+    tapped = block_at(dict(model.named_modules()), PRESETS["paper"]["depth"])
+    return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
 
 
 def _probe_accuracy(model: Any, config: TrainConfig) -> float:

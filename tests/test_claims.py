@@ -58,17 +58,27 @@ def test_a_claim_rests_on_runs_that_exist_or_on_a_check_that_can_fail(claim):
         notebook = json.loads((notebooks_folder() / f"{claim.check['notebook']}.ipynb").read_text())
         code = "".join(line for cell in notebook["cells"] if cell["cell_type"] == "code" for line in cell["source"])
         assert f'nb.check("{claim.check["promise"]}"' in code  # and test_notebooks.py perturbs every check
-    elif claim.study:
-        assert len(run_ids(claim)) == 2 * len(load_plan(claim.study).seeds)
+    elif claim.verdicts:
+        studies = {ground["study"] for ground in claim.verdicts}
+        assert len(run_ids(claim)) >= sum(2 * len(load_plan(study).seeds) for study in studies)
     else:
         assert all((shipped(run) / "metrics.jsonl").is_file() for run in run_ids(claim))
         assert "one seed" in next(s for s in SENTENCES if claim_of(s) == claim)
 
 
 def test_a_claim_on_a_verdict_that_was_not_registered_is_refused():
-    claim = next(claim for claim in load_claims() if claim.study)
+    claim = next(claim for claim in load_claims() if claim.verdicts)
+    ground = {**claim.verdicts[0], "measure": "beauty"}
     with pytest.raises(DataError, match="has no ground"):
-        run_ids(dataclasses.replace(claim, contrast={"arm": "paper", "measure": "beauty"}))
+        run_ids(dataclasses.replace(claim, verdicts=(ground,)))
+
+
+@pytest.mark.parametrize("claim", [c for c in load_claims() if c.verdicts], ids=lambda c: c.sentence[:50])
+def test_a_claim_whose_verdict_has_another_word_is_noticed(claim):
+    for i, ground in enumerate(claim.verdicts):
+        turned = {**ground, "word": "better" if ground["word"] != "better" else "worse"}
+        others = (*claim.verdicts[:i], turned, *claim.verdicts[i + 1 :])
+        assert len(disagreements(dataclasses.replace(claim, verdicts=others))) == 1
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -132,7 +142,8 @@ def test_every_verdict_is_a_row_and_every_row_a_claim():
     assert len(rows) == len(verdicts) >= 2
     for row, (name, verdict) in zip(rows, verdicts, strict=True):
         claim = claim_of(row)
-        assert (claim.study, claim.contrast["arm"], claim.sentence) == (name, verdict["arm"], row)
+        (ground,) = claim.verdicts
+        assert (ground["study"], ground["arm"], claim.sentence) == (name, verdict["arm"], row)
         assert len(claim.numbers) >= 5 and len(run_ids(claim)) == 2 * verdict["n"]
 
 

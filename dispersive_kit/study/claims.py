@@ -1,4 +1,4 @@
-"""What the README says, sentence by sentence, and where it comes from: a study's runs, shipped runs, or a check.
+"""What the README says, sentence by sentence, and where it comes from: verdicts of studies, shipped runs, or a check.
 
 notebooks/claims.yaml lists them, and each row of the table of verdicts is one. A claim's numbers are worked out again
 from its source, and written with as many digits as the README has.
@@ -6,6 +6,7 @@ from its source, and written with as many digits as the README has.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -23,21 +24,25 @@ from dispersive_kit.study.schema import check_form
 from dispersive_kit.training import shipped
 
 TABLE = re.compile(r"^## What is known\n\n\|.*\n\|[-|]+\n((?:\|.*\n)+)((?:(?!## ).*\n)*)", re.MULTILINE)
+FOUND = re.compile(r"^What they say so far:\n\n((?:[- ].*\n)+)", re.MULTILINE)
+POINT = re.compile(r"^- (.+(?:\n  .+)*)", re.MULTILINE)
 OTHERS = ("the paper's official README", "the same")  # sources of rows that are not the kit's own
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One sentence. Its source is one of: `study` with a `contrast`, shipped `runs`, or a `check` of a notebook.
+    """One sentence. It rests on one of: `verdicts` of studies, shipped `runs`, or a `check` of a notebook.
 
-    numbers: what the sentence says, and how to work it out: {says: "0.190", last: held_out, run: cifar10-cpu-base},
-    the same with `over` another run (a ratio), {says: "12.9", mean: base} or {says: worse, verdict: word} of a study.
+    verdicts: {study, arm, measure, word}, and `condition` where the study has several; the sentence needs that word.
+    numbers: what the sentence says, and how to work it out. Of shipped runs: {says: "0.190", last: held_out, run:
+    cifar10-cpu-base}, the same with `over` another run (a ratio). Of the first verdict: {says: "12.9", mean: base} or
+    {says: "0.031", verdict: p}. Of its study: {says: "0.16", described: feature_rms, arm: norm-matched, over: paper},
+    medians over seeds, or {says: "52", count: tuning}, runs.
     """
 
     sentence: str
     numbers: tuple[dict[str, Any], ...] = ()
-    study: str = ""
-    contrast: dict[str, str] = dataclasses.field(default_factory=dict)
+    verdicts: tuple[dict[str, str], ...] = ()
     runs: tuple[str, ...] = ()
     check: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -45,7 +50,9 @@ class Claim:
     def source(self) -> str:
         if self.check:
             return f"notebook {self.check['notebook']}: {self.check['promise']}"
-        return f"study {self.study}" if self.study else f"shipped runs {', '.join(self.runs)}"
+        if self.runs:
+            return f"shipped runs {', '.join(self.runs)}"
+        return f"study {', '.join(dict.fromkeys(one['study'] for one in self.verdicts))}"
 
 
 @functools.cache
@@ -67,25 +74,29 @@ def _read(one: dict[str, Any]) -> Claim:
 
 
 def _of_verdict(one: Evidence) -> Claim:
-    contrast = {name: one.verdict[name] for name in ("arm", "condition", "measure")}
-    arms = {"base": one.plan.reference, "arm": contrast["arm"]}
+    ground = {"study": one.plan.name, **{name: one.verdict[name] for name in ("arm", "condition", "measure", "word")}}
+    arms = {"base": one.plan.reference, "arm": one.verdict["arm"]}
     numbers = [{"says": says, **({"mean": arms[k]} if k in arms else {"verdict": k})} for k, says in one.says.items()]
-    return Claim(one.row, tuple(numbers), study=one.plan.name, contrast=contrast)
+    return Claim(one.row, tuple(numbers), verdicts=(ground,))
 
 
 def run_ids(claim: Claim) -> list[str]:
-    """The runs a claim rests on: of a study all runs of both arms, by hash of the plan."""
-    if not claim.study:
-        return list(claim.runs)
-    verdict, results = _verdict(claim), shipped_results()[claim.study]
+    """The runs a claim rests on: of each verdict all runs of both arms, by hash of the plan."""
+    return list(dict.fromkeys((*claim.runs, *(run for ground in claim.verdicts for run in _run_ids(ground)))))
+
+
+def _run_ids(ground: dict[str, str]) -> list[str]:
+    verdict, results = _verdict(ground), shipped_results()[ground["study"]]
     arms, condition = (verdict["arm"], results["reference"]), verdict["condition"]
     return [run["id"] for run in results["runs"] if run["arm"] in arms and run["condition"] == condition]
 
 
 def disagreements(claim: Claim) -> list[str]:
-    """The numbers of a claim that its source does not give, in words; none if all is well."""
-    found = ((number["says"], worked_out(claim, number)) for number in claim.numbers)
-    return [f"{claim.sentence!r} says {says}, and its source {value}" for says, value in found if says != value]
+    """What a claim says and its sources do not give, in words; none if all is well."""
+    words = ((ground["word"], _verdict(ground)["word"]) for ground in claim.verdicts)
+    numbers = ((number["says"], worked_out(claim, number)) for number in claim.numbers)
+    both = itertools.chain(words, numbers)
+    return [f"{claim.sentence!r} says {says}, and its source {value}" for says, value in both if says != value]
 
 
 def worked_out(claim: Claim, number: dict[str, Any]) -> str:
@@ -98,9 +109,15 @@ def _value(claim: Claim, number: dict[str, Any]) -> float | str:
     if "last" in number:
         value, key = _last(number["run"], number["last"]), number["last"]
         return value / _last(number["over"], key) if "over" in number else value
+    verdict, results = _verdict(claim.verdicts[0]), shipped_results()[claim.verdicts[0]["study"]]
+    if "count" in number:
+        return float(len(results[number["count"]]))
+    arms = {row["arm"]: row for row in results["summary"] if row["condition"] == verdict["condition"]}
+    if "described" in number:
+        value, over = (arms[number[one]]["described"][number["described"]] for one in ("arm", "over"))
+        return value / over
     if "mean" in number:
-        return _mean(claim, number["mean"])
-    verdict = _verdict(claim)
+        return arms[number["mean"]]["values"][verdict["measure"]]["mean"]
     key = number["verdict"]
     if key in ("word", "p", "p_adjusted"):
         return verdict[key]
@@ -111,33 +128,31 @@ def _last(run: str, key: str) -> float:
     return next(line[key] for line in reversed(read_metrics(shipped(run))) if key in line)
 
 
-def _verdict(claim: Claim) -> dict[str, Any]:
-    wanted = claim.contrast.items()
-    for verdict in shipped_results()[claim.study]["verdicts"]:
+def _verdict(ground: dict[str, str]) -> dict[str, Any]:
+    wanted = {name: value for name, value in ground.items() if name not in ("study", "word")}.items()
+    for verdict in shipped_results()[ground["study"]]["verdicts"]:
         if wanted <= verdict.items():
             return verdict
-    raise DataError(f"{claim.study} has no verdict on {claim.contrast}: {claim.sentence!r} has no ground")
-
-
-def _mean(claim: Claim, arm: str) -> float:
-    """Geometric mean over the seeds of the contrast's measure, or of what describes an arm the median."""
-    verdict = _verdict(claim)
-    rows = shipped_results()[claim.study]["summary"]
-    row = next(r for r in rows if (r["arm"], r["condition"]) == (arm, verdict["condition"]))
-    return row["values"][verdict["measure"]]["mean"]
+    raise DataError(f"{ground['study']} has no verdict on {dict(wanted)}: a claim that rests on it has no ground")
 
 
 def own_sentences(readme: str) -> Iterator[str]:
-    """The rows of the README's table "What is known" that are the kit's own, the points below it, and all verdicts."""
-    found = TABLE.search(readme)
-    if found is None:
-        raise DataError('the README has no table under "What is known"')
-    table, below = found.groups()
+    """What the README says of the kit's own measurements: rows and points under "What is known", the points that sum up
+    the studies, and all verdicts.
+
+    Raises:
+        DataError: one of these parts is not found.
+    """
+    known, found = TABLE.search(readme), FOUND.search(readme)
+    if known is None or found is None:
+        raise DataError('the README has no table under "What is known", or no points under "What they say so far"')
+    table, below = known.groups()
     for row in table.splitlines():
         *_, source = (cell.strip() for cell in row.strip("| ").split("|"))
         if not source.startswith(OTHERS):
             yield row
-    yield from (" ".join(point.split()) for point in re.findall(r"^- (.+(?:\n  .+)*)", below, re.MULTILINE))
+    for points in (below, found[1]):
+        yield from (" ".join(point.split()) for point in POINT.findall(points))
     yield from re.findall(r"^\| .+$", evidence_of(readme), re.MULTILINE)[2:]
 
 

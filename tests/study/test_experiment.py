@@ -11,17 +11,20 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from dispersive_kit.cli import main
+from dispersive_kit.data import load_images, to_float
 from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation import draw_images
 from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import is_done, run_cell, run_study
 from dispersive_kit.study.plan import load_plan
 from dispersive_kit.study.results import conclude, load_results, summary, verdicts
 from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.tuning import choose
-from dispersive_kit.training import train
+from dispersive_kit.training import load_run, train
 
 MEASURED = ("values", "described", "status", "settings")
 
@@ -67,6 +70,22 @@ def test_every_run_carries_the_plans_hash_and_what_it_was_measured_with(finished
         assert run["record"]["reference"]["sha256"] and run["record"]["versions"]["torch"]
         assert run["values"].keys() == {"frechet", "held_out"}
         assert run["described"]["feature_rms"] > 0 and run["described"]["gradient_ratio"] > 0
+
+
+def test_the_rank_of_pooled_features_is_of_one_block_and_the_same_images_in_every_arm(finished):
+    """By hand: the mean tokens of the first of two blocks, their centred singular values, and those of entropy."""
+    plan, out, _ = finished
+    for cell in plan.cells()[::6]:
+        model, _ = load_run(out / cell.name / "training")
+        images = draw_images(load_images("digits", "test"), 500).images
+        null = torch.full((len(images),), model.null_label)
+        with torch.no_grad():
+            z = model(to_float(images), torch.zeros(len(images)), null, taps=[0])[1][0].mean(1)
+        share = torch.linalg.svdvals((z - z.mean(0)).double())
+        share = share / share.sum()
+        rank = float((-share * share.clamp(min=1e-300).log()).sum().exp())
+        result = json.loads((out / cell.name / "result.json").read_text())
+        assert result["described"]["pooled_rank"] == pytest.approx(rank, rel=1e-3)
 
 
 def test_the_word_is_the_one_that_follows_from_the_runs(finished):

@@ -43,6 +43,10 @@ class ClassifierFree:
     high: float = 1.0
     channels: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ConfigError(f"guidance from t = {self.low} to {self.high}: give 0 <= low <= high <= 1")
+
     def __call__(self, model: Callable, x: Tensor, t: float | Tensor) -> Tensor:
         if self.scale == 1.0 or (not isinstance(t, Tensor) and not self.low <= t <= self.high):
             return call(model, x, times(t, x), self.y)

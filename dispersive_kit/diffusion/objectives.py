@@ -48,11 +48,15 @@ def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float, std: float) -> Tensor:
-    """(B,) times: uniform on [t_min, 1], or the logistic of a Gaussian (arXiv 2403.03206, section 3.1)."""
+    """(B,) times: uniform on [t_min, 1], or the logistic of a Gaussian (arXiv 2403.03206, section 3.1).
+
+    In float32 at least, and so is all that is computed from them: bf16 has 128 numbers between 1/2 and 1.
+    """
+    dtype = torch.promote_types(x0.dtype, torch.float32)
     if how == "uniform":
-        t = torch.rand(x0.shape[0], generator=generator, device=generator.device, dtype=x0.dtype)
+        t = torch.rand(x0.shape[0], generator=generator, device=generator.device, dtype=dtype)
     elif how == "logit_normal":
-        normal = torch.randn(x0.shape[0], generator=generator, device=generator.device, dtype=x0.dtype)
+        normal = torch.randn(x0.shape[0], generator=generator, device=generator.device, dtype=dtype)
         t = torch.sigmoid(mean + std * normal)
     else:
         raise ConfigError(f"t_sampling {how!r} is unknown: it is 'uniform' or 'logit_normal'")
@@ -140,7 +144,7 @@ class FlowMatching(Objective):
         self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
     ) -> tuple[Tensor, Aux]:
         t, eps = draws.t, draws.eps
-        pred, kept = predict(model, self.path.x_t(x0, eps, t), t, y, taps, x0.shape[1])
+        pred, kept = predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
         per_sample = mean_flat((self.scaled(pred, t) - self.target(x0, eps, t)) ** 2)  # (B,)
         return per_sample.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 
@@ -171,14 +175,15 @@ class DDPM(Objective):
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
         T = self.path.num_timesteps
         k = torch.randint(T, (x0.shape[0],), generator=generator, device=generator.device)
-        return Draws(t=(k + 1).to(x0) / T, eps=noise_like(x0, generator))
+        t = (k + 1).to(x0.device, torch.promote_types(x0.dtype, torch.float32)) / T
+        return Draws(t=t, eps=noise_like(x0, generator))
 
     def loss(
         self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
     ) -> tuple[Tensor, Aux]:
         t, eps, C = draws.t, draws.eps, x0.shape[1]
         x = self.path.x_t(x0, eps, t)
-        out, kept = predict(model, x, t, y, taps, 2 * C if self.learn_sigma else C)
+        out, kept = predict(model, x.to(x0.dtype), t, y, taps, 2 * C if self.learn_sigma else C)
         out = out.to(x.dtype)
         per_sample = mean_flat((out[:, :C] - eps) ** 2)  # (B,)
         loss = per_sample
@@ -256,10 +261,10 @@ class MeanFlow(Objective):
         if r is None:
             raise ConfigError("MeanFlow needs draws of its own, with r: use MeanFlow.draw")
         x = self.path.x_t(x0, eps, t)
-        v = self.guided(model, x, t, y, self.path.velocity(x0, eps, t))
+        v = self.guided(model, x, t, y, self.path.velocity(x0, eps, t), x0.dtype)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            return predict(model, x, t, y, taps, x.shape[1], r=r)
+            return predict(model, x.to(x0.dtype), t, y, taps, x.shape[1], r=r)
 
         # The fused attention kernels have no forward-mode derivative; the plain mathematics has.
         with sdpa_kernel(SDPBackend.MATH):
@@ -272,13 +277,13 @@ class MeanFlow(Objective):
         return (weight * squared).mean(), Aux(t=t, per_sample=error.mean(1).detach(), taps=kept)
 
     @torch.no_grad()
-    def guided(self, model: Callable, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
+    def guided(self, model: Callable, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor, dtype: torch.dtype) -> Tensor:
         """The velocity the target is built from: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t | null)."""
         if self.cfg_scale == 1.0 and self.cfg_mix == 0.0:
             return v
         if y is None or self.null_label is None:
             raise ConfigError("a guided MeanFlow target (cfg_scale, cfg_mix) needs y and null_label")
-        null, _ = predict(model, x, t, torch.full_like(y, self.null_label), (), x.shape[1], r=t)
-        given = predict(model, x, t, y, (), x.shape[1], r=t)[0] if self.cfg_mix else 0.0
+        null, _ = predict(model, x.to(dtype), t, torch.full_like(y, self.null_label), (), x.shape[1], r=t)
+        given = predict(model, x.to(dtype), t, y, (), x.shape[1], r=t)[0] if self.cfg_mix else 0.0
         guided = self.cfg_scale * v + self.cfg_mix * given + (1 - self.cfg_scale - self.cfg_mix) * null
         return torch.where(expand(y == self.null_label, x), v, guided)

@@ -139,12 +139,10 @@ def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> t
     if schedule == "linear":  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
         scale = 1000 / num_timesteps
         beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
-    elif schedule == "cosine":  # Nichol & Dhariwal, arXiv 2102.09672, equation 17
+    else:  # cosine: Nichol & Dhariwal, arXiv 2102.09672, equation 17
         k = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         alpha_bar = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    else:
-        raise ConfigError(f"schedule {schedule!r} is unknown: it is 'linear' or 'cosine'")
     table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
     rise = table.diff()
     steep = 3 * torch.maximum(rise[1:], rise[:-1])  # both negative: a steeper slope would overshoot
@@ -164,6 +162,13 @@ class DDPMPath(Path):
     schedule: str = "linear"
     num_timesteps: int = 1000
     t_min = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("linear", "cosine"):
+            raise ConfigError(f"schedule {self.schedule!r} is unknown: it is 'linear' or 'cosine'")
+        least = 21 if self.schedule == "linear" else 1
+        if self.num_timesteps < least:
+            raise ConfigError(f"{self.num_timesteps} timesteps: the {self.schedule} schedule needs at least {least}")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table, slope = ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)

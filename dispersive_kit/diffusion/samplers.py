@@ -2,10 +2,14 @@
 **options)`.
 
 x (B, ...) starts as noise (`initial_noise`) and ts falls from noise to data (`time_grid`). euler, heun, rk4
-and dopri5 take a model of the velocity; the others say in `prediction` what the model gives. callback(step,
-t, x) sees x after each step. The state stays in the dtype of x, and an image depends on its own seed only.
+and dopri5 take a model of the velocity; the others say in `prediction` what the model gives; of a model with twice
+the channels the second half, a learned variance, is read by ddpm(variance="learned") and dropped by the others.
+callback(step, t, x) sees x after each step. The state stays in the dtype of x, and an image depends on its own seed
+only. Raises ConfigError: times that do not fall within [0, 1], channels of another number, no seeds where noise is
+added, a guidance that cannot be had, and what a sampler says of itself.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .guidance import call, times
+from .guidance import AutoGuidance, call, times
 from .paths import DDPM_LINEAR, LINEAR, Path, expand
 
 Times = Sequence[float] | Tensor
@@ -46,6 +50,11 @@ def initial_noise(
     return draw_each([torch.Generator().manual_seed(int(s)) for s in seeds], shape).to(device, dtype)
 
 
+def averaged(model: Callable, r: float) -> Callable:
+    """MeanFlow's model of (x, t, y): the velocity averaged from r to t."""
+    return lambda x, t, *y: model(x, t, *y, r=torch.full_like(t, r))
+
+
 class Evaluator:
     """f(x, t): the model, guided, in the dtype of x; `f.noise(x)`: fresh noise for each sample from its own seed."""
 
@@ -54,10 +63,22 @@ class Evaluator:
         self.generators = [torch.Generator().manual_seed(int(s) ^ NOISE_STREAM) for s in seeds or ()]
 
     def __call__(self, x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
-        def model(x: Tensor, t: Tensor, *y: Tensor) -> Tensor:
-            return self.model(x, t, *y) if r is None else self.model(x, t, *y, r=torch.full_like(t, r))
+        return self.with_variance(x, t, r)[:, : x.shape[1]]
 
-        out = call(model, x, times(t, x), None) if self.guidance is None else self.guidance(model, x, t)
+    def with_variance(self, x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
+        """All channels, those of a learned variance after the others."""
+        model, guidance = self.model, self.guidance
+        if r is not None:
+            model = averaged(model, r)
+            if isinstance(guidance, AutoGuidance) and guidance.weak_model is not None:
+                guidance = dataclasses.replace(guidance, weak_model=averaged(guidance.weak_model, r))
+        out = call(model, x, times(t, x), None) if guidance is None else guidance(model, x, t)
+        C = x.shape[1]
+        if out.shape not in (x.shape, (len(x), 2 * C, *x.shape[2:])):
+            raise ConfigError(
+                f"the model returned {tuple(out.shape)} for a state {tuple(x.shape)}: a sampler takes {C} channels, or "
+                f"{2 * C} with a learned variance"
+            )
         return out.to(x.dtype)
 
     def noise(self, x: Tensor) -> Tensor:
@@ -81,8 +102,8 @@ def sampler(make_step: Callable[..., Step]) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         grid = [float(t) for t in ts]
-        if any(s >= t for t, s in pairwise(grid)):
-            raise ConfigError(f"ts must fall from noise to data, and begins {grid[:3]}: use time_grid")
+        if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN is not above anything
+            raise ConfigError(f"ts must fall within [0, 1], from noise to data, and begins {grid[:3]}: use time_grid")
         step = make_step(Evaluator(model, guidance, seeds), **options)
         for i, (t, s) in enumerate(pairwise(grid)):
             x = step(x, t, s)
@@ -130,6 +151,18 @@ def at(t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float64)
 
 
+def x0_and_eps(out: Tensor, x: Tensor, t: float, path: Path, prediction: str) -> tuple[Tensor, Tensor]:
+    """Data and noise in x, from the model's output. Raises ConfigError: the path holds no data at t, and out is eps or
+    score.
+    """
+    if prediction in ("eps", "score") and path.alpha(at(t)) < 1e-6:
+        raise ConfigError(
+            f"at t = {t:g} x is noise alone, from which a model of {prediction} says nothing of the data: begin at "
+            "time_grid(n, t_max=1 - 1e-3)"
+        )
+    return path.x0_and_eps(out, x, at(t), prediction)
+
+
 @sampler
 def ddpm(
     f: Evaluator,
@@ -150,8 +183,10 @@ def ddpm(
 
     def step(x: Tensor, t: float, s: float) -> Tensor:
         a, b, low, high = path.posterior(at(t), at(s))
-        out = f(x, t)
-        x0, _ = path.x0_and_eps(out[:, : x.shape[1]], x, at(t), prediction)
+        out = f.with_variance(x, t)
+        if variance == "learned" and out.shape == x.shape:
+            raise ConfigError('variance="learned" needs a model with learn_sigma, which has twice the channels')
+        x0, _ = x0_and_eps(out, x, t, path, prediction)
         mean = a * x + b * (x0 if clip is None else x0.clamp(-clip, clip))
         if low <= 0:  # s is data: nothing left to draw
             return mean
@@ -166,7 +201,7 @@ def ddim(f: Evaluator, path: Path = DDPM_LINEAR, prediction: str = "eps", eta: f
     """arXiv 2010.02502, equation 12: eta = 0 is deterministic, eta = 1 (needs seeds) is ancestral sampling."""
 
     def step(x: Tensor, t: float, s: float) -> Tensor:
-        x0, eps = path.x0_and_eps(f(x, t), x, at(t), prediction)
+        x0, eps = x0_and_eps(f(x, t), x, t, path, prediction)
         spread = eta * path.posterior(at(t), at(s))[2].sqrt()
         x = path.alpha(at(s)) * x0 + (path.sigma(at(s)) ** 2 - spread**2).clamp(min=0).sqrt() * eps
         return x + spread * f.noise(x) if spread > 0 else x
@@ -176,13 +211,13 @@ def ddim(f: Evaluator, path: Path = DDPM_LINEAR, prediction: str = "eps", eta: f
 
 @sampler
 def dpm_solver_2m(f: Evaluator, path: Path = DDPM_LINEAR, prediction: str = "eps") -> Step:
-    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: second order, one evaluation a step, the last step
-    first order.
+    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: second order, one evaluation a step. The first step is first
+    order, and so is one that ends at the data itself.
     """
     previous: list[tuple[Tensor, Tensor]] = []  # x0 and the log-SNR step of the step before
 
     def step(x: Tensor, t: float, s: float) -> Tensor:
-        x0, _ = path.x0_and_eps(f(x, t), x, at(t), prediction)
+        x0, _ = x0_and_eps(f(x, t), x, t, path, prediction)
         h = (path.log_snr(at(s)) - path.log_snr(at(t))) / 2  # may be infinite at the ends
         ahead = x0
         if previous and torch.isfinite(h) and torch.isfinite(previous[0][1]):
@@ -205,7 +240,7 @@ def euler_maruyama(f: Evaluator, path: Path = LINEAR, prediction: str = "v", chu
 
     def step(x: Tensor, t: float, s: float) -> Tensor:
         h = t - s
-        x0, eps = path.x0_and_eps(f(x, t), x, at(t), prediction)
+        x0, eps = x0_and_eps(f(x, t), x, t, path, prediction)
         drift = path.velocity(x0, eps, at(t))
         if s <= path.t_min:
             return x - h * drift
@@ -249,11 +284,13 @@ def dopri5(f: Evaluator, rtol: float = 1e-5, atol: float = 1e-5, max_steps: int 
             h = torch.maximum(h, end - t)  # both negative, or 0 where a sample has arrived
             ks, x_new = [slope], x
             for node, weights in DOPRI5:
-                x_new = x + expand(h, x) * sum(w * k for w, k in zip(weights, ks, strict=True))
+                x_new = x + (expand(h, x) * sum(w * k for w, k in zip(weights, ks, strict=True))).to(x.dtype)
                 ks.append(f(x_new, t + node * h))
             error = expand(h, x) * sum(w * k for w, k in zip(DOPRI5_ERROR, ks, strict=True))
             error = error / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))
             size = error.square().flatten(1).mean(1).sqrt()  # (B,)
+            if not bool(size.isfinite().all()):
+                raise ConfigError(f"dopri5 met NaN or infinity near t = {float(t.min()):.3g}: the model returned it")
             taken = size <= 1
             x, slope = torch.where(expand(taken, x), x_new, x), torch.where(expand(taken, x), ks[-1], slope)
             t = torch.where(taken, torch.where(h <= end - t, end, t + h), t)

@@ -207,6 +207,8 @@ class Conditioned(nn.Module):
 
     def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
         """c (B, D) of t and r (B,) and y (B,)."""
+        if t.ndim != 1:
+            raise ConfigError(f"t is {tuple(t.shape)}: give one time for each image, (B,)")
         c = self.t_embedder(t * self.time_scale)
         if self.r_embedder is not None:
             c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
@@ -233,8 +235,8 @@ class DiT(Conditioned):
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
     checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
     with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
-    Raises ConfigError: size not a multiple of the patch, width not of the heads, label outside the table,
-    y missing or unwanted.
+    Raises ConfigError: size not a multiple of the patch, width not of the heads (with rope of 4 times their number),
+    t not (B,), label or tap outside its range, y missing or unwanted.
     """
 
     def __init__(
@@ -259,7 +261,7 @@ class DiT(Conditioned):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(input_size, patch_size, hidden_size, num_heads, norm, mlp)
+        check_sizes(input_size, patch_size, hidden_size, num_heads, norm, mlp, rope)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -317,6 +319,7 @@ class DiT(Conditioned):
         if x.shape[1:] != self.sample_shape:
             shape = ", ".join(map(str, self.sample_shape))
             raise ConfigError(f"the model was built for images (B, {shape}), not {tuple(x.shape)}")
+        check_taps(taps, len(self.blocks))
         rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
         c = self.condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)
@@ -337,10 +340,19 @@ class DiT(Conditioned):
         return torch.einsum("bhwpqc->bchpwq", x).reshape(B, self.out_channels, grid * p, grid * p)
 
 
-def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, norm: str, mlp: str) -> None:
+def check_taps(taps: Sequence[int], depth: int) -> None:
+    if outside := [i for i in taps if not 0 <= i < depth]:
+        raise ConfigError(f"there is no block {outside[0]}: taps are counted from 0 to {depth - 1}")
+
+
+def check_sizes(
+    input_size: int, patch_size: int, hidden_size: int, num_heads: int, norm: str, mlp: str, rope: bool
+) -> None:
     if input_size % patch_size:
         raise ConfigError(f"input_size {input_size} is not a multiple of patch_size {patch_size}: change either")
     if hidden_size % num_heads or hidden_size % 4:
         raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+    if rope and hidden_size % (4 * num_heads):
+        raise ConfigError(f"rope turns channels by fours, and a head of {hidden_size // num_heads} has no such parts")
     if norm not in ("layer", "rms") or mlp not in ("gelu", "swiglu"):
         raise ConfigError(f"norm={norm!r}, mlp={mlp!r}: norm is 'layer' or 'rms', mlp is 'gelu' or 'swiglu'")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .dit import Conditioned, LabelEmbedder, TimestepEmbedder, default_time_scale
+from .dit import Conditioned, LabelEmbedder, TimestepEmbedder, check_taps, default_time_scale
 
 
 class ResidualBlock(nn.Module):
@@ -62,6 +62,7 @@ class MLP(Conditioned):
     ) -> Any:
         if x.shape[1:] != self.sample_shape:
             raise ConfigError(f"the network was built for points (B, {self.dim}), not {tuple(x.shape)}")
+        check_taps(taps, len(self.blocks))
         c = self.condition(t, y, r)  # (B, D)
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         kept = {}

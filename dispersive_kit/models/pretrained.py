@@ -36,15 +36,16 @@ BLOCK_NAMES = {
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-DIFFUSERS_CONFIG = {
-    "_class_name": "DiTTransformer2DModel",
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_zero",
-}
+DIFFUSERS_CLASS = "DiTTransformer2DModel"  # Transformer2DModel in folders of before 2024, as the public DiT-XL/2 is
+DIFFUSERS_CONFIG = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero"}  # and this alone is a DiT's
+NEEDED_CONFIG = ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size")
 
 
 class PublishedDiT(nn.Module):
-    """The public DiT in the kit's time: eps (and variance channels) at timestep 1000 t - 1, for `DDPMPath()`."""
+    """The public DiT in the kit's time: eps (and variance channels) at timestep 1000 t - 1, for `DDPMPath()`.
+
+    Its blocks lie below `model`: `Dispersive(published, "model.blocks.6")`.
+    """
 
     family = "DiT"
 
@@ -57,6 +58,10 @@ class PublishedDiT(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         return self.model.blocks
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.model.sample_shape
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, taps: Sequence[int] = ()) -> Any:
         return self.model(x, t * 1000 - 1, y, taps=taps)
@@ -114,27 +119,33 @@ def save_published(published: PublishedDiT, path: str | Path) -> None:
     model = published.model
     path.mkdir(parents=True, exist_ok=True)
     save_file(to_diffusers(state), path / "diffusion_pytorch_model.safetensors")
-    config = DIFFUSERS_CONFIG | {
-        "attention_head_dim": model.pos_embed.shape[2] // model.num_heads,
-        "num_attention_heads": model.num_heads,
-        "num_embeds_ada_norm": model.num_classes,
-        "num_layers": len(model.blocks),
-        "in_channels": model.in_channels,
-        "out_channels": model.out_channels,
-        "patch_size": model.patch_size,
-        "sample_size": model.input_size,
-    }
+    config = (
+        {"_class_name": DIFFUSERS_CLASS}
+        | DIFFUSERS_CONFIG
+        | {
+            "attention_head_dim": model.pos_embed.shape[2] // model.num_heads,
+            "num_attention_heads": model.num_heads,
+            "num_embeds_ada_norm": model.num_classes,
+            "num_layers": len(model.blocks),
+            "in_channels": model.in_channels,
+            "out_channels": model.out_channels,
+            "patch_size": model.patch_size,
+            "sample_size": model.input_size,
+        }
+    )
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_state(path: Path) -> State:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}. Download it again") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name")
     return state.get("ema", state)
 
 
@@ -194,6 +205,8 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], int]:
     if not weights or not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no diffusers folder: it needs config.json and diffusion_pytorch_model.*")
     config, theirs = json.loads((folder / "config.json").read_text()), dict(read_state(weights[-1]))
+    if absent := [name for name in NEEDED_CONFIG if name not in config]:
+        raise CheckpointError(f"{folder}/config.json is not a DiT's: it lacks {', '.join(absent)}")
     if not config.items() >= DIFFUSERS_CONFIG.items():
         raise CheckpointError(f"{folder}/config.json is not a DiT's: it lacks one of {DIFFUSERS_CONFIG}")
     state: dict[str, Tensor] = {}

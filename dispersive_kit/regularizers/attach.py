@@ -1,7 +1,6 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,8 @@ class Dispersive(Attached):
     options: those of `dispersive_loss`: kind, tau, diagonal, pool, normalize, norm_penalty, t_window,
         ignore_same_class.
 
-    With several taps the loss is their mean. The hook never raises, `loss()` does.
+    With several taps the loss is their mean. The hook never raises, `loss()` does. One thing it cannot see: in a
+    model compiled as a whole, that a later layer writes over the tapped output in place.
 
     Raises DispersiveError: unknown path or option; at odds with each other; no torch.distributed for `gather`.
     """
@@ -58,7 +58,7 @@ class Dispersive(Attached):
         super().__init__(model, at, depth, select, weight, schedule)
         self.gather, self.memory = gather, int(memory)
         self._records: list[Record] = []
-        self._watch, self._told = Watch(), False
+        self._watch = Watch()
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
         self._step: int | None = None
 
@@ -90,15 +90,7 @@ class Dispersive(Attached):
         Raises DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator
         one step late); shapes or labels that do not fit. The message names the tap and the cure.
         """
-        if not self.model.training:
-            self._require_hooks()
-            if torch.is_grad_enabled() and not self._told:
-                self._told = True
-                warnings.warn(
-                    f"Dispersive Loss on {', '.join(self.paths)} is 0 in eval mode, and gradients are on: call "
-                    "model.train() to train with it (from_pretrained leaves a model in eval mode)",
-                    stacklevel=2,
-                )
+        if not self._active():
             return self._zero()
         features = self._take(taps)
         weight = self._weight(step)
@@ -127,6 +119,11 @@ class Dispersive(Attached):
     def _remember(self, path: str, *new: Any) -> tuple[Any, ...]:
         """z, t, y with what earlier micro-batches left, which carries no gradient."""
         old = self._kept.get(path, (None,) * len(new))
+        if old[0] is not None and old[0].shape[1:] != new[0].shape[1:]:
+            raise DispersiveError(
+                f"the features are {tuple(new[0].shape)}, and those in memory {tuple(old[0].shape)}: memory needs "
+                "micro-batches of one image size"
+            )
         new = tuple(a if a is None or b is None else torch.cat([a, b]) for a, b in zip(new, old, strict=True))
         self._kept[path] = tuple(None if a is None else a[: self.memory].detach() for a in new)
         return new

@@ -106,10 +106,14 @@ class LayerSync(Attached):
         if len(self.taps) != 2:
             self.remove()
             raise DispersiveError(f"LayerSync needs one shallow and one deep module, not {', '.join(self.paths)}")
+        (of, first), (of_deep, second) = (path.rsplit(".", 1) for path in (f".{p}" for p in self.paths))
+        if of == of_deep and first.isdigit() and second.isdigit() and int(first) > int(second):
+            self.remove()
+            raise DispersiveError(f"{shallow} comes after {deep}: the first is to be the shallow one, which is taught")
 
     def loss(self, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Weighted loss (0-d), zero in eval. Raises DispersiveError: as `Dispersive.loss`; unequal shapes."""
-        if not self.model.training:
+        if not self._active():
             return self._zero()
         shallow, deep = self._take(taps)
         return self._weight(step) * alignment(shallow, deep.detach(), self.paths[0])
@@ -143,7 +147,7 @@ class REPA(Attached):
 
         Raises DispersiveError: as `Dispersive.loss`; features of another shape than the projected tokens.
         """
-        if not self.model.training:
+        if not self._active():
             return self._zero()
         terms = []
         with torch.no_grad():

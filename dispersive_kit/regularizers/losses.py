@@ -50,7 +50,8 @@ def dispersive_loss(
     hinge           E max(0, tau - D)^2, D as infonce_l2; [0, tau^2]; 0 without the diagonal, tau^2 / B with;
                     zero beyond the margin tau. Our reading: the paper's margin is not known.
     covariance      sum_mn C_mn^2 / dim^2, C the correlation of channels over the batch; [1 / dim, 1];
-                    1 / min(B - 1, dim); blind to scale. 1 / L is the participation ratio. Our reading: the
+                    1 / min(B - 1, dim), lower where channels are constant; blind to scale. 1 / L is the
+                    participation ratio. Our reading: the
                     paper's normalisation is not known, and without one, collapse minimises the sum.
     vicreg          mean_m max(0, tau - std_m) + sum_{m != n} Cov_mn^2 / (25 dim); [0, inf); 0; the first term
                     stops collapse; VICReg's variance and covariance, 25 : 1, arXiv 2105.04906.
@@ -63,7 +64,7 @@ def dispersive_loss(
     normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so |u - u'|^2, without / dim).
     norm_penalty: adds norm_penalty * E |z_i|^2 / dim; the l2 form without diagonal has no minimum otherwise.
     t_window: only pairs with |t_i - t_j| <= t_window. ignore_same_class: only pairs with y_i != y_j.
-    t, y: (B,), for these two. Where no pair is left the loss is 0.
+    t, y: (B,), for these two. Where no pair is left there is the diagonal alone, or 0.
 
     Computed in float32, or float64 where z is or that is cheap, whatever the autocast; differentiable once. In
     float32 D / tau is right to some 1e-7 of itself: where it passes 300 without the diagonal, give z.double().
@@ -239,9 +240,12 @@ def floor(
     """Lower bound of the loss of `batch` rows, -inf where there is none; reached where `dispersive_loss` says.
 
     dim: that of the rows, for covariance. dropped: pairs i != j that do not count, of batch (batch - 1).
+    Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)
     own = batch if options.with_diagonal else 0
+    if batch + own < 2 or options.scale == "auto":
+        raise DispersiveError(f"the floor of {batch} rows at tau={tau!r}: give rows with a pair, and tau as a number")
     if kind == "covariance":
         trace = 0.0 if own else 1 / dim if dim else 1 / (batch - 1)
         return 1 / max(1, min(batch - 1, dim or batch)) - trace

@@ -27,13 +27,15 @@ class Schedule:
             raise DispersiveError(f"schedule {self.shape!r} over {self.steps!r} steps: give a whole number above 0")
 
     def factor(self, step: int | None) -> float:
-        """Raises DispersiveError: no step, and the schedule needs one."""
+        """Raises DispersiveError: no step where the schedule needs one, or a negative one."""
         if self.shape == "constant":
             return 1.0
         try:
             done = operator.index(step) / self.steps  # type: ignore[arg-type]
         except TypeError as error:
             raise DispersiveError(f"schedule {self.shape!r} got step {step!r}: call loss(step=step)") from error
+        if done < 0:
+            raise DispersiveError(f"schedule {self.shape!r} got step {step}: steps are counted from 0")
         if self.shape == "warmup":
             return min(1.0, done + 1 / self.steps)
         if self.shape == "stop-at":

@@ -2,11 +2,13 @@
 
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import DispersiveError
 from .options import check_number
@@ -16,6 +18,7 @@ At = str | nn.Module | Sequence[str | nn.Module] | None
 Select = Callable[[Any], Tensor] | int | str | None
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
+Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 
 
@@ -29,24 +32,24 @@ class Tap:
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self.armed = False
-        self.output: tuple[Any, int | None] | None = None  # with its version: how often it was written to
+        self.output: Captured | None = None
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         if not self.armed or self.output is not None or module is not self.module:
             return
-        version = None
+        versions = []
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1:
                 return  # a checkpoint recomputes this module inside backward
-            if isinstance(output, Tensor) and not output.is_inference():
-                version = output._version
-        self.output = output, version
+            tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
+            versions = [(one, one._version) for one in tensors if not one.is_inference()]
+        self.output = output, versions
 
     def __deepcopy__(self, _memo: Any) -> Self:
         return self
 
-    def take(self) -> tuple[Any, int | None] | None:
+    def take(self) -> Captured | None:
         output, self.output = self.output, None
         return output
 
@@ -63,6 +66,7 @@ class Attached:
         self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
         self.taps = find_taps(model, at, depth)
         self._state = "has captured nothing: call the model inside `with` before loss()"
+        self._told = False  # that it is 0 in eval mode
 
     @property
     def paths(self) -> list[str]:
@@ -100,6 +104,18 @@ class Attached:
         if not self._state:
             raise DispersiveError(f"the taps {', '.join(self.paths)} were removed: attach anew")
 
+    def _active(self) -> bool:
+        """Whether the model trains; where it does not and gradients are on, that is said once."""
+        self._require_hooks()
+        if not self.model.training and torch.is_grad_enabled() and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(self).__name__} on {', '.join(self.paths)} is 0 in eval mode, and gradients are on: call "
+                "model.train() to train with it (from_pretrained leaves a model in eval mode)",
+                stacklevel=3,
+            )
+        return self.model.training
+
     def _weight(self, step: int | None) -> float:
         """Weight times schedule."""
         try:
@@ -121,9 +137,9 @@ class Attached:
                 f"taps= is a {type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
                 f"give a list of one tensor each for {', '.join(self.paths)}"
             )
-        return [self._checked(tap, (z, None), None) for tap, z in zip(self.taps, taps, strict=True)]
+        return [self._checked(tap, (z, []), None) for tap, z in zip(self.taps, taps, strict=True)]
 
-    def _checked(self, tap: Tap, output: tuple[Any, int | None] | None, select: Select) -> Tensor:
+    def _checked(self, tap: Tap, output: Captured | None, select: Select) -> Tensor:
         if output is None:
             raise DispersiveError(f"tap {tap.path!r} {self._state}")
         try:
@@ -141,12 +157,29 @@ class Attached:
                 "or inside a reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
                 "later block). weight=0 measures without a gradient"
             )
-        if output[1] is not None and output[0]._version != output[1]:
+        if self.weight and not torch.is_grad_enabled():
+            raise DispersiveError(
+                f"tap {tap.path!r}: loss() was called under no_grad, so it would do nothing: call it outside. weight=0 "
+                "measures without a gradient"
+            )
+        if overwritten(z, output[1]):
             raise DispersiveError(
                 f"tap {tap.path!r}: its output was overwritten after it returned, as by ReLU(inplace=True): tap the "
                 "module that overwrites it, or set inplace=False there"
             )
         return z
+
+
+def overwritten(z: Tensor, versions: list[tuple[Tensor, int]]) -> bool:
+    """Whether a module's output was written to after it returned, where it is z or shares its memory.
+
+    What `select` computed from the output shares no memory with it: then any tensor of the output counts.
+    """
+    own = [one for one in versions if one[0] is z]
+    if versions and not own:
+        memory = z.untyped_storage().data_ptr()
+        own = [one for one in versions if one[0].untyped_storage().data_ptr() == memory]
+    return any(tensor._version != version for tensor, version in own or versions)
 
 
 def pick(output: Any, select: Select) -> Tensor:

@@ -100,7 +100,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
     compile_blocks: bool = False
-    checkpointing: bool = False  # recompute blocks in backward: less memory, more time
+    checkpointing: bool = False  # recompute blocks in backward: less memory, more time; not with MeanFlow
 
     def __post_init__(self) -> None:
         positive = (
@@ -127,6 +127,8 @@ class TrainConfig:
             raise ConfigError(f"data_share must lie in (0, 1], got {self.data_share}")
         if self.objective not in ("flow", "ddpm", "meanflow"):
             raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
+        if self.checkpointing and self.objective == "meanflow":
+            raise ConfigError("checkpointing cannot go with meanflow, whose time derivative needs what it frees")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
         self.regularizer.check()

@@ -39,17 +39,28 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,) with some dropped to the null class, objective's draws."""
+    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,) with some dropped to the null class, and as they were;
+    the objective's draws.
+    """
 
     x0: Tensor
     y: Tensor
+    labels: Tensor
     draws: Any
 
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
         size = len(self.x0) // parts
         keep = slice(part * size, (part + 1) * size)
-        return Batch(self.x0[keep], self.y[keep], self.draws[keep])
+        return Batch(self.x0[keep], self.y[keep], self.labels[keep], self.draws[keep])
+
+
+def drop_labels(labels: Tensor, null_label: int | None, drop_prob: float, generator: torch.Generator) -> Tensor:
+    """Labels (B,) of which some are the null class, which classifier-free guidance needs; None has none."""
+    if null_label is None:
+        return labels
+    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < drop_prob
+    return torch.where(dropped, null_label, labels)
 
 
 @dataclass(frozen=True)
@@ -87,16 +98,14 @@ class DeviceSet:
         device = self.samples.device
         index = sample_index(seed, step, size, len(self)).to(device)
         generator = stream(seed, "batch", step, device)
-        x0, y = self.samples[index], self.labels[index]
+        x0, labels = self.samples[index], self.labels[index]
         if flip:  # while they are bytes: a quarter of the memory to move
             mirrored = torch.rand(size, generator=generator, device=device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         if x0.dtype == torch.uint8:
             x0 = to_float(x0)
-        if null_label is not None:
-            dropped = torch.rand(size, generator=generator, device=device) < drop_prob
-            y = torch.where(dropped, null_label, y)
-        return Batch(x0, y, objective.draw(x0, generator))
+        y = drop_labels(labels, null_label, drop_prob, generator)
+        return Batch(x0, y, labels, objective.draw(x0, generator))
 
 
 def frozen_batch(held_out: Any, objective: Any, size: int = HELD_OUT) -> Batch:

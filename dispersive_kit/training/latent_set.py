@@ -12,7 +12,7 @@ from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.data.selection import Selection
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import TrainConfig
-from dispersive_kit.training.draws import Batch, stream
+from dispersive_kit.training.draws import Batch, drop_labels, stream
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,9 @@ class LatentSet:
         mirrored = torch.rand(size, generator=stream(seed, "flip", step)).numpy() < 0.5 if flip else None
         generator = stream(seed, "batch", step, self.device)
         x0 = self._sample(self.selection.store.read(rows, mirrored), generator)
-        y = torch.from_numpy(self.selection.labels(rows)).to(self.device)
-        if null_label is not None:
-            dropped = torch.rand(size, generator=generator, device=self.device) < drop_prob
-            y = torch.where(dropped, null_label, y)
-        return Batch(x0, y, objective.draw(x0, generator))
+        labels = torch.from_numpy(self.selection.labels(rows)).to(self.device)
+        y = drop_labels(labels, null_label, drop_prob, generator)
+        return Batch(x0, y, labels, objective.draw(x0, generator))
 
     def _sample(self, posterior: Tensor, generator: torch.Generator) -> Tensor:
         if torch.device(self.device).type == "cuda":

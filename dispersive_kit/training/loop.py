@@ -116,7 +116,7 @@ def _losses(
     run: Session, rows: Batch, step: int, *, measure: bool
 ) -> tuple[Tensor, dict[str, Any], GradientRatio | None]:
     """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
-    if not (run.regularised or measure):
+    if not (run.regularised or (measure and run.measurable)):
         with run.accelerator.autocast():
             loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
         return loss, {"loss": loss.detach()}, None
@@ -124,7 +124,7 @@ def _losses(
     with regularizer, run.accelerator.autocast():
         loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws, taps=run.returned_taps)
     taps = list(aux.taps) or regularizer.captured
-    dispersive = regularizer.loss(t=aux.t, y=rows.y, step=step, taps=aux.taps or None)
+    dispersive = regularizer.loss(t=aux.t, y=rows.labels, step=step, taps=aux.taps or None)
     values: dict[str, Any] = {"loss": loss.detach()}
     ratio = None
     if measure:

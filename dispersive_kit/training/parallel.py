@@ -18,11 +18,17 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     """The number of processes comes from the launcher. precision "auto": bf16 autocast on a GPU that has it, else fp32.
 
     Raises:
-        ConfigError: `accelerate launch` was asked for several processes and started one.
+        ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
+            another precision before.
     """
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no")
+    try:
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no")
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise ConfigError("this process has trained in another precision before: restart the kernel") from error
     # Without --multi_gpu its launcher gives one process an address to meet the others at, and starts no others.
     alone = accelerator.num_processes == 1 and "RANK" not in os.environ
     if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():

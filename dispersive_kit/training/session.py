@@ -63,6 +63,7 @@ class Session:
     regularizer: Dispersive
     source: Source
     frozen: Batch
+    dispersion_batch: int  # images that see each other
     done: int  # steps already taken
     held: Any = None  # the lock on the folder, in the first process
     board: Any = None  # TensorBoard's writer, if asked for
@@ -71,6 +72,11 @@ class Session:
     def regularised(self) -> bool:
         """Whether Dispersive Loss is added to the objective, or only measured."""
         return self.config.regularizer.preset != "none"
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there are pairs to measure: a batch of one has none."""
+        return self.dispersion_batch > 1
 
     @property
     def ema(self) -> EMA:
@@ -215,6 +221,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
         regularizer=regularizer,
         source=source,
         frozen=frozen_batch(source.held_out, objective),
+        dispersion_batch=card["dispersion_batch"],
         done=done,
         held=held,
         board=_board(run_dir, done) if config.tensorboard and accelerator.is_main_process else None,
@@ -225,14 +232,20 @@ def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, mode
     """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, and on what.
 
     Raises:
-        ConfigError: the batch cannot be split evenly.
+        ConfigError: the batch cannot be split evenly, or into batches of one, in which nothing is dispersed.
     """
     rows = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
+    together = rows * (accelerator.num_processes if config.regularizer.gather else 1)
+    if together < 2 and config.regularizer.preset != "none":
+        raise ConfigError(
+            f"the local batch is {together}, and one image has no pairs to disperse: take a larger batch_size, less "
+            "accumulation, or regularizer.gather over processes"
+        )
     return {
         "data": source.card,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "global_batch": config.batch_size,
-        "dispersion_batch": rows * (accelerator.num_processes if config.regularizer.gather else 1),
+        "dispersion_batch": together,
         "processes": accelerator.num_processes,
         "accumulation": config.accumulation,
         "device": str(accelerator.device),

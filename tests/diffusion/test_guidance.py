@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import AutoGuidance, ClassifierFree
 from dispersive_kit.diffusion.samplers import dopri5, euler, heun, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
@@ -98,3 +99,21 @@ def test_guidance_that_lacks_its_other_half_is_refused(x):
     with pytest.raises(ConfigError, match="weak_model="):
         AutoGuidance(y=Y, scale=2.0)(model, x, 0.5)
     assert ClassifierFree(Y, None)(model, x, 0.5).shape == x.shape  # scale 1 needs no null class
+
+
+def test_meanflow_asks_the_weak_model_for_the_same_average(x):
+    asked = []
+
+    def model(name):
+        return lambda x, t, r: asked.append((name, float(t[0]), float(r[0]))) or x
+
+    guidance = AutoGuidance(scale=2.0, weak_model=model("weak"))
+    samplers.meanflow(model("strong"), x, [1.0, 0.25, 0.0], guidance=guidance)
+    assert asked == [("weak", 1.0, 0.25), ("strong", 1.0, 0.25), ("weak", 0.25, 0.0), ("strong", 0.25, 0.0)]
+
+
+@pytest.mark.parametrize("interval", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.5)])
+def test_an_interval_that_is_none_is_refused(interval):
+    low, high = interval
+    with pytest.raises(ConfigError, match="0 <= low <= high <= 1"):
+        ClassifierFree(Y, NULL, scale=3.0, low=low, high=high)

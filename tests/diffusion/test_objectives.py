@@ -252,3 +252,18 @@ def test_disagreement_about_learned_sigma_is_named(generator):
         FlowMatching(prediction="u")
     with pytest.raises(TypeError, match="abstract"):
         Objective()
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, DDPM(learn_sigma=True), MeanFlow(cfg_scale=2.0, null_label=5)])
+def test_half_precision_images_have_exact_times_and_a_finite_loss(objective, generator):
+    interval = isinstance(objective, MeanFlow)
+    learn_sigma = getattr(objective, "learn_sigma", False)
+    model = build_dit("DiT-T/2", input_size=8, depth=1, num_classes=5, learn_sigma=learn_sigma, interval=interval)
+    x0, y = torch.randn(16, 4, 8, 8, generator=generator).bfloat16(), torch.arange(16) % 5
+    draws = objective.draw(x0, generator)
+    assert draws.t.dtype == torch.float32 and draws.eps.dtype == torch.bfloat16
+    assert len(objective.draw(torch.zeros(20_000, 1).bfloat16(), generator).t.unique()) > 990
+    loss, aux = objective(model.bfloat16(), x0, y, draws=draws)
+    exact, _ = objective(model.float(), x0.float(), y, draws=Draws(draws.t, draws.eps.float(), draws.r))
+    assert loss.dtype == aux.per_sample.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, atol=0.05, rtol=0.05)

@@ -89,6 +89,9 @@ def test_unknown_names_are_refused():
         with pytest.raises(ConfigError, match="'noise' is unknown: it is one of x0, eps, v, score"):
             LinearPath().convert(x, x, t, source, to)
     with pytest.raises(ConfigError, match="'linear' or 'cosine'"):
-        DDPMPath("sigmoid").alpha(t)
+        DDPMPath("sigmoid")
+    with pytest.raises(ConfigError, match="at least 21"):  # its last beta would be 1
+        DDPMPath(num_timesteps=20)
+    assert all(DDPMPath(s, n).alpha(t).isfinite() for s, n in (("linear", 21), ("cosine", 2)))
     with pytest.raises(TypeError, match="abstract"):
         Path()

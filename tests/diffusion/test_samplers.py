@@ -291,3 +291,37 @@ def test_callback_sees_every_step_and_misuse_is_named():
         ddpm(lambda x, t: x, x, time_grid(4))
     with pytest.raises(ConfigError, match="at least 1"):
         time_grid(0)
+
+
+def test_times_that_cannot_be_walked_along_are_refused():
+    for ts in ([999, 500, 0], [1.0, math.nan, 0.0], [1.0], [0.5, 0.5], [1.0, -0.1]):
+        with pytest.raises(ConfigError, match=r"ts must fall within \[0, 1\]"):
+            ddim(lambda x, t: x, torch.ones(1, 1), ts)
+
+
+@pytest.mark.parametrize("sampler", [ddim, ddpm, dpm_solver_2m, euler_maruyama])
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_noise_alone_says_nothing_of_the_data_to_a_model_of_the_noise(sampler, prediction):
+    x, run = torch.ones(1, 1), partial(sampler, path=LinearPath(), prediction=prediction, seeds=[0])
+    with pytest.raises(ConfigError, match=r"t = 1 x is noise alone.*t_max=1 - 1e-3"):
+        run(lambda x, t: x, x, time_grid(4))
+    assert run(lambda x, t: x, x, time_grid(4, t_max=1 - 1e-3)).isfinite().all()
+
+
+def test_channels_that_no_sampler_knows_are_refused():
+    x = torch.ones(2, 1, 4, 4)
+    with pytest.raises(ConfigError, match=r"returned \(2, 3, 4, 4\).* takes 1 channels, or 2"):
+        euler(lambda x, t: x.expand(-1, 3, -1, -1), x, time_grid(2))
+    twice = euler(lambda x, t: torch.cat([x, 100 * x], 1), x, time_grid(2))
+    torch.testing.assert_close(twice, euler(lambda x, t: x, x, time_grid(2)))
+    with pytest.raises(ConfigError, match="learn_sigma"):
+        ddpm(lambda x, t: x, x, time_grid(2), seeds=[0, 1], variance="learned")
+
+
+def test_the_adaptive_solver_keeps_the_dtype_and_gives_up_on_nan_at_once():
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert dopri5(lambda x, t: -x, x, [1.0, 0.0], rtol=0.1, atol=0.1).dtype == torch.bfloat16
+    calls = []
+    with pytest.raises(ConfigError, match="NaN"):
+        dopri5(lambda x, t: calls.append(t) or x * math.nan, torch.ones(1, 1), [1.0, 0.0])
+    assert len(calls) < 10

@@ -241,6 +241,8 @@ def test_wrong_settings_are_refused_at_construction():
         build_dit("DiT-T/2", num_heads=5)
     with pytest.raises(ConfigError, match="'layer' or 'rms'"):
         build_dit("DiT-T/2", norm="batch")
+    with pytest.raises(ConfigError, match="a head of 6"):
+        build_dit("DiT-T/2", hidden_size=24, num_heads=4, rope=True)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +270,15 @@ def test_wrong_image_size_or_unwanted_labels_are_refused():
         model(torch.zeros(1, 4, 8, 8), torch.zeros(1), r=torch.zeros(1))
     with pytest.raises(ConfigError, match=r"points \(B, 2\)"):
         MLP()(torch.zeros(1, 3), torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"t is \(\): give one time for each image"):
+        model(torch.zeros(1, 4, 8, 8), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("tap", [-1, 4])
+def test_a_block_that_is_not_there_cannot_be_tapped(tap):
+    for model, shape in ((build_dit("DiT-T/2", input_size=8, num_classes=0), (1, 4, 8, 8)), (MLP(depth=4), (1, 2))):
+        with pytest.raises(ConfigError, match=f"no block {tap}: taps are counted from 0 to 3"):
+            model(torch.zeros(shape), torch.zeros(1), taps=[tap])
 
 
 def test_the_alternative_of_the_benchmark_is_the_same_network():

@@ -205,6 +205,23 @@ def test_diffusers_folders_that_cannot_be_a_dit_are_refused(tmp_path, diffusers_
     (tmp_path / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
     with pytest.raises(CheckpointError, match="ada_norm_zero"):
         load_published(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "sample_size"}))
+    with pytest.raises(CheckpointError, match="lacks sample_size"):
+        load_published(tmp_path)
+
+
+def test_a_diffusers_folder_of_before_the_class_was_renamed_is_read(tmp_path, diffusers_dit, inputs):
+    """The public DiT-XL/2 says Transformer2DModel, and diffusers reads it as what it is called now."""
+    from diffusers import Transformer2DModel
+
+    diffusers_dit.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
+    assert type(Transformer2DModel.from_pretrained(tmp_path)) is type(diffusers_dit)
+    x, t, y = inputs
+    with torch.no_grad():
+        expected = diffusers_dit(x, t * 1000 - 1, y).sample
+        torch.testing.assert_close(load_published(tmp_path).eval()(x, t, y), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_sit_cannot_be_written_as_diffusers(tmp_path):

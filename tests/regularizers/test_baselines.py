@@ -9,7 +9,16 @@ from torch import nn
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.models.efficientnet import efficientnet_lite0, preprocess
-from dispersive_kit.regularizers import KINDS, REPA, LayerSync, NormMatched, Schedule, contrastive_loss, dispersive_loss
+from dispersive_kit.regularizers import (
+    KINDS,
+    REPA,
+    Dispersive,
+    LayerSync,
+    NormMatched,
+    Schedule,
+    contrastive_loss,
+    dispersive_loss,
+)
 from dispersive_kit.regularizers.baselines import make_projector, second_view
 
 F64 = torch.float64
@@ -126,7 +135,8 @@ def test_repa_takes_token_features_and_refuses_others():
                 repa.loss(x)
         repa.remove()
     model.eval()
-    assert REPA(model, encoder=torch.nn.Identity(), projector=nn.Identity()).loss(x).item() == 0
+    with pytest.warns(UserWarning, match="REPA on blocks.0 is 0 in eval mode"):
+        assert REPA(model, encoder=torch.nn.Identity(), projector=nn.Identity()).loss(x).item() == 0
 
 
 def test_repa_takes_features_in_bf16_outside_autocast_too():
@@ -160,3 +170,27 @@ def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
 def test_the_placebo_needs_a_size():
     with pytest.raises(DispersiveError, match="rms"):
         NormMatched(nn.Sequential(nn.Linear(4, 6)), "0", rms=0.0)
+
+
+def test_layersync_is_told_which_block_is_the_shallow_one_and_warns_in_eval_mode():
+    model = build_dit("DiT-T/2", input_size=8, depth=3, num_classes=0).eval()
+    with pytest.raises(DispersiveError, match=r"blocks\.2 comes after blocks\.0"):
+        LayerSync(model, "blocks.2", "blocks.0")
+    sync = LayerSync(model, "blocks.0", "blocks.2")
+    with pytest.warns(UserWarning, match="LayerSync on blocks.0, blocks.2 is 0 in eval mode"):
+        assert sync.loss().item() == 0
+    sync.remove()
+    with pytest.raises(DispersiveError, match="were removed"):
+        sync.loss()
+
+
+def test_a_memory_of_features_of_another_size_is_refused():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    reg = Dispersive(model, "0", memory=4)
+    for size in (8, 6):
+        with reg:
+            model(torch.randn(2, 1, size, size))
+        if size == 8:
+            reg.loss(step=0)
+    with pytest.raises(DispersiveError, match="one image size"):
+        reg.loss(step=0)

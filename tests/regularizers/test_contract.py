@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from dispersive_kit.diffusion.objectives import MeanFlow
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
-from dispersive_kit.regularizers import Dispersive, dispersive_loss
+from dispersive_kit.regularizers import Dispersive, LayerSync, dispersive_loss
 
 X = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.linspace(0.1, 0.9, 6)
@@ -199,6 +199,61 @@ def test_a_loss_under_no_grad_raises(context):
         model(X, T)
     with pytest.raises(DispersiveError, match=r"blocks\.0.*no gradient.*no_grad"):
         reg.loss()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_loss_called_under_no_grad_raises_though_the_features_have_a_gradient(context):
+    model = make_model()
+    for reg in (Dispersive(model, "blocks.0"), LayerSync(model, "blocks.0", "blocks.1")):
+        with reg:
+            model(X, T)
+        with context(), pytest.raises(DispersiveError, match=r"blocks\.0.*under no_grad.*weight=0"):
+            reg.loss()
+        reg.remove()
+    measuring = Dispersive(model, "blocks.0", weight=0)
+    with context(), measuring:
+        model(X, T)
+        assert measuring.loss().item() == 0 and measuring.stats.gap > 0
+
+
+class Overwriting(nn.Module):
+    """Its block returns a tensor in a container, beside one that is free to change; `touched` is written to after."""
+
+    def __init__(self, touched):
+        super().__init__()
+        self.block, self.touched = Pair(), touched
+
+    def forward(self, x):
+        out = self.block(x)
+        out[self.touched].mul_(2)
+        return out["h"]
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"h": self.linear(x), "cache": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("select", ["h", lambda out: out["h"][:, :2], lambda out: out["h"] + 1])
+def test_an_output_inside_a_container_that_is_overwritten_is_noticed(select):
+    model = Overwriting("h").train()
+    reg = Dispersive(model, "block", select=select)
+    with reg:
+        model(torch.randn(6, 4))
+    with pytest.raises(DispersiveError, match="overwritten"):
+        reg.loss()
+
+
+def test_what_else_is_in_the_container_may_be_overwritten():
+    model = Overwriting("cache").train()
+    reg = Dispersive(model, "block", select="h")
+    with reg:
+        model(torch.randn(6, 4))
+    assert reg.loss().requires_grad
 
 
 # ---- precision ---------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from dispersive_kit.data import load_images
-from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError, KitError
-from dispersive_kit.regularizers import dispersive_loss
+from dispersive_kit.errors import CheckpointError, ConfigError, KitError
+from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset
 from dispersive_kit.training.draws import DeviceSet, sample_index, stream
 from dispersive_kit.training.loop import learning_rate
@@ -172,7 +173,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
         ({"regularizer": RegularizerConfig(preset="papers")}, ConfigError, "official-pytorch"),
         ({"regularizer": RegularizerConfig(preset="paper", at="blocks.7")}, ConfigError, "blocks.7"),
         ({"regularizer": RegularizerConfig(preset="paper", kind="infonce")}, ConfigError, "infonce_l2"),
-        ({"batch_size": 1, "regularizer": RegularizerConfig(preset="paper")}, DispersiveError, "batch of one"),
+        ({"batch_size": 1, "regularizer": RegularizerConfig(preset="paper")}, ConfigError, "one image has no pairs"),
+        ({"accumulation": 32, "regularizer": RegularizerConfig(preset="paper")}, ConfigError, "less accumulation"),
         ({"regularizer": RegularizerConfig(weight=0.5)}, ConfigError, "preset is none"),
         ({"objective": "meanflow", "regularizer": PART}, ConfigError, "whole blocks"),
     ],
@@ -180,6 +182,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
 def test_what_cannot_work_is_refused_with_the_cure(tmp_path, config, error, words):
     with pytest.raises(error, match=words):
         run(dataclasses.replace(SMOKE, **config), tmp_path / "run")
+
+
+def test_one_image_at_a_time_trains_without_the_loss(tmp_path):
+    *_, last = run(dataclasses.replace(SMOKE, batch_size=1, steps=2), tmp_path / "run")
+    assert math.isfinite(last.values["loss"]) and "gap" not in last.values
+
+
+def test_classes_that_are_not_to_repel_are_those_of_the_images_and_not_the_dropped_ones(tmp_path, monkeypatch):
+    given, real = [], Dispersive.loss
+
+    def noted(self, **labels):
+        given.append(labels["y"])
+        return real(self, **labels)
+
+    monkeypatch.setattr(Dispersive, "loss", noted)
+    config = dataclasses.replace(
+        SMOKE, steps=1, class_dropout_prob=0.5, regularizer=RegularizerConfig(preset="paper", ignore_same_class=True)
+    )
+    run(config, tmp_path / "run")
+    batch = begin(config, tmp_path / "other", resume=False).batch(0)
+    assert torch.equal(given[0], batch.labels) and (batch.y == 10).any() and not (batch.labels == 10).any()
+
+
+def test_recomputing_blocks_cannot_go_with_meanflow():
+    with pytest.raises(ConfigError, match="checkpointing cannot go with meanflow"):
+        dataclasses.replace(SMOKE, objective="meanflow", checkpointing=True)
+
+
+def test_another_precision_in_the_same_process_is_refused_with_the_cure(tmp_path):
+    run(dataclasses.replace(SMOKE, steps=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="restart the kernel"):
+        run(dataclasses.replace(SMOKE, steps=1, precision="bf16"), tmp_path / "other")
 
 
 def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path):

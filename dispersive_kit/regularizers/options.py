@@ -29,7 +29,7 @@ KINDS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4},  # JAX, local batch 16
     "official-pytorch": {"kind": "infonce_l2", "weight": 0.25, "tau": 1.0, "depth": 1.0},  # local batch 32
-    # For small models and short runs: of the twelve arms of study 3-why, tuned alike on 8 x 8 digits, the one with the
+    # For small models and short runs: of the eleven forms in study 3-why, tuned alike on 8 x 8 digits, the one with the
     # least mean, and not shown to be better than no loss: Frechet distance 0.96 times as large, [0.90, 1.02], over nine
     # seeds; 5.1 times with `paper`. At one learning rate for all it is equivalent to no loss at weights of 0.003 and
     # below, and worse from 0.03 on (study 3b-dose).

@@ -83,8 +83,9 @@ def sets_of_rows() -> list[tuple[Any, ...]]:
 
 
 def two_answers() -> list[tuple[Any, ...]]:
-    """Which images two probes got right: bool (N,) each."""
-    return [(random_points(n, seed=n) > -1, random_points(n, seed=n + 1) > -0.5) for n in (12, 40, 90)]
+    """Which images two probes got right: bool (N,) each; in the last case the same ones."""
+    answers = [(random_points(n, seed=n) > -1, random_points(n, seed=n + 1) > -0.5) for n in (12, 40, 90)]
+    return [*answers, (answers[0][0], answers[0][0])]
 
 
 def neighbour_lists() -> list[tuple[Any, ...]]:
@@ -96,8 +97,13 @@ def neighbour_lists() -> list[tuple[Any, ...]]:
 
 
 def log_ratios_and_margins() -> list[tuple[Any, ...]]:
-    """Six pairs each, a margin, and the quantile 0.95 of Student's distribution with five degrees of freedom."""
+    """Six pairs each, a margin, and the quantile 0.95 of Student's distribution with five degrees of freedom.
+
+    The last two lie just beyond the margin (within it for a normal quantile, or the deviation over n) and just within
+    it (beyond for the quantile 0.975).
+    """
     cases = [(0.005, 0.015, 0.05), (0.03, 0.002, 0.05), (0.01, 0.25, 0.05), (-0.3, 0.01, 0.05), (0.3, 0.01, 0.05)]
+    cases += [(0.02, 0.0362, 0.05), (0.02, 0.0349, 0.05)]
     pattern = torch.tensor([-1.4, -0.8, -0.2, 0.3, 0.7, 1.4], dtype=torch.float64)
     return [(mean + spread * pattern, margin, 2.015) for mean, spread, margin in (*cases, (0.0, 0.04, 0.05))]
 
@@ -110,7 +116,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "warm-up and cosine": Exercise(
         lambda peak, k, warmup, steps: peak * min(1, (k + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * k / steps)),
-        lambda: [(1e-3, 0, 200, 10_000), (1e-3, 199, 200, 10_000), (0.5, 60, 20, 100), (2.0, 99, 10, 100)],
+        lambda: [(1.0, 0, 200, 10_000), (1.0, 199, 200, 10_000), (0.5, 60, 20, 100), (2.0, 30, 50, 100)],
         "two factors: one that reaches 1 at step warmup - 1, and half a cosine that is 1 at step 0 and 0 at the end",
     ),
     "time on the line": Exercise(
@@ -137,7 +143,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "adaptive norm": Exercise(
         lambda z, shift, scale: modulate(torch.nn.functional.layer_norm(z, z.shape[-1:], eps=1e-6), shift, scale),
-        lambda: [(random_points(2, 3, 8, seed=k), *random_points(2, 2, 8, seed=9 + k)) for k in range(2)],
+        lambda: [(30 * random_points(2, 3, 8, seed=k), *random_points(2, 2, 8, seed=9 + k)) for k in range(2)],
         "mean 0 and variance 1 over the last axis (divided by D), times (1 + scale), plus shift, for all tokens alike",
     ),
     "tap index": Exercise(

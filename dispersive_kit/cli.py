@@ -65,7 +65,7 @@ def runs(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     folder: Path | None = None,
 ) -> None:
-    """List the runs that are there, show one, or compare several.
+    """List the runs of notebooks and pipelines that are there, show one, or compare several.
 
     Args:
         action: list (all), show NAME, or compare NAME NAME ... (only what they differ in).
@@ -193,6 +193,8 @@ def sample(
         raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
+    if num < 1:
+        raise ConfigError(f"--num must be at least 1, got {num}")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     decode, objective = decoder_of(card, device=device, path=vae), card["config"].objective
     net = net.to(device)
@@ -219,17 +221,20 @@ def evaluate(
         how: What to measure, and how samples are drawn.
         out: JSON file for the records; named after the settings and beside the samples if not given.
     """
+    from dispersive_kit.data.files import require_file
     from dispersive_kit.evaluation.evaluate import evaluate as measure
     from dispersive_kit.evaluation.evaluate import record_file
     from dispersive_kit.evaluation.processes import this_process
     from dispersive_kit.evaluation.record import table, to_json
 
+    if out:
+        require_file(out)
     records = measure(run, how)
     if this_process().is_main_process:
+        print(table(records))
         file = out or record_file(run, how, records[0])
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(records))
-        print(f"{table(records)}\nrecord: {file}")
+        print(f"record: {file}")
 
 
 def export(
@@ -293,8 +298,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except OSError as error:  # a folder that is a file, that may not be written, a full disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume", file=sys.stderr)
+        print("interrupted; go on with the same command, and --resume where it has that", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dispersive_kit.errors import DataError
+from dispersive_kit.errors import ConfigError, DataError
 
 
 def encode(
@@ -49,6 +49,8 @@ def encode(
     from dispersive_kit.data.encoder import EncodeConfig, Encoder
     from dispersive_kit.data.store_plan import StorePlan, size_in_words
 
+    require_positive(image_size=image_size, shard_size=shard_size, batch_size=batch_size, readers=readers)
+    require_positive(processes=processes + 1)
     config = EncodeConfig(
         images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, readers, device=_device()
     )
@@ -70,6 +72,13 @@ def encode(
         raise SystemExit(130) from None
     if first:
         _report(store)
+
+
+def require_positive(**values: float) -> None:
+    """Raises ConfigError: a number is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
 
 
 @contextlib.contextmanager
@@ -144,16 +153,18 @@ def check(store: Annotated[Path, tyro.conf.Positional], vae: str | None = None, 
     from torchvision.utils import save_image
 
     from dispersive_kit.data.autoencoders import load_named
+    from dispersive_kit.data.files import require_file
     from dispersive_kit.data.latents import LatentStore
     from dispersive_kit.data.store_check import check_store, decoded_grid
 
+    file = grid or store.with_name(f"{store.name}-grid.png")
+    require_file(file)
     opened = LatentStore(store)
     for line in check_store(opened):
         print(f"ok  {line}", flush=True)
     autoencoder = load_named(opened.spec.autoencoder, path=vae)
     print(f"ok  autoencoder {autoencoder.card}")
     images = decoded_grid(opened, autoencoder)
-    file = grid or store.with_name(f"{store.name}-grid.png")
     save_image(images.float() / 255, file, nrow=4, padding=1)
     print(f"look at {file}: {len(images)} images, decoded")
 
@@ -183,6 +194,9 @@ def plan(
     """
     from dispersive_kit.data.store_plan import StorePlan
 
+    given = {"num_images": num_images, "image_size": image_size, "downsampling": downsampling, "channels": channels,
+             "shard_size": shard_size, "rate": rate, "processes": processes}  # fmt: skip
+    require_positive(**given)
     side = image_size // downsampling
     planned = StorePlan(num_images, (channels, side, side), flip, shard_size=shard_size)
     print(planned)

@@ -59,7 +59,8 @@ def report(plan: Annotated[str, tyro.conf.Positional], out: Path | None = None) 
 
     Args:
         plan: Name of a shipped plan, or the path of a YAML file.
-        out: Folder of the runs, as for run, which report.html is written into; runs/studies/NAME-HASH if not given.
+        out: Folder of the runs, as for run, which report.html is written into. If it is not given,
+            runs/studies/NAME-HASH, or else the results that come with the kit.
     """
     from dispersive_kit.study.experiment import study_folder
     from dispersive_kit.study.plan import load_plan

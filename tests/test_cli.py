@@ -113,3 +113,40 @@ def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):
     command = [sys.executable, "-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--out", str(tmp_path / "r")]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[-1].startswith("done") and sum(line.startswith("step") for line in lines) == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num", "0"], "--num must be at least 4, got 0"),
+        (["--num", "-5"], "--num must be at least 4, got -5"),
+        (["--num-reference", "0"], "--num-reference must be at least 4, got 0"),
+        (["--resamples", "1"], "--resamples must be at least 2, got 1"),
+        (["--cfg-scale", "nan"], "cfg_scale must be a number, got nan"),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(capsys, options, words):
+    given = ["--num", "20"] if "--num" not in options else []
+    assert words in refused(capsys, "evaluate", "digits-base", "--extractor", "random-conv", *given, *options)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, capsys):
+    said = refused(capsys, "evaluate", trained, "--num", "40", "--out", tmp_path)
+    assert "is a folder: name a file" in said
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "evaluate", trained, "--num", "40", "--out", tmp_path / "file" / "x")
+    assert "file" in refused(capsys, *TRAIN, "--out", tmp_path / "file")
+    assert "file" in refused(capsys, "export", trained, "--out", tmp_path / "file")
+    assert "--num must be at least 1" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "0")
+
+
+@pytest.mark.parametrize("name", ["downsampling", "rate", "processes", "shard-size", "num-images", "image-size"])
+def test_a_store_of_nothing_cannot_be_planned(capsys, name):
+    assert f"--{name} must be above 0, got -1" in refused(capsys, "latents", "plan", f"--{name}=-1")
+
+
+def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
+    said = refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path / "nothing")
+    assert f"1-noise-floor has no results in {tmp_path / 'nothing'} yet" in said
+    (tmp_path / "results.json").write_text("{}")
+    assert "is damaged" in refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dispersive_kit.analysis.features import LEVELS, Encoder, extract
 from dispersive_kit.data import ImageSet
+from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation.distances import wilson
 
@@ -50,13 +51,19 @@ class Splits:
 
 
 def candidates(
-    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *, draws: int = 1
+    encode: Encoder,
+    parts: Sequence[ImageSet],
+    levels: Sequence[float] = LEVELS,
+    *,
+    draws: int = 1,
+    path: Path = LINEAR,
 ) -> dict[tuple[int, int], Splits]:
     """(level, block) -> features of training, validation and test images, to choose among.
 
     Each part has noise of its own: a training image under the noise of a test image would be its nearest neighbour.
+    path: that the network was trained on, which says at which time it meets a log-SNR.
     """
-    features = [extract(encode, part.images, levels, draws=draws, seed=i) for i, part in enumerate(parts)]
+    features = [extract(encode, part.images, levels, draws=draws, seed=i, path=path) for i, part in enumerate(parts)]
     return {
         (level, block): Splits(*(Split(f[level][:, block], p.labels) for f, p in zip(features, parts, strict=True)))
         for level in range(len(levels))

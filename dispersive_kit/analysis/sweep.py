@@ -19,6 +19,7 @@ from dispersive_kit.analysis.features import LEVELS, POOLING, noisy, tokens
 from dispersive_kit.analysis.moments import Moments
 from dispersive_kit.analysis.similarity import cka_matrix, shared_neighbours
 from dispersive_kit.data import ImageSet
+from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation.classifier import weights_sha256
 from dispersive_kit.evaluation.record import library_versions
@@ -86,10 +87,12 @@ def sweep(
     tau: float = 0.5,
     batch_size: int = 250,
     keep: int = KEEP,
+    path: Path = LINEAR,
 ) -> Sweep:
     """Run `model` once over `data` at each level (log-SNR, inf for the clean image), and measure every block.
 
-    seed: of the noise. tau: of the loss whose saturation is measured. keep: rows for measures of pairs.
+    seed: of the noise. tau: of the loss whose saturation is measured. keep: rows for measures of pairs. path: that the
+    network was trained on, which says at which time it meets a log-SNR.
 
     Raises:
         ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
@@ -97,7 +100,7 @@ def sweep(
     if min(batch_size, len(data)) < LOCAL_BATCH:
         raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
     kept = [Level(Moments(len(data.classes))) for _ in levels]
-    for where, i, x, t in noisy(data.images, levels, seed=seed, batch_size=batch_size):
+    for where, i, x, t in noisy(data.images, levels, seed=seed, path=path, batch_size=batch_size):
         kept[i].update(tokens(model, x, t), data.labels[where], keep, tau)
     D = kept[0].moments.mean.shape[-1]
     normal = torch.randn(len(data), D, generator=stream(seed, "gaussian"), dtype=torch.double)
@@ -119,7 +122,7 @@ def sweep(
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pooling": POOLING,
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
          "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": seed, "keep": keep,
-         "local_batch": LOCAL_BATCH, "tau": tau, "versions": library_versions()},
+         "local_batch": LOCAL_BATCH, "tau": tau, "path": repr(path), "versions": library_versions()},
     )  # fmt: skip
 
 

@@ -180,8 +180,11 @@ def _registered(name: str) -> Any:
     if colon and not Path(name).exists():
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise DataError(f"autoencoder {name!r}: module {module!r} cannot be imported ({error})") from error
+        except (ImportError, ValueError, TypeError) as error:  # the latter two of an empty or a relative name
+            raise DataError(
+                f"autoencoder {name!r}: module {module!r} cannot be imported ({error}); give its dotted name, as in "
+                "my.package:MyAutoencoder"
+            ) from error
     return REGISTERED[last]() if last in REGISTERED else None
 
 

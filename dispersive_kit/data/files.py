@@ -58,6 +58,22 @@ def write_whole(file: Path, content: bytes) -> None:
         ) from error
 
 
+def require_file(file: Path) -> None:
+    """Before long work: that its result can be written to `file`.
+
+    Raises:
+        DataError: it is a folder, or lies where nothing may be written.
+    """
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: name a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
+    if not os.access(file.parent, os.W_OK):
+        raise DataError(f"{file} cannot be written (no permission): name another place")
+
+
 def free_bytes(folder: Path) -> int:
     """Room on the disk on which `folder` lies, or will lie."""
     there = next(p for p in [folder, *folder.resolve().parents] if p.exists())

@@ -6,7 +6,7 @@ The only conversions between uint8 and the network's [-1, 1] are `to_float` and 
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -28,7 +28,8 @@ class ImageSet:
 
     Attributes:
         images: uint8 (N, C, H, W). labels: int64 (N,). classes: name of each label.
-        source: where it was read from; sha256: of images and labels, so a number can name its data.
+        source: where it was read from; resize: what was done to the files, in words. sha256: of images and labels, so
+            a number can name its data.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
     source: str
+    resize: str = "none"
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -66,7 +68,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at `index`, in that order."""
-        return ImageSet(self.name, self.split, self.images[index], self.labels[index], self.classes, self.source)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ def load_images(
     Args:
         name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist",
             "cifar10", or the path of a folder of images.
-        split: "train" or "test". A folder may hold `train/` and `test/`; otherwise every tenth image is held out.
+        split: "train" or "test". A folder may hold `train/` and `test/` or `val/`, whose classes are those of
+            `train/`; otherwise every tenth image is held out.
         data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
             uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
             then torchvision's own files.
@@ -232,16 +235,20 @@ def _where_to_put(name: str, folder: Path, why: str) -> str:
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
-    has_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
-    listed = list_images(folder / split if has_splits else folder)
+    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
+    has_splits = (folder / "train").is_dir() and held_out is not None
+    listed = list_images(folder / ("train" if split == "train" else str(held_out)) if has_splits else folder)
+    classes = list_images(folder / "train").classes if has_splits else listed.classes
+    if unknown := sorted(set(listed.classes) - set(classes)):
+        raise DataError(f"{listed.root} has a class {unknown[0]!r}, and {folder / 'train'} has not")
     number = len(listed.files)
     index = [i for i in range(number) if has_splits or (i % 10 == 9) == (split == "test")]
     if not index:
         raise DataError(f"{folder} holds {number} images: too few to hold out every tenth; add train/ and test/")
     files = [listed.files[i] for i in index]
     images = torch.stack([_read_square(listed.root, file, size) for file in files])
-    labels = torch.tensor([listed.label(file) for file in files])
-    return ImageSet(folder.name, split, images, labels, listed.classes, str(listed.root))
+    labels = torch.tensor([classes.index(listed.classes[listed.label(file)]) for file in files])
+    return ImageSet(folder.name, split, images, labels, classes, str(listed.root), f"ADM centre crop to {size}")
 
 
 def _read_square(root: Path, file: str, size: int) -> Tensor:

@@ -32,6 +32,8 @@ class Selection:
         known = store.spec.classes
         if unknown := [name for name in classes if name not in known]:
             raise ConfigError(f"{store.path} has no class {unknown[0]!r}; it has: {', '.join(known[:20])}")
+        if len(set(classes)) < len(classes):
+            raise ConfigError(f"a class stands twice in {list(classes)}")
         self.store, self.part = store, part
         self.classes = tuple(classes) or known
         self._new_label = np.full(len(known), -1)

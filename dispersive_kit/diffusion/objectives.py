@@ -91,6 +91,8 @@ def mean_flat(x: Tensor) -> Tensor:
 class Objective(ABC):
     """`draw(x0, generator)` gives the random numbers of a batch, and the call is a function of them."""
 
+    path: Path
+
     @abstractmethod
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws: ...
 

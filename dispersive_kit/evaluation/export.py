@@ -24,7 +24,7 @@ def load_npz(file: Path) -> Tensor:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images = arrays["arr_0"]
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(f"{file} holds no samples (an array arr_0): {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{file}: arr_0 must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")

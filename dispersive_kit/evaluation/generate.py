@@ -1,5 +1,6 @@
 """Images from a trained run, one seed an image: the same image whatever the batch it is drawn in."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from dispersive_kit.data import to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
 from dispersive_kit.diffusion.guidance import ClassifierFree
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation.processes import shared_out
 from dispersive_kit.training.sampling import sample_batch
 
@@ -42,11 +43,14 @@ def generate(
     decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
     Raises:
-        ConfigError: a label outside the classes; guidance asked of a model without a null class.
+        ConfigError: a label outside the classes; guidance asked of a model without a null class, or not finite.
+        KitError: the model draws NaN or infinity, which as an image would be black.
     """
     num_classes = model.num_classes
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ConfigError(f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    if not math.isfinite(cfg_scale):
+        raise ConfigError(f"cfg_scale must be a number, got {cfg_scale}")
     if cfg_scale != 1.0 and model.null_label is None:
         raise ConfigError("this model has no null class (class_dropout_prob was 0), so cfg_scale must be 1")
     device = next(model.parameters()).device
@@ -56,7 +60,10 @@ def generate(
         seeds = range(first_seed + rows.start, first_seed + rows.stop)
         guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
         x = sample_batch(model, y, seeds, objective=objective, num_steps=num_steps, guidance=guidance)
-        return to_uint8(decode(x) if decode else x).cpu()
+        images = decode(x) if decode else x
+        if not images.isfinite().all():
+            raise KitError(f"the model drew NaN or infinity, among the images with seeds {seeds[0]} to {seeds[-1]}")
+        return to_uint8(images).cpu()
 
     return torch.cat(shared_out(draw, len(labels), batch_size))
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -84,24 +84,41 @@ def frechet_from_statistics(mean_x: Array, covariance_x: Array, mean_y: Array, c
     return float(shift @ shift + np.trace(covariance_x) + np.trace(covariance_y) - 2 * cross)
 
 
-def save_statistics(file: Path, moments: Moments) -> None:
-    """Write `mu` and `sigma`, the form of the reference files of ADM's evaluation suite."""
-    np.savez(file, mu=moments.mean, sigma=moments.covariance)
+def save_statistics(file: Path, moments: Moments, extractor: "FeatureExtractor | None" = None) -> None:
+    """Write `mu` and `sigma`, the form of the reference files of ADM's evaluation suite, and of which extractor."""
+    arrays: dict[str, Any] = {"mu": moments.mean, "sigma": moments.covariance}
+    if extractor is not None:
+        arrays["extractor"] = np.array(extractor.weights_sha256)
+    np.savez(file, **arrays)
 
 
-def load_statistics(file: Path) -> tuple[Array, Array]:
+def stated_extractor(file: Path) -> str | None:
+    """sha256 of the weights of the extractor that a file of `save_statistics` is of; ADM's files do not say."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return str(arrays["extractor"]) if "extractor" in arrays.files else None
+
+
+def load_statistics(file: Path, weights_sha256: str | None = None) -> tuple[Array, Array]:
     """Mean (D,) and covariance (D, D) of a reference file, ADM's own or one of `save_statistics`.
 
     Raises:
-        DataError: no such file, or no mu and sigma in it.
+        DataError: no such file, or no finite mu and sigma in it. ConfigError: it says that it is of an extractor with
+            other weights.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
             mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(f"{file} holds no reference statistics (arrays mu and sigma): {error}") from error
-    if sigma.shape != (len(mu),) * 2:
+    if mu.ndim != 1 or sigma.shape != (len(mu),) * 2:
         raise DataError(f"{file}: mu {mu.shape} and sigma {sigma.shape} do not belong together")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{file}: mu or sigma holds NaN or infinity")
+    if (stated := stated_extractor(file)) and weights_sha256 and stated != weights_sha256:
+        raise ConfigError(
+            f"{file} is of an extractor with weights {stated[:12]}, and these features are of {weights_sha256[:12]}: "
+            "a distance between the two says nothing"
+        )
     return mu, sigma
 
 

@@ -102,7 +102,7 @@ class Memorisation:
         ratio: median nearest-train distance of the generated over that of the held-out; about 1 if nothing was
             copied, towards 0 if all was. floor: the same ratio of one half of the held-out over the other.
         distance, index: of the nearest training image of each generated one (N,).
-        copies: share of generated images nearer than all but 1 % of the held-out; 0.01 is expected.
+        copies: share of generated images as near as the nearest 1 % of the held-out; 0.01 is expected.
     """
 
     ratio: Interval
@@ -123,7 +123,7 @@ def memorisation(generated: NDArray, held_out: NDArray, train: NDArray, *, resam
     return Memorisation(
         ratio=Interval.around(float(np.median(distance)) / usual, np.array(halves)),
         floor=float(np.median(real[::2]) / np.median(real[1::2])),
-        copies=float((distance < np.quantile(real, 0.01)).mean()),
+        copies=float((distance <= np.quantile(real, 0.01)).mean()),
         distance=distance,
         index=index,
     )

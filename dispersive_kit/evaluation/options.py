@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dispersive_kit.errors import ConfigError
+
 Extractors = Literal["classifier", "random-conv", "pixels-pca32", "effnet-lite0-pca64", "inception"]
 
 
@@ -47,3 +49,9 @@ class Evaluation:
     """Folder in which mnist and cifar10 lie."""
     vae: str | None = None
     """Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same."""
+
+    def __post_init__(self) -> None:
+        least = {"num": 4, "num_reference": 4, "num_steps": 1, "resamples": 2}  # half-samples need two images each
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")

@@ -17,7 +17,13 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import kernels, naming
 from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples, wilson
 from dispersive_kit.evaluation.features import FeatureExtractor
-from dispersive_kit.evaluation.moments import Moments, file_sha256, frechet_from_statistics, load_statistics
+from dispersive_kit.evaluation.moments import (
+    Moments,
+    file_sha256,
+    frechet_from_statistics,
+    load_statistics,
+    stated_extractor,
+)
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
 from dispersive_kit.evaluation.processes import check_equal_everywhere, shared_out
 from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set, library_versions
@@ -165,7 +171,7 @@ def shared_protocol(
         "reference": reference,
         "floor": floor,
         "extractor": describe_extractor(extractor),
-        "resize": "none before the extractor's own",
+        "resize": f"{reference.get('resize', 'not known')}, then the extractor's own",
         "uint8_rule": UINT8_RULE,
         "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
         "versions": library_versions(),
@@ -202,9 +208,10 @@ def measure_against_statistics(
     real: images for the floor; of those that the statistics are of, it would be too low.
 
     Raises:
-        DataError: the file holds no statistics. ConfigError: they are of another extractor.
+        DataError: the file holds no statistics. ConfigError: they are of another extractor, by what the file says or,
+            where it says nothing, as ADM's, by their size.
     """
-    reference, n = load_statistics(statistics), len(generated)
+    reference, n = load_statistics(statistics, extractor.weights_sha256), len(generated)
 
     def distance(features: Array) -> float:
         moments = Moments.of(features)
@@ -215,6 +222,7 @@ def measure_against_statistics(
     others = draw_images(real, n)
     floor = distance(Features.of(extractor, others.images).values)
     card = {"data": statistics.stem, "split": None, "n": None, "sha256": file_sha256(statistics)}
+    card["extractor"] = stated_extractor(statistics) or "not stated in the file"
     everything = shared_protocol(extractor, card, describe_set(others), resamples) | (protocol or {})
     return _record("FD", distance(x), halves, floor, n, None, everything)
 

@@ -64,7 +64,7 @@ def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
 
 
 def describe_set(data: ImageSet) -> dict[str, Any]:
-    card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256}
+    card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256, "resize": data.resize}
     return {**card, "drawn_from": data.drawn_from} if isinstance(data, Part) else card
 
 

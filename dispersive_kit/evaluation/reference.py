@@ -1,7 +1,7 @@
 """The real images that samples of a run are held against."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from dispersive_kit.training.latent_set import open_store
 ROWS_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part(ImageSet):
     """Some images of a larger set of `drawn_from` images; the record of a number says so."""
 
@@ -31,7 +31,7 @@ def draw_images(data: ImageSet, n: int, *, seed: int = 0) -> ImageSet:
 
 
 def as_part(data: ImageSet, drawn_from: int) -> Part:
-    return Part(data.name, data.split, data.images, data.labels, data.classes, data.source, drawn_from)
+    return Part(**{field.name: getattr(data, field.name) for field in fields(ImageSet)}, drawn_from=drawn_from)
 
 
 def load_reference(

@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dispersive_kit.errors import DataError
+from dispersive_kit.errors import DataError, KitError
 from dispersive_kit.study.environment import describe_environment, package_hash
 from dispersive_kit.study.gate import tracebacks
 from dispersive_kit.study.lookup import check_parameters, find_notebook
@@ -69,7 +69,8 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
     While another process runs in the folder, this one waits.
 
     Raises:
-        ConfigError: no such notebook or parameter, or a value of the wrong type.
+        ConfigError: no such notebook or parameter, or a value of the wrong type. KitError: the folder holds something
+            else than a run of a notebook.
     """
     notebook, given = find_notebook(name), parameters or {}
     check_parameters(notebook, given)
@@ -78,6 +79,8 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
     with FileLock(lock_of(folder)):
         if ended_well(notebook, folder, given):
             return StageResult(label, "skipped", 0.0, folder)
+        if not read_stage(folder) and folder.exists() and any(folder.iterdir()):
+            raise KitError(f"{folder} holds no run of a notebook, and is not empty: name another folder with --out")
         if read_stage(folder).get("key", key) != key:
             folder.rename(_unused_name(folder))
         return _run(notebook, folder, given, label, key)

@@ -9,7 +9,7 @@ import torch
 
 from dispersive_kit.analysis.dispersion import rankme, spectrum
 from dispersive_kit.analysis.features import LEVELS, extract, pooled
-from dispersive_kit.analysis.probes import Split, Splits, choose_and_test
+from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.errors import KitError
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.features import make_extractor
@@ -21,6 +21,7 @@ from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.arms import read_metrics
 from dispersive_kit.study.plan import Sampling
 from dispersive_kit.training import TrainConfig, load_run
+from dispersive_kit.training.run import build_objective
 from dispersive_kit.training.sampling import SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
@@ -39,7 +40,7 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     if "held_out" not in last:
         raise KitError("the held-out loss of the last step is not finite")
     probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
-    pooled_rank = measure_pooled_rank(model, config)
+    rank = {} if model.null_label is None else {"pooled_rank": measure_pooled_rank(model, config)}
     model = model.to(this_process().device)
     panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
     labels = balanced_labels(how.num, model.num_classes)
@@ -54,7 +55,7 @@ def measure_run(run: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
     bins = {name: value for name, value in last.items() if name.startswith("held_out_t")}
     known = {name: last[name] for name in DESCRIBED if name in last}
-    described = {"gradient_ratio": statistics.median(ratios), **bins, **known, "pooled_rank": pooled_rank}
+    described = {"gradient_ratio": statistics.median(ratios), **bins, **known, **rank}
     return {"values": values, "described": described, "record": _record(records[0], card, config, how)}
 
 
@@ -99,10 +100,5 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    features = [extract(pooled(model), part.images, LEVELS, draws=DRAWS) for part in parts]
-    candidates = {
-        (level, block): Splits(*[Split(f[i][:, block], p.labels) for f, p in zip(features, parts, strict=True)])
-        for i, level in enumerate(LEVELS)
-        for block in range(len(model.blocks))
-    }
-    return choose_and_test("ridge", candidates)[0].accuracy
+    cells = candidates(pooled(model), parts, draws=DRAWS, path=build_objective(config).path)
+    return choose_and_test("ridge", cells)[0].accuracy

@@ -17,6 +17,7 @@ Two runs that share a seed share initial weights, order of images, times, noise 
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,11 @@ from typing import Any
 
 import yaml
 
+from dispersive_kit.data import TOY_SETS
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.lookup import notebooks_folder, safe_name
 from dispersive_kit.study.schema import check_form
-from dispersive_kit.study.verdict import LEVEL, smallest_p
+from dispersive_kit.study.verdict import DIRECTION, LEVEL, smallest_p
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEAST_SEEDS, MOST_SEEDS = 6, 20  # five pairs cannot reach p < 0.05; an exact test looks at 2^n choices of signs
@@ -168,11 +170,26 @@ def load_plan(name: str) -> Plan:
         raise ConfigError(f"no plan {name!r} ({error.strerror}); shipped are: {', '.join(shipped_plans())}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML of plain values: {error}") from error
+    _check_plain(content, str(file))
     check_form(content, "study", str(file))
     plan = _read(content, file)
     for check in (_check_names, _check_seeds, _check_tuning, _check_settings):
         check(plan)
     return plan
+
+
+def _check_plain(content: Any, where: str) -> None:
+    """What YAML reads and JSON does not know: a name such as 0.5 without quotes, a date, NaN."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{where}: the name {name!r} is read as a {type(name).__name__}: put it in quotes")
+            _check_plain(value, f"{where}: {name}")
+    elif isinstance(content, list):
+        for value in content:
+            _check_plain(value, where)
+    elif not isinstance(content, str | int | float | None) or content in (math.inf, -math.inf) or content != content:
+        raise ConfigError(f"{where}: {content!r} is no plain value")
 
 
 def plan_hash(content: dict[str, Any]) -> str:
@@ -216,6 +233,8 @@ def _check_names(plan: Plan) -> None:
                 )
         if contrast.measure.partition(" ")[0] not in plan.margin:
             raise ConfigError(f"{plan.name}: no margin for {contrast.measure!r}, so nothing could be equivalent by it")
+    if unknown := set(plan.margin) - set(DIRECTION):
+        raise ConfigError(f"{plan.name}: a margin of {min(unknown)!r}; there are: {', '.join(DIRECTION)}")
     if twice := [str(c) for c, n in Counter(plan.contrasts).items() if n > 1]:
         raise ConfigError(f"{plan.name}: the contrast ({twice[0]}) stands twice")
 
@@ -249,6 +268,10 @@ def _check_tuning(plan: Plan) -> None:
 def _check_settings(plan: Plan) -> None:
     cells = (*plan.cells(), *plan.tuning_cells())
     for cell in cells:
-        plan.config(cell)
+        config = plan.config(cell)
+        if config.data in TOY_SETS or config.model == "MLP":
+            raise ConfigError(
+                f"{plan.name}: samples are measured as images, and {config.data} with {config.model} has none"
+            )
     if "seed" in {*plan.train, *(name for cell in cells for name in cell.settings)}:
         raise ConfigError(f"{plan.name}: seeds stand in `seeds`, and are the same in all arms")

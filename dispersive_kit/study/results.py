@@ -56,16 +56,18 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
-    """Results of a plan: of the runs in `out`, else of the study run here, else those that come with the kit.
+    """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
+    come with the kit.
 
     Raises:
-        DataError: there are none, or they are of the plan as it was before a change.
+        DataError: there are none, or they are damaged, or of the plan as it was before a change.
     """
-    folders = [study_folder(plan)] if out is None else [out, study_folder(plan)]
-    for file in (*(folder / "results.json" for folder in folders), _shipped_file(plan)):
+    files = [study_folder(plan) / "results.json", _shipped_file(plan)] if out is None else [out / "results.json"]
+    for file in files:
         if file.is_file():
             return _read_results(plan, file)
-    raise DataError(f"{plan.name} has no results yet: dispersive-kit study run {plan.called}")
+    where = "" if out is None else f" in {out}"
+    raise DataError(f"{plan.name} has no results{where} yet: dispersive-kit study run {plan.called}")
 
 
 @functools.cache
@@ -84,10 +86,14 @@ def _shipped_file(plan: Plan) -> Path:
 
 
 def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if results["plan_sha256"] != plan.sha256:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        of_plan = results["plan_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error!r}): dispersive-kit study run {plan.called} writes it") from error
+    if of_plan != plan.sha256:
         raise DataError(
-            f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now "
+            f"{file} holds results of plan {of_plan[:8]}, and {plan.file} is now "
             f"{plan.sha256[:8]}: a plan is not changed after its runs; give the new one another name"
         )
     return results
@@ -105,16 +111,26 @@ def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for contrast, (role, p) in zip(plan.contrasts, roles, strict=True):
         better, margin = _direction(contrast), plan.margin[_kind(contrast.measure)]
-        verdict = judge_pairs(_pairs(plan, runs, contrast), better=better, margin=margin, p_adjusted=p)
+        pairs, empty = _pairs(plan, runs, contrast), _empty_pairs(plan, runs, contrast)
+        verdict = judge_pairs(pairs, better=better, margin=margin, p_adjusted=p, empty=empty)
         found.append(
             {"role": role, **dataclasses.asdict(contrast), **dataclasses.asdict(verdict), **_flags(runs, contrast)}
         )
     return found
 
 
+def _sides(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> list[list[float | None]]:
+    """Values of the arm and of the reference, seed by seed; None of a crashed run."""
+    return [_values(runs, a, contrast.condition, contrast.measure) for a in (contrast.arm, plan.reference)]
+
+
 def _pairs(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> Any:
-    arm, reference = (_values(runs, a, contrast.condition, contrast.measure) for a in (contrast.arm, plan.reference))
+    arm, reference = _sides(plan, runs, contrast)
     return log_ratios(arm, reference, _direction(contrast))
+
+
+def _empty_pairs(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> int:
+    return sum(pair == (None, None) for pair in zip(*_sides(plan, runs, contrast), strict=True))
 
 
 def _values(runs: Sequence[Run], arm: str, condition: str, measure: str) -> list[float | None]:

@@ -42,7 +42,9 @@ def smallest_p(n: int) -> float:
 
 
 def log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], better: int) -> NDArray[np.float64]:
-    """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side."""
+    """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side, and as 0 where both
+    crashed: say so to `judge_pairs`.
+    """
 
     def one(a: float | None, b: float | None) -> float:
         if a is not None and b is not None:
@@ -92,7 +94,9 @@ def tost_p(x: NDArray[np.float64], margin: float) -> float:
     return max(float(ttest_1samp(x, bound, alternative=side).pvalue) for bound, side in sides)
 
 
-def judge_pairs(x: NDArray[np.float64], *, better: int, margin: float, p_adjusted: float | None = None) -> Verdict:
+def judge_pairs(
+    x: NDArray[np.float64], *, better: int, margin: float, p_adjusted: float | None = None, empty: int = 0
+) -> Verdict:
     """The verdict on paired log-ratios x (n,).
 
     "equivalent" where the 90 % interval lies within +-margin, also if a difference inside it is certain: the margin
@@ -100,12 +104,13 @@ def judge_pairs(x: NDArray[np.float64], *, better: int, margin: float, p_adjuste
 
     Args:
         better: -1 if less of the measure is better, 1 if more is. p_adjusted: from `holm`; None: alone in its family.
+        empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
     """
     p, mean = sign_flip_p(x), float(x.mean())
     adjusted = p if p_adjusted is None else p_adjusted
     equivalent = tost_p(x, margin)
     word = "inconclusive"
-    if equivalent < LEVEL:
+    if equivalent < LEVEL and not empty:
         word = "equivalent"
     elif adjusted < LEVEL:
         word = "better" if mean * better > 0 else "worse"

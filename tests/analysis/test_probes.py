@@ -22,6 +22,7 @@ from dispersive_kit.analysis import (
 )
 from dispersive_kit.analysis.controls import patch_pca, raw_pixels
 from dispersive_kit.data import load_images
+from dispersive_kit.diffusion.paths import DDPMPath, LinearPath
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation.distances import wilson
 
@@ -153,3 +154,18 @@ def test_what_does_not_fit_is_refused_by_name():
         probes.fit("forest", parts.train, parts.validation)
     with pytest.raises(DataError, match=r"\(draws, N, D\)"):
         probes.fit("ridge", Split(parts.train.x[0], parts.train.y), parts.validation)
+
+
+def test_a_level_of_noise_is_at_another_time_on_another_path(network, digits):
+    parts = [digits.subset(torch.arange(20)), digits.subset(torch.arange(20, 30)), digits.subset(torch.arange(30, 40))]
+    seen = []
+
+    def encode(x, t, where):
+        seen.append(t[0].item())
+        return pooled(network)(x, t, where)
+
+    for path in (LinearPath(), DDPMPath()):
+        candidates(encode, parts, (0.0,), path=path)
+        log_snr = path.log_snr(torch.tensor(seen[-1], dtype=torch.float64))
+        assert abs(float(log_snr)) < 1e-6
+    assert seen[0] == 0.5 and seen[-1] < 0.4

@@ -169,3 +169,26 @@ def test_labels_and_images_must_agree():
 def test_the_data_folder_follows_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("DISPERSIVE_KIT_DATA", str(tmp_path))
     assert data_folder() == tmp_path
+
+
+def write_split_folder(root, held_out="test", classes=("dog", "emu")):
+    for part, names in (("train", ("cat", "dog", "emu")), (held_out, classes)):
+        for i, name in enumerate(names):
+            (root / part / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(root / part / name / "one.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_both_splits_of_a_folder_have_the_classes_of_train(tmp_path, held_out):
+    folder = write_split_folder(tmp_path, held_out)
+    train, test = load_images(folder, "train", size=8), load_images(folder, "test", size=8)
+    assert train.classes == test.classes == ("cat", "dog", "emu")
+    assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [1, 2]
+    assert test.resize == train.subset(torch.tensor([1])).resize == "ADM centre crop to 8"
+
+
+def test_a_class_that_train_has_not_is_refused(tmp_path):
+    folder = write_split_folder(tmp_path, classes=("dog", "fox"))
+    with pytest.raises(DataError, match=r"has a class 'fox', and .*train has not"):
+        load_images(folder, "test", size=8)

@@ -91,3 +91,8 @@ def test_what_cannot_be_selected_is_refused(store, tmp_path):
     lone = LatentStore(write_store(tmp_path / "lone", rows=40, classes=39))
     with pytest.raises(DataError, match="has no row to train on"):
         Selection(lone, balanced=True)
+
+
+def test_a_class_that_stands_twice_is_refused(store):
+    with pytest.raises(ConfigError, match="stands twice"):
+        Selection(store, classes=[store.spec.classes[0]] * 2)

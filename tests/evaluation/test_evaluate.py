@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dispersive_kit.data import load_images
+from dispersive_kit.errors import KitError
+from dispersive_kit.evaluation import generate
 from dispersive_kit.evaluation.evaluate import evaluate, record_file
 from dispersive_kit.evaluation.export import save_npz
 from dispersive_kit.evaluation.options import Evaluation
+from dispersive_kit.training import load_run, shipped
 
 HOW = Evaluation(extractor="pixels-pca32", metrics="FD", num=60, num_steps=2, cfg_scale=2.0, resamples=5)
 CHANGES = {
@@ -68,3 +72,10 @@ def test_of_a_file_sorted_by_class_all_classes_are_measured(tmp_path):
     (record,) = evaluate(file, how)
     assert record.value == pytest.approx(record.floor, rel=0.4)  # real images, as far as the floor's
     assert len(np.load(file)["arr_0"]) == 1297 and record.n == 100
+
+
+def test_a_model_that_draws_nan_is_an_error_and_not_a_black_image():
+    model, _ = load_run(shipped("digits-base"))
+    next(model.parameters()).data[0, 0] = float("nan")
+    with pytest.raises(KitError, match="drew NaN or infinity, among the images with seeds 4 to 5"):
+        generate(model, torch.arange(2), num_steps=2, first_seed=4)

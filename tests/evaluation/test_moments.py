@@ -5,7 +5,14 @@ import torch
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import Moments, frechet_distance, pixels, stream_moments
-from dispersive_kit.evaluation.moments import frechet_from_statistics, load_statistics, merge, save_statistics
+from dispersive_kit.evaluation.features import random_convolutions
+from dispersive_kit.evaluation.moments import (
+    frechet_from_statistics,
+    load_statistics,
+    merge,
+    save_statistics,
+    stated_extractor,
+)
 
 
 def cloud(n=300, d=10, seed=0, offset=0.0):
@@ -92,3 +99,19 @@ def test_a_file_without_statistics_is_refused_by_name(tmp_path):
 def test_a_covariance_keeps_float64_from_float32_features():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).numpy()
     assert Moments.of(x).scatter.dtype == np.float64
+
+
+def test_statistics_say_of_which_extractor_they_are_and_those_of_another_are_refused(tmp_path):
+    ours, other = random_convolutions(1), random_convolutions(1, seed=1)
+    save_statistics(tmp_path / "ours.npz", Moments.of(cloud(d=ours.dim)), ours)
+    assert stated_extractor(tmp_path / "ours.npz") == ours.weights_sha256
+    load_statistics(tmp_path / "ours.npz", ours.weights_sha256)
+    with pytest.raises(ConfigError, match="of an extractor with weights"):
+        load_statistics(tmp_path / "ours.npz", other.weights_sha256)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(DataError, match="NaN"):
+        load_statistics(tmp_path / "nan.npz")
+    with (tmp_path / "array.npz").open("wb") as file:  # a .npy by another name
+        np.save(file, np.zeros(3))
+    with pytest.raises(DataError, match=r"array\.npz holds no reference statistics"):
+        load_statistics(tmp_path / "array.npz")

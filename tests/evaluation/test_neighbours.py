@@ -129,3 +129,10 @@ def test_half_copies_show_in_the_share_before_the_median():
 def test_splits_that_share_images_are_refused():
     with pytest.raises(ConfigError, match="not apart"):
         memorisation(cloud(50), cloud(100)[:50], cloud(100))
+
+
+def test_copies_are_found_also_where_held_out_images_stand_in_the_training_set_too():
+    rng = np.random.default_rng(0)
+    train, held_out = rng.normal(size=(200, 4)), rng.normal(size=(100, 4))
+    held_out[:3] = train[:3]
+    assert memorisation(train[:50], held_out, train).copies == 1.0

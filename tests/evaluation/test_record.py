@@ -125,10 +125,12 @@ def test_shares_end_at_zero_and_one_and_a_full_precision_is_not_certain():
 
 def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, extractor):
     protocol = gaussian[0].protocol
-    assert protocol["reference"] == {"data": "digits", "split": "test", "n": 500, "sha256": digits[1].sha256}
+    assert protocol["reference"] == {
+        "data": "digits", "split": "test", "n": 500, "sha256": digits[1].sha256, "resize": "none",
+    }  # fmt: skip
     floor = draw_images(digits[0], 200)
     assert protocol["floor"] == {
-        "data": "digits", "split": "train", "n": 200, "sha256": floor.sha256, "drawn_from": 1297
+        "data": "digits", "split": "train", "n": 200, "sha256": floor.sha256, "resize": "none", "drawn_from": 1297
     }  # fmt: skip
     assert protocol["extractor"]["name"] == extractor.name and "sha256" in protocol["extractor"]["note"]
     assert protocol["uint8_rule"].startswith("round") and "30 half-samples" in protocol["interval"]

@@ -1,6 +1,7 @@
 """A plan is checked throughout before anything runs, and is known by its hash."""
 
 import copy
+import datetime
 
 import pytest
 import yaml
@@ -147,3 +148,25 @@ def test_an_arm_is_a_matter_of_the_plan_alone(load, arm):
         place, _, field = name.rpartition(".")
         assert getattr(config.regularizer if place else config, field) == value
     assert list(plan.evaluation.frechets) == ["frechet", "frechet cfg 1.5", "frechet cfg 3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms__0_5": None}, "the name 0.5 is read as a float: put it in quotes"),
+        ({"train__steps": datetime.date(2026, 1, 1)}, "no plain value"),
+        ({"evaluation__cfg_scales": [float("nan")]}, "nan is no plain value"),
+        ({"margin__frechet": float("inf")}, "inf is no plain value"),
+        ({"margin__helt_out": 0.1}, "a margin of 'helt_out'; there are: frechet, held_out, probe"),
+        ({"train__data": "two-moons"}, "measured as images"),
+    ],
+)
+def test_what_yaml_reads_and_no_study_can_run_is_refused(tmp_path, small_plan, change, words):
+    content = copy.deepcopy(small_plan)
+    ((path, value),) = change.items()
+    part, _, name = path.partition("__")
+    content[part] |= {0.5: {}} if name == "0_5" else {name: value}
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=words):
+        load_plan(str(file))

@@ -79,3 +79,11 @@ def test_a_crash_counts_against_its_own_side_whichever_way_is_better():
     assert lower == pytest.approx([CRASH, -CRASH, 0.0])
     assert log_ratios([None], [0.9], better=1) == pytest.approx([-CRASH])
     assert log_ratios([3.0], [1.5], better=-1) == pytest.approx([math.log(2)])
+
+
+def test_pairs_of_which_both_runs_crashed_are_no_evidence_of_equality():
+    nothing = log_ratios([None] * 6, [None] * 6, -1)
+    assert judge_pairs(nothing, better=-1, margin=0.05, empty=6).word == "inconclusive"
+    same = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.001])
+    assert judge_pairs(same, better=-1, margin=0.05).word == "equivalent"
+    assert judge_pairs(same, better=-1, margin=0.05, empty=5).word == "inconclusive"

@@ -168,3 +168,13 @@ def test_a_folder_may_be_named_relative_to_where_one_stands(write_quick, tmp_pat
     assert result.status == "ok"
     assert "seen" in (tmp_path / "runs/relative/log.txt").read_text()
     assert (tmp_path / "runs/relative/notebook.ipynb").is_file()
+
+
+def test_a_notebook_is_never_run_in_the_folder_of_something_else(write_quick, tmp_path):
+    """mutation: the check is left out; the training's only log is then deleted as a leftover"""
+    (tmp_path / "training").mkdir()
+    log = tmp_path / "training" / "metrics.jsonl"
+    log.write_text("{}")
+    with pytest.raises(KitError, match="holds no run of a notebook"):
+        run_notebook(str(write_quick("one")), tmp_path / "training")
+    assert log.read_text() == "{}"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .dit import Conditioned, LabelEmbedder, TimestepEmbedder, check_taps, default_time_scale
+from .conditioning import Conditioned, LabelEmbedder, TimestepEmbedder, check_taps, default_time_scale
 
 
 class ResidualBlock(nn.Module):

@@ -35,9 +35,9 @@ class Claim:
 
     verdicts: {study, arm, measure, word}, and `condition` where the study has several; the sentence needs that word.
     numbers: what the sentence says, and how to work it out. Of shipped runs: {says: "0.190", last: held_out, run:
-    cifar10-cpu-base}, the same with `over` another run (a ratio). Of the first verdict: {says: "12.9", mean: base} or
-    {says: "0.031", verdict: p}. Of its study: {says: "0.16", described: feature_rms, arm: norm-matched, over: paper},
-    medians over seeds, or {says: "52", count: tuning}, runs.
+    cifar10-cpu-base}, the same with `over` another run (a ratio). Of a verdict, the first or the one numbered `of` from
+    0: {says: "12.9", mean: base} or {says: "0.031", verdict: p}. Of its study: {says: "0.16", described: feature_rms,
+    arm: norm-matched, over: paper}, medians over seeds, or {says: "52", count: tuning}, runs.
     """
 
     sentence: str
@@ -109,7 +109,8 @@ def _value(claim: Claim, number: dict[str, Any]) -> float | str:
     if "last" in number:
         value, key = _last(number["run"], number["last"]), number["last"]
         return value / _last(number["over"], key) if "over" in number else value
-    verdict, results = _verdict(claim.verdicts[0]), shipped_results()[claim.verdicts[0]["study"]]
+    ground = claim.verdicts[number.get("of", 0)]
+    verdict, results = _verdict(ground), shipped_results()[ground["study"]]
     if "count" in number:
         return float(len(results[number["count"]]))
     arms = {row["arm"]: row for row in results["summary"] if row["condition"] == verdict["condition"]}

@@ -289,12 +289,20 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _part_from_the_others() -> None:
+    """Leave the processes of a launcher in order: threads of the group that still run as Python ends abort it."""
+    group = sys.modules.get("torch.distributed")
+    if group and group.is_available() and group.is_initialized():
+        group.destroy_process_group()
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `dispersive-kit`."""
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="dispersive-kit", description="Learn, test and plug in Dispersive Loss.", args=args
         )
+        _part_from_the_others()
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

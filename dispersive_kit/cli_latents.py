@@ -50,7 +50,8 @@ def encode(
     from dispersive_kit.data.store_plan import StorePlan, size_in_words
 
     require_positive(image_size=image_size, shard_size=shard_size, batch_size=batch_size, readers=readers)
-    require_positive(processes=processes + 1)
+    if processes < 0:
+        raise ConfigError(f"--processes must be 0 or more, got {processes}")
     config = EncodeConfig(
         images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, readers, device=_device()
     )

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from dispersive_kit.cli import COMMANDS, main
@@ -150,3 +151,10 @@ def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
     assert f"1-noise-floor has no results in {tmp_path / 'nothing'} yet" in said
     (tmp_path / "results.json").write_text("{}")
     assert "is damaged" in refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path)
+
+
+def test_a_command_leaves_the_group_of_its_processes_as_it_ends():
+    """mutation: without it, threads of the group may abort a process that had ended well"""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    main(["study", "list"])
+    assert not dist.is_initialized()

@@ -237,18 +237,21 @@ def _where_to_put(name: str, folder: Path, why: str) -> str:
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     has_splits = (folder / "train").is_dir() and held_out is not None
-    listed = list_images(folder / ("train" if split == "train" else str(held_out)) if has_splits else folder)
-    classes = list_images(folder / "train").classes if has_splits else listed.classes
-    if unknown := sorted(set(listed.classes) - set(classes)):
-        raise DataError(f"{listed.root} has a class {unknown[0]!r}, and {folder / 'train'} has not")
+    part = "train" if split == "train" else held_out
+    listed = list_images(folder / str(part) if has_splits else folder)
+    if has_splits and split == "test":
+        classes = list_images(folder / "train").classes
+        if unknown := sorted(set(listed.classes) - set(classes)):
+            raise DataError(f"{listed.root} has a class {unknown[0]!r}, and {folder / 'train'} has not")
+        listed = replace(listed, classes=classes)
     number = len(listed.files)
     index = [i for i in range(number) if has_splits or (i % 10 == 9) == (split == "test")]
     if not index:
         raise DataError(f"{folder} holds {number} images: too few to hold out every tenth; add train/ and test/")
     files = [listed.files[i] for i in index]
     images = torch.stack([_read_square(listed.root, file, size) for file in files])
-    labels = torch.tensor([classes.index(listed.classes[listed.label(file)]) for file in files])
-    return ImageSet(folder.name, split, images, labels, classes, str(listed.root), f"ADM centre crop to {size}")
+    labels = torch.tensor([listed.label(file) for file in files])
+    return ImageSet(folder.name, split, images, labels, listed.classes, str(listed.root), f"ADM centre crop to {size}")
 
 
 def _read_square(root: Path, file: str, size: int) -> Tensor:

@@ -51,8 +51,8 @@ def dispersive_loss(
                     zero beyond the margin tau. Our reading: the paper's margin is not known.
     covariance      sum_mn C_mn^2 / dim^2, C the correlation of channels over the batch; [1 / dim, 1];
                     1 / min(B - 1, dim), lower where channels are constant; blind to scale. 1 / L is the
-                    participation ratio. Our reading: the
-                    paper's normalisation is not known, and without one, collapse minimises the sum.
+                    participation ratio. Our reading: the paper's normalisation is not known, and without one,
+                    collapse minimises the sum.
     vicreg          mean_m max(0, tau - std_m) + sum_{m != n} Cov_mn^2 / (25 dim); [0, inf); 0; the first term
                     stops collapse; VICReg's variance and covariance, 25 : 1, arXiv 2105.04906.
 

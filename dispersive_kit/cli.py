@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dispersive_kit import __version__
 from dispersive_kit.cli_classroom import artefacts, console, lab
 from dispersive_kit.cli_latents import encode, latents
 from dispersive_kit.cli_study import study
@@ -289,6 +290,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+DESCRIPTION = "Learn, test and plug in Dispersive Loss. -V, --version: say which this is, and end."
+
+
 def _part_from_the_others() -> None:
     """Leave the processes of a launcher in order: threads of the group that still run as Python ends abort it."""
     group = sys.modules.get("torch.distributed")
@@ -298,10 +302,11 @@ def _part_from_the_others() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `dispersive-kit`."""
+    if list(sys.argv[1:] if args is None else args) in (["--version"], ["-V"]):
+        print(f"dispersive-kit {__version__}")
+        return
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="dispersive-kit", description="Learn, test and plug in Dispersive Loss.", args=args
-        )
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dispersive-kit", description=DESCRIPTION, args=args)
         _part_from_the_others()
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
+import dispersive_kit
 from dispersive_kit.cli import COMMANDS, main
 
 TRAIN = ["train", "--preset", "smoke", "--steps", "4"]
@@ -108,6 +109,13 @@ def test_every_command_explains_itself(command, capsys):
 def test_doctor_ends_well_here(capsys):
     main(["doctor"])
     assert "PyTorch" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_the_command_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "dispersive_kit", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"dispersive-kit {dispersive_kit.__version__}\n"
 
 
 def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):

@@ -113,9 +113,8 @@ def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
         better, margin = _direction(contrast), plan.margin[_kind(contrast.measure)]
         pairs, empty = _pairs(plan, runs, contrast), _empty_pairs(plan, runs, contrast)
         verdict = judge_pairs(pairs, better=better, margin=margin, p_adjusted=p, empty=empty)
-        found.append(
-            {"role": role, **dataclasses.asdict(contrast), **dataclasses.asdict(verdict), **_flags(runs, contrast)}
-        )
+        flags = _flags(runs, contrast, plan.reference)
+        found.append({"role": role, **dataclasses.asdict(contrast), **dataclasses.asdict(verdict), **flags})
     return found
 
 
@@ -151,13 +150,17 @@ def _direction(contrast: Contrast) -> int:
     return DIRECTION[_kind(contrast.measure)]
 
 
-def _flags(runs: Sequence[Run], contrast: Contrast) -> dict[str, Any]:
-    """How many runs of the arm crashed, and whether its regulariser pulled at all."""
-    own = _of(runs, contrast.arm, contrast.condition)
+def _flags(runs: Sequence[Run], contrast: Contrast, reference: str) -> dict[str, Any]:
+    """How many runs of each side crashed, and whether the arm's regulariser pulled at all."""
+    own, other = (_of(runs, arm, contrast.condition) for arm in (contrast.arm, reference))
     ratios = [run["described"]["gradient_ratio"] for run in own if run["status"] == "ok"]
     ratio = statistics.median(ratios) if ratios else None
-    crashes = sum(run["status"] == "crashed" for run in own)
-    return {"crashes": crashes, "gradient_ratio": ratio, "inactive": ratio is not None and ratio < INACTIVE}
+    return {
+        "crashes": sum(run["status"] == "crashed" for run in own),
+        "reference_crashes": sum(run["status"] == "crashed" for run in other),
+        "gradient_ratio": ratio,
+        "inactive": ratio is not None and ratio < INACTIVE,
+    }
 
 
 def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -226,14 +226,20 @@ def test_a_training_that_breaks_down_is_a_result_and_counts_against_its_arm(tmp_
     plan = load_plan(str(write_plan(tmp_path, {**small_plan, "arms": arms})))
     run = run_cell(plan, plan.cells()[1], out=tmp_path)
     assert run["status"] == "crashed" and "NaN or infinite" in run["error"] and run["values"] == {}
+
+
+@pytest.mark.parametrize(("broken", "word", "crashes"), [("paper", "worse", (6, 0)), ("base", "better", (0, 6))])
+def test_a_verdict_says_of_both_sides_how_many_runs_crashed(tmp_path, small_plan, broken, word, crashes):
+    plan = load_plan(str(write_plan(tmp_path, small_plan)))
     runs = [
         {"arm": cell.arm, "condition": "one", "seed": cell.seed, "described": {"gradient_ratio": 1.0},
-         "status": "crashed" if cell.arm == "paper" else "ok",
-         "values": {} if cell.arm == "paper" else {"frechet": 3.0, "held_out": 0.2}}
+         "status": "crashed" if cell.arm == broken else "ok",
+         "values": {} if cell.arm == broken else {"frechet": 3.0, "held_out": 0.2}}
         for cell in plan.cells()
     ]  # fmt: skip
     primary = verdicts(plan, runs)[0]
-    assert (primary["word"], primary["crashes"], primary["inactive"]) == ("worse", 6, False)
+    assert (primary["word"], primary["crashes"], primary["reference_crashes"]) == (word, *crashes)
+    assert not primary["inactive"]
 
 
 def test_a_loss_without_a_floor_has_no_gap_and_is_measured_all_the_same(tmp_path, small_plan):

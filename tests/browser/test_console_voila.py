@@ -62,12 +62,13 @@ def page(chromium: Browser, address: str) -> Iterator[Page]:
     """The page once its first picture is there; fails if another address was asked, or anything went wrong."""
     context = chromium.new_context(viewport={"width": 1280, "height": 720})
     page = context.new_page()
+    page.set_default_timeout(1000 * READY_S)
     own, asked, wrong = address.partition("/voila")[0], [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.goto(address, timeout=1000 * READY_S)
-    page.wait_for_selector(".lecture svg", timeout=1000 * READY_S)
+    page.goto(address)
+    page.wait_for_selector(".lecture svg")
     yield page
     assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
     assert wrong == []

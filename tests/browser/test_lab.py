@@ -22,7 +22,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SLIDER = re.compile(r"\b(explore|scrub|latency_test|open_playground|open_demo)\(")
 ALIVE = sorted(file.stem for file in NOTEBOOKS.glob("*.ipynb") if SLIDER.search(file.read_text()))
 SHORT = ("02", "04", "07")  # the others in the long series
-RUN_S, MOVE_S = 300, 30  # on a busy machine
+RUN_S, MOVE_S = 300, 120  # on a busy machine
 
 # The kit's own server, over copies, since JupyterLab saves what it shows.
 SERVE = """

@@ -281,7 +281,7 @@ def test_the_helping_processes_end_with_the_first_and_the_command_goes_on(photos
     helpers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     assert len(helpers) >= 1
     os.kill(first.pid, number)
-    said = first.communicate(timeout=60)[1]
+    said = first.communicate(timeout=600)[1]
     assert first.returncode == status and ("the same command goes on" in said) == (number == signal.SIGINT)
     until = time.monotonic() + 30
     while any(map(running, helpers)) and time.monotonic() < until:

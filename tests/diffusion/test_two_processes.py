@@ -29,7 +29,7 @@ def results(tmp_path_factory):
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(2)]
 

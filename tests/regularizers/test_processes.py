@@ -25,7 +25,7 @@ def two(tmp_path_factory):
     commands = [[sys.executable, str(WORKER), str(rank), "2", str(folder)] for rank in range(2)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     for process in running:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     return torch.load(folder / "results.pt", weights_only=True)
 

@@ -140,7 +140,7 @@ def two_nn(x: Tensor) -> Tensor:
     near = torch.cdist(x, x).topk(3, largest=False).values.clamp(min=1e-300)  # (..., N, 3), itself first
     ratio = (near[..., 2] / near[..., 1]).log().sort(-1).values  # log mu, rising
     kept = ratio[..., : int(ratio.shape[-1] * (1 - TWONN_DISCARD))]
-    share = torch.arange(1, kept.shape[-1] + 1, dtype=kept.dtype) / ratio.shape[-1]
+    share = torch.arange(1, kept.shape[-1] + 1, dtype=kept.dtype, device=kept.device) / ratio.shape[-1]
     return (kept * -torch.log1p(-share)).sum(-1) / kept.square().sum(-1)
 
 
@@ -152,7 +152,7 @@ def token_structure(z: Tensor) -> Tensor:
     """
     u = F.normalize(centred(z.transpose(0, 1)).transpose(0, 1), dim=-1)
     grid = math.isqrt(z.shape[1])
-    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
+    place = torch.cartesian_prod(*[torch.arange(grid, device=z.device)] * 2)
     steps = (place[:, None] - place).abs().sum(-1)  # (N, N), Manhattan
     cosine = (u @ u.mT).mean(0)
     return cosine[steps == 1].mean() - cosine[steps >= max(2, grid // 2)].mean()

@@ -37,7 +37,7 @@ def time_of(log_snr: float, path: Path = LINEAR) -> float:
     return (low + high) / 2
 
 
-def null_labels(model: Any, n: int) -> Tensor | None:
+def null_labels(model: Any, n: int, device: torch.device | str = "cpu") -> Tensor | None:
     """The null class n times; None for a model without classes.
 
     Raises:
@@ -45,7 +45,7 @@ def null_labels(model: Any, n: int) -> Tensor | None:
     """
     if model.num_classes and model.null_label is None:
         raise ConfigError("the model has no null class (class_dropout_prob was 0): its features would hold the label")
-    return torch.full((n,), model.null_label) if model.num_classes else None
+    return torch.full((n,), model.null_label, device=device) if model.num_classes else None
 
 
 def noisy(
@@ -75,7 +75,7 @@ def noisy(
 def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
     """Output (B, N, D) of every block, in one forward pass without gradient; y: None is the null class."""
     with torch.no_grad():
-        labels = null_labels(model, len(x)) if y is None else y
+        labels = null_labels(model, len(x), x.device) if y is None else y
         return model(x, t, labels, taps=range(len(model.blocks)))[1]
 
 

@@ -16,7 +16,7 @@ def u_centred(gram: Tensor) -> Tensor:
     n = gram.shape[-1]
     if n < 4:
         raise DataError(f"debiased CKA of {n} images: give at least 4")
-    off = 1 - torch.eye(n, dtype=gram.dtype)
+    off = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
     k = gram * off
     rows = k.sum(-1, keepdim=True) / (n - 2)
     return (k - rows - rows.mT + k.sum((-2, -1), keepdim=True) / ((n - 1) * (n - 2))) * off
@@ -64,7 +64,7 @@ def neighbours(x: Tensor, k: int) -> Tensor:
 
 def is_neighbour(x: Tensor, k: int) -> Tensor:
     """Whether row j is one of the k nearest other rows of row i, bool (N, N)."""
-    return torch.zeros(len(x), len(x), dtype=torch.bool).scatter_(1, neighbours(x, k), True)
+    return torch.zeros(len(x), len(x), dtype=torch.bool, device=x.device).scatter_(1, neighbours(x, k), True)
 
 
 def shared_neighbours(x: Tensor, k: int = 10) -> Tensor:

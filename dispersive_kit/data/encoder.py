@@ -24,6 +24,7 @@ from dispersive_kit.data.image_folder import ImageFile, ImageFolder, list_images
 from dispersive_kit.data.images import to_float
 from dispersive_kit.data.latents import (
     DTYPES,
+    PLAN,
     RECORDS,
     SPEC,
     Moments,
@@ -131,8 +132,8 @@ class Encoder:
 
     def begin(self) -> None:
         """Write the plan, or compare it with that of the process that was first."""
-        folder, file = self.config.store, self.records / "plan.json"
-        if folder.exists() and any(folder.iterdir()) and not self.records.is_dir():
+        folder, file = self.config.store, self.records / PLAN
+        if folder.exists() and any(path != self.records for path in folder.iterdir()) and not file.exists():
             raise ConfigError(f"{folder} is not empty and holds no store that was begun; choose another folder")
         self.records.mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -315,7 +316,7 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             yield
     finally:
         torch.set_num_threads(threads)

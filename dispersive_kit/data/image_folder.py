@@ -19,6 +19,8 @@ from dispersive_kit.errors import DataError
 WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes; its own conversion to RGB makes them white
 NO_KNOWN_RANGE = ("I", "F")
+HELD_OUT_PARTS = ("test", "val", "valid", "validation")
+PARTS = ("train", *HELD_OUT_PARTS)  # names of folders that are no classes
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def list_images(root: Path) -> ImageFolder:
     """The images of a folder, at any depth, through links to folders too, as torchvision's ImageFolder finds them.
 
     Raises:
-        DataError: there is no such folder, or no image in it.
+        DataError: there is no such folder, or no image in it; its folders are train/, test/ and the like.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -58,7 +60,13 @@ def list_images(root: Path) -> ImageFolder:
         files += [below + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not files:
         raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
-    return ImageFolder(root, tuple(sorted(files)), tuple(sorted({_class_of(f) for f in files})))
+    classes = tuple(sorted({_class_of(f) for f in files}))
+    if set(classes) <= set(PARTS):
+        raise DataError(
+            f"{root} holds {', '.join(f'{name}/' for name in classes)}: these are parts of a data set and not its "
+            f"classes. Give {root / classes[0]}; to train, {root} may hold train/ and test/ or val/"
+        )
+    return ImageFolder(root, tuple(sorted(files)), classes)
 
 
 def _class_of(file: str) -> str:

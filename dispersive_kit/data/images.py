@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispersive_kit.data.image_folder import list_images, read_image
+from dispersive_kit.data.image_folder import HELD_OUT_PARTS, list_images, read_image
 from dispersive_kit.errors import DataError
 
 PHOTO_CROPS = {"train": 1024, "test": 256}
@@ -104,8 +104,8 @@ def load_images(
     Args:
         name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist",
             "cifar10", or the path of a folder of images.
-        split: "train" or "test". A folder may hold `train/` and `test/` or `val/`, whose classes are those of
-            `train/`; otherwise every tenth image is held out.
+        split: "train" or "test". A folder may hold `train/` and one of `test/`, `val/`, `valid/` and `validation/`,
+            whose classes are those of `train/`; otherwise every tenth image is held out.
         data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
             uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
             then torchvision's own files.
@@ -235,7 +235,7 @@ def _where_to_put(name: str, folder: Path, why: str) -> str:
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
-    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
+    held_out = next((name for name in HELD_OUT_PARTS if (folder / name).is_dir()), None)
     has_splits = (folder / "train").is_dir() and held_out is not None
     part = "train" if split == "train" else held_out
     listed = list_images(folder / str(part) if has_splits else folder)

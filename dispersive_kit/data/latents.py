@@ -29,7 +29,7 @@ from dispersive_kit.data.files import file_sha256
 from dispersive_kit.errors import DataError
 
 FORMAT = "dispersive_kit latents 1"
-SPEC, RECORDS = "spec.json", "records"
+SPEC, RECORDS, PLAN = "spec.json", "records", "plan.json"
 REPAIR = "Delete it and give the encode command again, which makes only what is missing"
 ROWS_AT_ONCE = 256
 # Type of the values in the shards -> (as safetensors writes it, as numpy reads it: numpy has no bfloat16)
@@ -113,7 +113,7 @@ class Spec:
 
 def is_store(path: str | Path) -> bool:
     """Whether `path` is a folder in which latents were, or are being, stored."""
-    return (Path(path) / SPEC).is_file() or (Path(path) / RECORDS).is_dir()
+    return (Path(path) / SPEC).is_file() or (Path(path) / RECORDS / PLAN).is_file()
 
 
 def read_spec(store: Path) -> Spec:

@@ -16,8 +16,9 @@ Rows = NDArray[np.int64]
 class Selection:
     """The training or the held-out part ("test") of a store, of all classes or of those named.
 
-    The split is one fixed shuffle, the same for every seed. Without a list of classes and without balance nothing is
-    kept that grows with the store.
+    The split is one fixed shuffle of the whole store, the same for every seed and list of classes: its first rows are
+    held out, of a list of classes the first of theirs, and so no list trains on what the whole store holds out.
+    Without a list of classes and without balance nothing is kept that grows with the store.
 
     Args:
         classes: names; labels are then counted within this list. balanced: every class equally often.
@@ -38,9 +39,9 @@ class Selection:
         self.classes = tuple(classes) or known
         self._new_label = np.full(len(known), -1)
         self._new_label[[known.index(name) for name in self.classes]] = np.arange(len(self.classes))
-        self._chosen = np.flatnonzero(self._new_label[store.all_labels()] >= 0) if classes else None
+        self._chosen = self._in_order() if classes else None
         self._total = len(store) if self._chosen is None else len(self._chosen)
-        held_out = min(HELD_OUT_ROWS, self._total // 10)
+        held_out = self._held_out()
         if held_out == 0:
             raise DataError(f"{store.path}: {self._total} rows are too few to hold out a tenth of them")
         self._first, self._count = (0, held_out) if part == "test" else (held_out, self._total - held_out)
@@ -51,8 +52,8 @@ class Selection:
 
     def rows(self, index: Rows) -> Rows:
         """Row numbers in the store of `index` in 0..len - 1."""
-        shuffled = permute(self._first + index, self._total, key_of("split"))
-        return shuffled if self._chosen is None else self._chosen[shuffled]
+        place = self._first + index
+        return permute(place, self._total, key_of("split")) if self._chosen is None else self._chosen[place]
 
     def labels(self, rows: Rows) -> Rows:
         """Labels of these rows of the store, counted within `classes`."""
@@ -71,6 +72,20 @@ class Selection:
         epoch, place = np.divmod(turn, sizes)
         keys = counted_keys(key_of(seed, "within"), epoch * len(self.classes) + label)
         return rows[starts[label] + permute(place, sizes, keys)]
+
+    def _in_order(self) -> Rows:
+        """The rows of `classes`, in the order of the shuffle of the whole store."""
+        shuffled = permute(np.arange(len(self.store)), len(self.store), key_of("split"))
+        return shuffled[self._new_label[self.store.all_labels()[shuffled]] >= 0]
+
+    def _held_out(self) -> int:
+        """A tenth, at most HELD_OUT_ROWS; of a list of classes no fewer than the whole store holds out of them."""
+        own = min(HELD_OUT_ROWS, self._total // 10)
+        if self._chosen is None:
+            return own
+        n = len(self.store)
+        first = permute(np.arange(min(HELD_OUT_ROWS, n // 10)), n, key_of("split"))
+        return max(own, int((self._new_label[self.store.labels(first)] >= 0).sum()))
 
     def _group(self) -> tuple[Rows, Rows]:
         """The rows of the selection, class after class, and where each class begins."""

@@ -35,9 +35,9 @@ class GaussianMixture:
         Args:
             x_t: (B, D); alpha, sigma: (B,) or scalars.
         """
-        alpha, sigma = (torch.as_tensor(c, dtype=x_t.dtype).reshape(-1, 1) for c in (alpha, sigma))
+        alpha, sigma = (torch.as_tensor(c, dtype=x_t.dtype, device=x_t.device).reshape(-1, 1) for c in (alpha, sigma))
         variance = alpha**2 * self.std**2 + sigma**2  # (B or 1, 1)
-        means = self.means.to(x_t.dtype)
+        means = self.means.to(x_t)
         offset = x_t[:, None] - alpha[..., None] * means  # (B, K, D)
         weight = torch.softmax(-offset.square().sum(-1) / (2 * variance), dim=-1)  # (B, K)
         component = means + (alpha * self.std**2 / variance)[..., None] * offset  # (B, K, D)

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .paths import expand
 
+SLACK = 1e-6  # of an end of the interval: a step at 0.3 may come as 0.30000000000000004, or in float32
+
 
 def times(t: float | Tensor, x: Tensor) -> Tensor:
     """t as (B,), in float32 at least: half precision cannot tell neighbouring times apart."""
@@ -48,7 +50,8 @@ class ClassifierFree:
             raise ConfigError(f"guidance from t = {self.low} to {self.high}: give 0 <= low <= high <= 1")
 
     def __call__(self, model: Callable, x: Tensor, t: float | Tensor) -> Tensor:
-        if self.scale == 1.0 or (not isinstance(t, Tensor) and not self.low <= t <= self.high):
+        low, high = self.low - SLACK, self.high + SLACK
+        if self.scale == 1.0 or (not isinstance(t, Tensor) and not low <= t <= high):
             return call(model, x, times(t, x), self.y)
         weak, strong = self.weak_and_strong(model, x, times(t, x))
         n = self.channels or x.shape[1]
@@ -56,7 +59,7 @@ class ClassifierFree:
         guided = torch.cat([guided, strong[:, n:]], dim=1)
         if not isinstance(t, Tensor):
             return guided
-        return torch.where(expand((t >= self.low) & (t <= self.high), x), guided, strong)
+        return torch.where(expand((t >= low) & (t <= high), x), guided, strong)
 
     def weak_and_strong(self, model: Callable, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         if self.y is None or self.null_label is None:

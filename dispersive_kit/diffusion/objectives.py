@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 from .paths import DDPM_LINEAR, LINEAR, DDPMPath, Path, check_prediction, expand
@@ -263,6 +264,9 @@ class MeanFlow(Objective):
         if r is None:
             raise ConfigError("MeanFlow needs draws of its own, with r: use MeanFlow.draw")
         x = self.path.x_t(x0, eps, t)
+        # DDP lays out its buckets anew in its second forward pass, which it cannot within a derivative: do it before.
+        if isinstance(model, DistributedDataParallel):
+            model.reducer._rebuild_buckets()
         v = self.guided(model, x, t, y, self.path.velocity(x0, eps, t), x0.dtype)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -5,9 +5,10 @@ the only place of the kit that converts time and sign.
 """
 
 import argparse
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from .dit import DIT_CONFIGS, DiT, sincos_2d
+from .dit import DIT_CONFIGS, DiT, Mlp, sincos_2d
 
 State = Mapping[str, Tensor]
 # Module names, ours: those of diffusers' DiTTransformer2DModel, which repeats the embedders in every block.
@@ -108,17 +109,24 @@ def load_published(
 
 
 def save_published(published: PublishedDiT, path: str | Path) -> None:
-    """Write the weights back: to a name ending in .pt as the public file, else as a diffusers folder (DiT)."""
+    """Write the weights back: to a name ending in .pt as the public file, else as a diffusers folder (DiT).
+
+    Raises ConfigError: the model has what neither holds, and would be read back as another one.
+    """
     path = Path(path)
+    if extras := beyond_published(published.model):
+        raise ConfigError(f"the published files have no place for {', '.join(extras)}: keep the run's own checkpoint")
     state = {key: value.detach().cpu().contiguous() for key, value in published.model.state_dict().items()}
     if path.suffix == ".pt":
-        torch.save(state, path)
+        with replacing(path) as partial:
+            torch.save(state, partial)
         return
     if published.family != "DiT":
         raise ConfigError("diffusers has no SiT transformer: save to a name ending in .pt")
     model = published.model
     path.mkdir(parents=True, exist_ok=True)
-    save_file(to_diffusers(state), path / "diffusion_pytorch_model.safetensors")
+    with replacing(path / "diffusion_pytorch_model.safetensors") as partial:
+        save_file(to_diffusers(state), partial)
     config = (
         {"_class_name": DIFFUSERS_CLASS}
         | DIFFUSERS_CONFIG
@@ -133,7 +141,36 @@ def save_published(published: PublishedDiT, path: str | Path) -> None:
             "sample_size": model.input_size,
         }
     )
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(path / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def beyond_published(model: DiT) -> list[str]:
+    """What a model has and the published ones have not; the shapes of a file do not tell all of it."""
+    first: Any = model.blocks[0]
+    width = model.pos_embed.shape[2]
+    found = {
+        "RMSNorm": isinstance(first.norm1, nn.RMSNorm),
+        "QK-norm": not isinstance(first.attn.q_norm, nn.Identity),
+        "SwiGLU": not isinstance(first.mlp, Mlp),
+        "an MLP of another ratio than 4": isinstance(first.mlp, Mlp) and first.mlp.fc1.out_features != 4 * width,
+        "RoPE": model.rope_cos is not None,
+        "a second time r": model.r_embedder is not None,
+        "a class table without a null class": model.null_label is None,
+        f"times that the model itself scales by {model.time_scale:g}": model.time_scale != 1,
+    }
+    return [name for name, has in found.items() if has]
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The name to write `file` under, which then replaces it as a whole."""
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> State:

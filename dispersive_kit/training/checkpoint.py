@@ -154,6 +154,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
+            if not path.exists():  # a run that goes on has removed it, and has a newer one
+                return load_latest(folder)
             faults.append(str(error))
             continue
         for fault in faults:

@@ -53,6 +53,8 @@ class RegularizerConfig:
                 f"regularizer.{name} is set and regularizer.preset is none, which adds no loss: choose one of "
                 f"{', '.join(PRESETS)} to start from"
             )
+        if self.schedule_steps and not self.schedule:
+            raise ConfigError("regularizer.schedule_steps is set, and no regularizer.schedule that would use it")
         if self.norm_matched is not None and not self.norm_matched > 0:
             raise ConfigError(f"regularizer.norm_matched must be above 0, got {self.norm_matched}")
         if self.preset != "none":
@@ -117,6 +119,9 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "preview_images"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be split into accumulation {self.accumulation} equal parts"
@@ -132,6 +137,10 @@ class TrainConfig:
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
         self.regularizer.check()
+        if self.regularizer.memory and self.accumulation == 1:
+            raise ConfigError(
+                "regularizer.memory keeps rows of earlier micro-batches: with accumulation 1 there are none"
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"unknown precision {self.precision!r}; there are: auto, fp32, bf16")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dispersive_kit.diffusion.objectives import Draws
 from dispersive_kit.training.config import TrainConfig
-from dispersive_kit.training.run import build_model
+from dispersive_kit.training.run import build_model, build_objective
 
 COUNTED = 2  # images in the batch that is counted
 
@@ -34,16 +35,21 @@ def training_cost(config: TrainConfig, *, channels: int = 4, size: int = 32, num
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
+        objective = build_objective(config)
         model = build_model(config, {"shape": (channels, size, size), "classes": range(num_classes)})
         x0 = torch.zeros(COUNTED, channels, size, size)
         y = torch.zeros(COUNTED, dtype=torch.long)
+        time = torch.zeros(COUNTED)
         with FlopCounterMode(display=False) as counter:
-            model(x0, torch.zeros(COUNTED), y).square().mean().backward()
+            objective(model, x0, y, draws=Draws(t=time, r=time, eps=x0))[0].backward()
     kept = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tracked = kept * len(config.ema_widths)  # in each checkpoint, and in a snapshot beside each, which stays
+    each = 2 * kept + 2 * 4 * trained + tracked  # model, average, AdamW's two moments
+    snapshots = math.ceil(config.steps / config.checkpoint_every) * tracked
     return Cost(
         parameters=trained,
         flops_per_image=math.ceil(counter.get_total_flops() / COUNTED),
         images=config.steps * config.batch_size,
-        checkpoint_bytes=config.keep_last * (2 * kept + 2 * 4 * trained),  # model, average, AdamW's two moments
+        checkpoint_bytes=config.keep_last * each + snapshots,
     )

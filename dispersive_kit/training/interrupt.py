@@ -15,6 +15,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
+        self._over = False
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -25,8 +26,16 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._over = True
+        for number in self._previous:
+            if signal.getsignal(number) == self._note:  # else a run that was begun later has it, and gives it back
+                signal.signal(number, self._before(number))
+
+    def _before(self, number: int) -> Any:
+        """The handler there was before this run and before all that have ended since."""
+        handler = self._previous[number]
+        owner = getattr(handler, "__self__", None)
+        return owner._before(number) if isinstance(owner, StopRequest) and owner._over else handler
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None and number == signal.SIGINT:

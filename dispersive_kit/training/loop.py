@@ -130,7 +130,9 @@ def _losses(
     if measure:
         stats = regularizer.stats
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
-        ratio = GradientRatio(dispersive, taps, added=run.regularised)
+        # FSDP hands out returned features by a side branch, on which no denoising gradient comes back.
+        if not (run.config.fsdp and run.returned_taps):
+            ratio = GradientRatio(dispersive, taps, added=run.regularised)
     return (loss + dispersive if run.regularised else loss), values, ratio
 
 

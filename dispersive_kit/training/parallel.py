@@ -3,15 +3,19 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from dispersive_kit.errors import CheckpointError, ConfigError
+
+# Of one process for another, which may read a store of 42 GB against its hashes before the first step.
+LONGEST_WAIT = timedelta(hours=4)
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
@@ -21,10 +25,16 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
         ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
             another precision before.
     """
-    bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and has_it)
+    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
     try:
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no")
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if bf16 else "no",
+            kwargs_handlers=[patient],
+        )
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
@@ -52,6 +62,16 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(mmap_threshold, 2**30)
 
 
+def check_processes(processes: int, wanted: Mapping[str, bool]) -> None:
+    """Raises ConfigError: one process, and an option that is wanted needs several."""
+    for name, is_wanted in wanted.items():
+        if is_wanted and processes == 1:
+            raise ConfigError(
+                f"{name} needs several processes, and this is one: start with "
+                "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+            )
+
+
 def check_split(batch_size: int, processes: int, accumulation: int) -> int:
     """The dispersion batch: what one process feeds the model at once, and what Dispersive Loss sees.
 
@@ -68,18 +88,10 @@ def check_split(batch_size: int, processes: int, accumulation: int) -> int:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes.
-
-    Raises:
-        ConfigError: there is one process only.
-    """
+    """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not torch.distributed.is_initialized():
-        raise ConfigError(
-            "fsdp needs several processes: start with `torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
-        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in (*blocks, model):
         # True also for the whole model: an average is only ever called forward, and must be split again after it.

@@ -79,10 +79,10 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
 
 
 def lock(file: Path) -> Any:
-    """Hold `file` against other processes until it is closed; a process that ends, however, lets it go.
+    """Hold `file` against all others, in this process too, until it is closed; a process that ends lets it go.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another holds it.
     """
     handle = file.open("a")
     try:
@@ -90,12 +90,13 @@ def lock(file: Path) -> Any:
     except ImportError:  # Windows
         return handle
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that has no locks
             handle.close()
             raise CheckpointError(
-                f"another process is training in {file.parent}: wait for its end, stop it, or choose another folder"
+                f"another process is training in {file.parent}, or a training in this one was not ended: wait for its "
+                "end, stop it (here: close its generator, or restart the kernel), or choose another folder"
             ) from error
     return handle
 

@@ -38,7 +38,7 @@ def sample_batch(
     keep_freed_memory(device)
     x = initial_noise(seeds, model.sample_shape).to(device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
-    return SAMPLERS[objective](model, x, time_grid(num_steps).to(device), guidance=guidance, seeds=seeds)
+    return SAMPLERS[objective](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
 
 
 def preview(model: Any, n: int, *, objective: str, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 from dispersive_kit.training.draws import Batch, frozen_batch
 from dispersive_kit.training.ema import EMA, PowerEMA
 from dispersive_kit.training.parallel import (
+    check_processes,
     check_split,
     keep_freed_memory,
     make_accelerator,
@@ -174,6 +175,9 @@ class Session:
 def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     """Start a run, or take it up at its newest whole checkpoint; see `loop.train` for the errors."""
     accelerator = make_accelerator(config.precision)
+    check_processes(
+        accelerator.num_processes, {"fsdp": config.fsdp, "regularizer.gather": bool(config.regularizer.gather)}
+    )
     device, objective = accelerator.device, build_objective(config)
     keep_freed_memory(device)
     source = open_source(config, device)
@@ -246,6 +250,7 @@ def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, mode
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "global_batch": config.batch_size,
         "dispersion_batch": together,
+        "dispersion_memory": config.regularizer.memory or 0,  # rows of earlier micro-batches beside it, at most
         "processes": accelerator.num_processes,
         "accumulation": config.accumulation,
         "device": str(accelerator.device),

@@ -1,15 +1,18 @@
 """Trained runs that come with the package, and how one is made: weights in half precision, curves, and its card."""
 
 import dataclasses
+import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from dispersive_kit.data.artefacts import FOLDER, artefact
 from dispersive_kit.errors import CheckpointError, ConfigError
-from dispersive_kit.training.checkpoint import Checkpoint, save_checkpoint
+from dispersive_kit.training.checkpoint import PARTIAL, Checkpoint, save_checkpoint, writing
+from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.run import pick_checkpoint, read_config
 
 
@@ -47,14 +50,26 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = pick_checkpoint(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
-    save_checkpoint(out / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out.parent) as partial:
+            whole = Path(partial) / "run"
+            whole.mkdir()
+            _write_run(run_dir, whole, config, Checkpoint(found.step, {"ema": half}, {}), command=command, note=note)
+            whole.replace(out)
+    return out
+
+
+def _write_run(
+    run_dir: Path, out: Path, config: TrainConfig, checkpoint: Checkpoint, *, command: str, note: str
+) -> None:
+    save_checkpoint(out / "checkpoints", checkpoint)
     card = json.loads((run_dir / "run.json").read_text())
     card["data"]["source"] = Path(card["data"]["source"]).name
     card |= {"exported": "ema weights, float16", "command": command, "note": note}
     (out / "run.json").write_text(json.dumps(card, indent=2))
     (out / "config.json").write_text(config.to_json())
-    for file in (run_dir / "metrics.jsonl", *run_dir.glob("previews/*"), *run_dir.glob("evaluation-*.json")):
+    for file in itertools.chain.from_iterable(map(run_dir.glob, ("metrics.jsonl", "previews/*", "evaluation-*.json"))):
         copied = out / file.relative_to(run_dir)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copied)
-    return out

@@ -36,10 +36,12 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
 
     Raises:
         DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`; classes or balance
-            asked of anything but a store, or a share of anything but images.
+            asked of anything but a store, a share of anything but images, or flips of points.
     """
     if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
         raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
+    if config.flip and config.data in TOY_SETS:
+        raise ConfigError(f"flip is for images, and {config.data!r} has points")
     if is_store(config.data):
         train, held_out = open_store(config)
         sets = LatentSet(train, device), LatentSet(held_out, device)

@@ -21,7 +21,7 @@ from small_autoencoders import register_drawn
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import REGISTERED
 from dispersive_kit.data.encode import EncodeProgress, device_in_turn, encode
-from dispersive_kit.data.encoder import EncodeConfig, Encoder
+from dispersive_kit.data.encoder import EncodeConfig, Encoder, one_thread
 from dispersive_kit.data.image_folder import list_images, read_image
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.data.store_plan import IMAGENET_IMAGES, StorePlan
@@ -301,3 +301,13 @@ def test_a_registered_name_is_known_only_where_it_was_registered(tmp_path, photo
     assert "patches" in REGISTERED
     with pytest.raises(DataError, match="module 'no_such' cannot be imported"):
         make(photos, tmp_path / "store", "no_such:patches")
+
+
+def test_encoding_keeps_cudnn_and_makes_it_deterministic():
+    import torch
+
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+        assert (torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic) == (True, True)
+    assert torch.get_num_threads() == before

@@ -9,7 +9,7 @@ import pytest
 from encode_jobs import SMALL, make, write_photos
 from PIL import Image
 
-from dispersive_kit.data import image_folder
+from dispersive_kit.data import image_folder, load_images
 from dispersive_kit.data.encode import encode
 from dispersive_kit.data.encoder import EncodeConfig, Encoder
 from dispersive_kit.data.image_folder import adm_crop, list_images, read_image
@@ -111,3 +111,22 @@ def test_the_crop_is_that_of_adm(size):
     arr = np.array(pil)
     y, x = (arr.shape[0] - S) // 2, (arr.shape[1] - S) // 2
     assert np.array_equal(adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
+
+
+@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
+def test_every_usual_name_of_a_held_out_part_is_known(tmp_path, held_out):
+    for part in ("train", held_out):
+        write_photos(tmp_path / "set" / part, ["cat", "dog"], 4)
+    train, test = (load_images(str(tmp_path / "set"), split, size=16) for split in ("train", "test"))
+    assert train.classes == test.classes == ("cat", "dog") and len(train) == len(test) == 4
+
+
+@pytest.mark.parametrize("parts", [["train"], ["train", "val"], ["test"]])
+def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path, parts):
+    for part in parts:
+        write_photos(tmp_path / "set" / part, ["cat", "dog"], 4)
+    with pytest.raises(DataError, match=r"parts of a data set and not its classes. Give .*set/" + parts[0]):
+        list_images(tmp_path / "set")
+    if parts != ["train", "val"]:
+        with pytest.raises(DataError, match="parts of a data set"):
+            load_images(str(tmp_path / "set"))

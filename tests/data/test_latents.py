@@ -15,7 +15,7 @@ from latent_stores import write_store
 from safetensors.torch import load_file
 
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
-from dispersive_kit.data.latents import LatentStore, Moments
+from dispersive_kit.data.latents import LatentStore, Moments, is_store
 from dispersive_kit.data.selection import Selection
 from dispersive_kit.data.store_check import check_store, decoded_grid
 from dispersive_kit.errors import DataError
@@ -179,3 +179,9 @@ def test_anonymous_memory_does_not_grow_with_what_is_read(tmp_path):
     before = anonymous_kb()
     read_steps(200)
     assert anonymous_kb() - before < 8_000  # kB; what was read passed through as 210 MB
+
+
+def test_a_class_of_images_called_records_makes_no_store(tmp_path):
+    for name in ("records", "tapes"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    assert not is_store(tmp_path / "images")

@@ -82,6 +82,18 @@ def test_a_subset_has_its_classes_only_counted_from_zero(store):
     assert np.array_equal(some.labels(drawn), np.where(store.all_labels()[drawn] == 3, 0, 1))
 
 
+@pytest.mark.parametrize("classes", [["n00"], ["n03", "n01"], ["n02", "n00", "n01"]])
+def test_no_list_of_classes_trains_on_what_the_whole_store_holds_out(store, classes):
+    held_out = Selection(store, "test")
+    known = set(held_out.rows(np.arange(len(held_out))))
+    train, test = Selection(store, classes=classes), Selection(store, "test", classes=classes)
+    ours, others = (set(part.rows(np.arange(len(part)))) for part in (train, test))
+    assert not ours & known and not ours & others
+    wanted = [store.spec.classes.index(name) for name in classes]
+    assert ours | others == set(np.flatnonzero(np.isin(store.all_labels(), wanted)))
+    assert len(others) >= len(ours | others) // 10
+
+
 def test_what_cannot_be_selected_is_refused(store, tmp_path):
     with pytest.raises(ConfigError, match=r"no class 'n09'; it has: n00, n01"):
         Selection(store, classes=["n09"])

@@ -117,3 +117,13 @@ def test_an_interval_that_is_none_is_refused(interval):
     low, high = interval
     with pytest.raises(ConfigError, match="0 <= low <= high <= 1"):
         ClassifierFree(Y, NULL, scale=3.0, low=low, high=high)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 25, 50])
+def test_the_ends_of_the_interval_belong_to_it_whatever_their_last_bit(x, steps):
+    for k in range(1, steps):
+        end = (steps - k) / steps
+        for interval, guided in (({"high": end}, steps - k), ({"low": end}, k + 1)):
+            model = Counting()
+            euler(model, x, time_grid(steps), guidance=ClassifierFree(Y, NULL, scale=2.0, **interval))
+            assert model.rows == 2 * steps + 2 * min(guided, steps), (end, interval)

@@ -17,7 +17,8 @@ from dispersive_kit.models.dit import build_dit
 OBJECTIVES = {
     "flow": FlowMatching(),
     "ddpm": DDPM(),
-    "meanflow": MeanFlow(equal_share=0.25, cfg_scale=1.5, cfg_mix=0.2, null_label=5),
+    "meanflow": MeanFlow(equal_share=0.25),
+    "meanflow, guided": MeanFlow(equal_share=0.25, cfg_scale=1.5, cfg_mix=0.2, null_label=5),
 }
 
 
@@ -52,8 +53,11 @@ def gradients(model, objective, rank, world):
 def main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(network())
-    result = {name: gradients(model, objective, rank, 2) for name, objective in OBJECTIVES.items()}
+    result = {}
+    for name, objective in OBJECTIVES.items():
+        model = DistributedDataParallel(network())
+        gradients(model, objective, rank, 2)  # in its second step DDP lays out its buckets anew
+        result[name] = gradients(model, objective, rank, 2)
     result["images"] = sample(model, list(range(rank * 4, rank * 4 + 4)))
     torch.save(result, Path(folder) / f"result{rank}.pt")
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ from dispersive_kit.diffusion.paths import DDPMPath, velocity_field
 from dispersive_kit.diffusion.samplers import ddim, euler, time_grid
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.models.dit import build_dit
-from dispersive_kit.models.pretrained import PublishedSiT, load_published, save_published
+from dispersive_kit.models.pretrained import PublishedDiT, PublishedSiT, load_published, save_published
 
 
 def published_shapes(depth, D, patch, channels, grid, classes):
@@ -229,3 +229,25 @@ def test_sit_cannot_be_written_as_diffusers(tmp_path):
     with pytest.raises(ConfigError, match="no SiT"):
         save_published(published, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"norm": "rms"}, "RMSNorm"),
+        ({"qk_norm": True}, "QK-norm"),
+        ({"mlp": "swiglu"}, "SwiGLU"),
+        ({"mlp_ratio": 2.0}, "another ratio than 4"),
+        ({"rope": True}, "RoPE"),
+        ({"interval": True}, "a second time r"),
+        ({"class_dropout_prob": 0.0}, "without a null class"),
+        ({"time_scale": None}, "scales by 1000"),
+    ],
+)
+@pytest.mark.parametrize("name", ["DiT-x.pt", "folder"])
+def test_a_model_that_would_be_read_back_as_another_is_not_written(tmp_path, name, option, words):
+    small = {"input_size": 8, "hidden_size": 48, "depth": 2, "num_heads": 3, "num_classes": 4, "learn_sigma": True}
+    model = build_dit("DiT-T/4", **{"time_scale": 1.0, **small, **option})
+    with pytest.raises(ConfigError, match=f"no place for .*{words}"):
+        save_published(PublishedDiT(model), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -135,9 +135,28 @@ def test_settings_are_taken_by_name_and_checked():
         ({"accumulation": True}, "int"),
         ({"objective": "flows"}, "ddpm"),
         ({"batch_size": 7, "accumulation": 2}, "equal parts"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"preview_images": -1}, "preview_images must be at least 0"),
+        ({"regularizer.preset": "paper", "regularizer.memory": 64}, "accumulation 1 has none|accumulation 1 there"),
+        ({"regularizer.preset": "paper", "regularizer.schedule_steps": 5}, "no regularizer.schedule"),
     ]:
         with pytest.raises(ConfigError, match=words):
             with_settings(TrainConfig(), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fsdp": True}, "fsdp needs several processes"),
+        ({"regularizer.preset": "paper", "regularizer.gather": True}, "regularizer.gather needs several processes"),
+        ({"regularizer.gather": True}, "regularizer.gather needs several processes"),
+        ({"data": "two-moons", "model": "MLP", "flip": True}, "flip is for images"),
+    ],
+)
+def test_what_cannot_go_is_refused_before_there_is_a_run(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        next(train(with_settings(SMOKE, settings), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_line_of_the_log_is_json(tmp_path):

@@ -233,3 +233,14 @@ def test_fsdp_in_one_process_is_refused_with_the_cure(tmp_path):
         check=False,
     )
     assert process.returncode == 2 and "torchrun" in process.stderr
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_meanflow_trains_on_two_processes_and_measures_its_base_arm(run_command, tmp_path, fsdp):
+    out = tmp_path / "run"
+    more = ["--fsdp"] if fsdp else []
+    command = ["train", "--preset", "smoke", "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2"]
+    run_command([*command, *more, "--out", out], 2)
+    assert load_run(out)[1]["step"] == 6
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all("dispersive" in line for line in lines)

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dispersive_kit.errors import CheckpointError
-from dispersive_kit.training import RegularizerConfig, load_run, train, train_preset
+from dispersive_kit.training import RegularizerConfig, checkpoint, load_run, train, train_preset
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
 
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
@@ -271,6 +272,27 @@ def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path, whole_command):
     assert second.returncode == 2 and "another process is training" in second.stderr
     subprocess.run([*COMMAND, str(tmp_path / "run")], check=True, capture_output=True)
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
+
+
+def test_a_reader_whom_the_pruning_overtakes_reads_the_newer_one(tmp_path, monkeypatch):
+    folder = run(tmp_path / "run") / "checkpoints"
+    gone, listed = folder / "step-00000001", iter([[folder / "step-00000001"]])
+    monkeypatch.setattr(checkpoint, "checkpoints", lambda there: next(listed, None) or checkpoints(there))
+    assert not gone.exists() and load_latest(folder).step == 14
+
+
+def test_a_folder_is_trained_by_one_generator_at_a_time(tmp_path):
+    """In one process too; and the end of the refused one does not free the folder for others."""
+    first = train(CONFIG, tmp_path / "run")
+    next(first)
+    with pytest.raises(CheckpointError, match="a training in this one was not ended"):
+        next(train(CONFIG, tmp_path / "run", resume=True))
+    again = f"from test_resume import *; next(train(CONFIG, {str(tmp_path / 'run')!r}, resume=True))"
+    script = [sys.executable, "-c", again]
+    other = subprocess.run(script, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert other.returncode == 1 and "another process is training" in other.stderr, other.stderr
+    first.close()
+    run(tmp_path / "run", resume=True)
 
 
 def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):

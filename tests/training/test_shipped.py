@@ -1,5 +1,6 @@
 """Runs that ship with the package, and the export that makes them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -65,3 +66,23 @@ def test_an_export_overwrites_nothing(run):
 def test_an_unknown_shipped_run_names_those_there_are():
     with pytest.raises(ConfigError, match="digits-base"):
         shipped("digits")
+
+
+def test_a_run_without_a_logged_step_can_be_exported(tmp_path):
+    for record in train(dataclasses.replace(CONFIG, log_every=50, checkpoint_every=2), tmp_path / "run"):
+        if record.step == 3:
+            break
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    exported = export_run(tmp_path / "run", tmp_path / "new" / "out")
+    assert load_run(exported)[1]["step"] == 2
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.copyfile", mock_full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export_run(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def mock_full_disk(*_):
+    raise OSError(28, "No space left on device")

@@ -170,7 +170,7 @@ def sample(
     """Draw images from a trained run: a PNG grid of the first hundred, and one .npz (arr_0, uint8 NHWC).
 
     Args:
-        run: Folder of a trained run.
+        run: Folder of a trained run, or name of a shipped one (digits-base).
         out: Folder to write grid.png and samples.npz into; refused if it holds something already.
         num: Number of images.
         label: Class of all images; all classes in turn if not given.
@@ -187,8 +187,9 @@ def sample(
     from dispersive_kit.evaluation.export import save_npz
     from dispersive_kit.evaluation.processes import this_process
     from dispersive_kit.training import load_run
+    from dispersive_kit.training.shipped import run_folder
 
-    net, card = load_run(run, weights=weights)
+    net, card = load_run(run_folder(run), weights=weights)
     device = this_process().device
     if len(net.sample_shape) != 3:
         raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
@@ -224,12 +225,15 @@ def evaluate(
     """
     from dispersive_kit.data.files import require_file
     from dispersive_kit.evaluation.evaluate import evaluate as measure
-    from dispersive_kit.evaluation.evaluate import record_file
+    from dispersive_kit.evaluation.evaluate import record_file, record_folder
     from dispersive_kit.evaluation.processes import this_process
     from dispersive_kit.evaluation.record import table, to_json
+    from dispersive_kit.training.shipped import run_folder
 
     if out:
         require_file(out)
+    elif run.exists() or run_folder(run) != run:  # anything else is named by what follows
+        require_file(record_folder(run) / "evaluation.json")
     records = measure(run, how)
     if this_process().is_main_process:
         print(table(records))

@@ -198,6 +198,8 @@ def plan(
     given = {"num_images": num_images, "image_size": image_size, "downsampling": downsampling, "channels": channels,
              "shard_size": shard_size, "rate": rate, "processes": processes}  # fmt: skip
     require_positive(**given)
+    if image_size % downsampling:
+        raise ConfigError(f"--image-size {image_size} is no multiple of --downsampling {downsampling}")
     side = image_size // downsampling
     planned = StorePlan(num_images, (channels, side, side), flip, shard_size=shard_size)
     print(planned)

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,9 +46,9 @@ def test_train_sample_evaluate_go_together(trained, tmp_path, capsys):
 def test_samples_from_elsewhere_are_measured_like_ones_of_a_run(trained, tmp_path):
     options = ["--num", "30", "--num-steps", "2"]
     main(["sample", str(trained), "--out", str(tmp_path / "s"), *options])
-    evaluate = [*options, "--extractor", "random-conv", "--resamples", "5", "--memorisation"]
+    evaluate = ["--num", "30", "--extractor", "random-conv", "--resamples", "5", "--memorisation"]
     main(["evaluate", str(tmp_path / "s" / "samples.npz"), "--data", "digits", *evaluate])
-    main(["evaluate", str(trained), "--out", str(tmp_path / "run.json"), *evaluate])
+    main(["evaluate", str(trained), "--out", str(tmp_path / "run.json"), *evaluate, "--num-steps", "2"])
     (file,) = (tmp_path / "s").glob("evaluation-samples-*.json")
     ours, theirs = (json.loads(f.read_text())["numbers"] for f in (tmp_path / "run.json", file))
     assert ours[-1]["name"] == "nearest-train[random-conv64, N=30]"
@@ -147,6 +149,34 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp
     assert "file" in refused(capsys, *TRAIN, "--out", tmp_path / "file")
     assert "file" in refused(capsys, "export", trained, "--out", tmp_path / "file")
     assert "--num must be at least 1" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "0")
+
+
+def test_options_that_would_change_nothing_are_refused(trained, tmp_path, capsys):
+    main(["sample", "digits-base", "--out", str(tmp_path / "s"), "--num", "20", "--num-steps", "1"])
+    file = tmp_path / "s" / "samples.npz"
+    evaluate = ["evaluate", file, "--data", "digits", "--num", "20"]
+    assert "drawn already: --num-steps, --vae would" in refused(capsys, *evaluate, "--num-steps", "9", "--vae", "x")
+    for command in (["sample", trained, "--out", tmp_path / "t", "--num", "2"], ["evaluate", trained, "--num", "20"]):
+        assert "is for runs on latents" in refused(capsys, *command, "--vae", "/no/such")
+    assert "image_size is for folders" in refused(capsys, *TRAIN, "--out", tmp_path / "u", "--set", "image_size=16")
+    for option in (["--executor", "local"], ["--workers", "2"]):
+        assert "a notebook runs here" in refused(capsys, "run", "01", "--out", tmp_path / "v", *option)
+    assert "no multiple" in refused(capsys, "latents", "plan", "--num-images", "10", "--image-size", "4")
+
+
+def test_what_is_out_of_reach_is_named(trained, tmp_path, capsys):
+    assert "no checkpoint of step 3; kept are: 4" in refused(capsys, "evaluate", trained, "--num", "20", "--step", "3")
+    beyond = ["--seed", "99999999999999999999"]
+    assert "64 bits" in refused(capsys, *TRAIN, "--out", tmp_path / "t", *beyond)
+    assert "64 bits" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "2", *beyond)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where not even root may write")
+def test_a_shipped_run_is_not_measured_where_its_record_cannot_be_kept(monkeypatch, capsys):
+    monkeypatch.chdir("/proc")
+    began = time.monotonic()
+    assert "cannot be written" in refused(capsys, "evaluate", "digits-base", "--num", "2000")
+    assert time.monotonic() - began < 5  # it takes a minute
 
 
 @pytest.mark.parametrize("name", ["downsampling", "rate", "processes", "shard-size", "num-images", "image-size"])

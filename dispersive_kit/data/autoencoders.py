@@ -147,8 +147,12 @@ def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any
     """Load the autoencoder of a store or run, and refuse any other.
 
     Raises:
-        DataError: it is not the same: the message says whether kind, weights, scale or shift differ.
+        DataError: it was moved, or is not the same: the message says whether kind, weights, scale or shift differ.
     """
+    if path is None and Path(card.id).is_absolute() and not Path(card.id).exists():
+        raise DataError(
+            f"autoencoder {card.id} is no longer there: if it was moved, give its new place with --vae (path= in code)"
+        )
     loaded = load_autoencoder(card.id, path=path, **options)
     refuse_other(loaded.card, card)
     return loaded

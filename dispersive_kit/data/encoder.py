@@ -104,7 +104,15 @@ class Encoder:
         self.autoencoder: Autoencoder = load_autoencoder(config.autoencoder, device=config.device)
         self.records = config.store / RECORDS
         blank = torch.zeros(1, 3, config.image_size, config.image_size, device=config.device)
-        self.shape: tuple[int, ...] = tuple(self.autoencoder.posterior(blank).shape[2:])  # (C, h, w)
+        try:
+            self.shape: tuple[int, ...] = tuple(self.autoencoder.posterior(blank).shape[2:])  # (C, h, w)
+        except RuntimeError as error:
+            raise ConfigError(f"images of {config.image_size} pixels are too small for this autoencoder") from error
+        if config.image_size % self.shape[-1]:
+            raise ConfigError(
+                f"image_size {config.image_size} gives latents of {self.shape[-1]}, which is no whole part of it: take "
+                "a multiple of what the autoencoder divides by"
+            )
 
     @cached_property
     def shards(self) -> list[str]:

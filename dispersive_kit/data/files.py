@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,8 +71,11 @@ def require_file(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
-    if not os.access(file.parent, os.W_OK):
-        raise DataError(f"{file} cannot be written (no permission): name another place")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):  # os.access says yes to root, also where nobody may write
+            pass
+    except OSError as error:
+        raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
 
 
 def free_bytes(folder: Path) -> int:

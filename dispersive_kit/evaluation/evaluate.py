@@ -20,9 +20,10 @@ from dispersive_kit.evaluation.panel import METRICS, Panel, measure_against_stat
 from dispersive_kit.evaluation.processes import this_process
 from dispersive_kit.evaluation.record import Record, describe_extractor, describe_set
 from dispersive_kit.evaluation.reference import draw_images, load_reference
-from dispersive_kit.training import load_run, shipped, shipped_names
+from dispersive_kit.training import load_run
 from dispersive_kit.training.draws import stream
 from dispersive_kit.training.sampling import SAMPLER_NAMES
+from dispersive_kit.training.shipped import run_folder
 
 PLACES = ("data_dir", "inception_weights", "vae")  # options that say where files lie on this machine
 METRICS_OF = {"panel": tuple(METRICS), "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
@@ -89,6 +90,9 @@ def _reference_card(how: Evaluation, train: ImageSet, held_out: ImageSet) -> dic
     return {"data": Path(how.reference).stem}
 
 
+OF_SAMPLING = ("num_steps", "cfg_scale", "guidance_low", "guidance_high", "seed", "weights", "step", "vae")
+
+
 class _Samples:
     """Where samples come from: the data set they belong to, how to get them, and what the record says of them."""
 
@@ -97,11 +101,14 @@ class _Samples:
         if source.suffix == ".npz":
             self._open_file(source)
         else:
-            self._open_run(shipped(str(source)) if _is_shipped(source) else source)
+            self._open_run(run_folder(source))
 
     def _open_file(self, file: Path) -> None:
         if (data := self.how.data) is None:
             raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
+        if asked := [name for name in OF_SAMPLING if getattr(self.how, name) != getattr(Evaluation, name)]:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+            raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
         images = load_npz(file)
         if len(images) < self.how.num:
             raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
@@ -145,15 +152,19 @@ class _Samples:
 
 
 def _is_shipped(source: Path) -> bool:
-    return not source.exists() and str(source) in shipped_names()
+    return run_folder(source) != source
+
+
+def record_folder(source: Path) -> Path:
+    """Where the records go unless told: beside the samples, in the run, or here for a shipped run."""
+    return Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
 
 
 def record_file(source: Path, how: Evaluation, record: Record) -> Path:
-    """Where the records go: beside the samples, or here for a shipped run; one file a setting, none overwritten."""
+    """The file of the records in `record_folder`; one file a setting, none overwritten."""
     name = f"{how.metrics}-{how.extractor}-{how.reference.replace('/', '_')}-N{how.num}"
     if "run" in record.protocol:
         name = f"{record.protocol['step']:08d}-{name}-{record.protocol['sampler']}{how.num_steps}-cfg{how.cfg_scale:g}"
-    folder = Path() if _is_shipped(source) else source.parent if source.suffix == ".npz" else source
     everything = {key: value for key, value in dataclasses.asdict(how).items() if key not in PLACES}
     mark = hashlib.sha256(repr(everything).encode()).hexdigest()[:6]  # of the settings that the name does not spell out
-    return folder / f"evaluation-{source.stem}-{name}-{mark}.json"
+    return record_folder(source) / f"evaluation-{source.stem}-{name}-{mark}.json"

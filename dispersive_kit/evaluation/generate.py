@@ -43,12 +43,15 @@ def generate(
     decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
     Raises:
-        ConfigError: a label outside the classes; guidance asked of a model without a null class, or not finite.
+        ConfigError: a label outside the classes; seeds beyond 64 bits; guidance asked of a model without a null class,
+            or not finite.
         KitError: the model draws NaN or infinity, which as an image would be black.
     """
     num_classes = model.num_classes
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ConfigError(f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    if not -(2**63) <= first_seed < 2**63 - len(labels):
+        raise ConfigError(f"seeds from {first_seed} on are no numbers of 64 bits")
     if not math.isfinite(cfg_scale):
         raise ConfigError(f"cfg_scale must be a number, got {cfg_scale}")
     if cfg_scale != 1.0 and model.null_label is None:
@@ -74,8 +77,11 @@ def decoder_of(
     """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
 
     Raises:
-        DataError: the autoencoder is not here, or its weights, scale or shift are others.
+        DataError: the autoencoder is not here, or its weights, scale or shift are others. ConfigError: a `path`, and
+            no latents.
     """
     if "autoencoder" not in card["data"]:
+        if path:
+            raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} has images")
         return None
     return load_named(AutoencoderCard(**card["data"]["autoencoder"]), device=device, path=path).images

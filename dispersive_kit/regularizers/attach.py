@@ -1,6 +1,8 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
+import math
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from .options import LossOptions, check_choice, check_number, preset_settings
 from .schedules import Schedule
 from .stats import Record, Stats, Watch
 from .taps import At, Attached, Select
+
+LONG_UNUSED = 3  # steps
 
 
 class Dispersive(Attached):
@@ -57,10 +61,15 @@ class Dispersive(Attached):
         check_number("memory", memory, at_least=0)
         super().__init__(model, at, depth, select, weight, schedule)
         self.gather, self.memory = gather, int(memory)
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
         self._records: list[Record] = []
         self._watch = Watch()
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
         self._step: int | None = None
+        self._unused: float = 0  # steps in a row whose rows no later micro-batch has met
 
     @classmethod
     def from_preset(cls, model: nn.Module, name: str, at: At = None, **overrides: Any) -> "Dispersive":
@@ -119,6 +128,8 @@ class Dispersive(Attached):
     def _remember(self, path: str, *new: Any) -> tuple[Any, ...]:
         """z, t, y with what earlier micro-batches left, which carries no gradient."""
         old = self._kept.get(path, (None,) * len(new))
+        if old[0] is not None:
+            self._unused = -math.inf  # it is in use: not a word more of it
         if old[0] is not None and old[0].shape[1:] != new[0].shape[1:]:
             raise DispersiveError(
                 f"the features are {tuple(new[0].shape)}, and those in memory {tuple(old[0].shape)}: memory needs "
@@ -137,5 +148,12 @@ class Dispersive(Attached):
                 "loss(step=step)"
             ) from error
         if step != self._step:
+            self._unused += bool(self._kept)
             self._kept.clear()
+        if self._unused == LONG_UNUSED:
+            warnings.warn(
+                f"the memory of {', '.join(self.paths)} was cleared {LONG_UNUSED} times and never met a second "
+                "micro-batch: step= is to count optimizer steps, and be the same for all micro-batches of one",
+                stacklevel=4,
+            )
         self._step = step

@@ -1,12 +1,15 @@
 """One batch of all processes, with gradients."""
 
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import DispersiveError
+
+MOST_AXES = 8  # that are compared
 
 
 class AllGather(torch.autograd.Function):
@@ -33,7 +36,7 @@ def all_gather(z: Tensor) -> Tensor:
     """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
 
     Raises DispersiveError: torch.distributed is not initialised; on a CPU, where looking costs nothing, batches
-    of different size.
+    of different size, shape or dtype.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DispersiveError(
@@ -48,9 +51,19 @@ def all_gather(z: Tensor) -> Tensor:
 
 
 def check_even(z: Tensor) -> None:
-    sizes = torch.empty(dist.get_world_size(), dtype=torch.long)
-    dist.all_gather_into_tensor(sizes, torch.tensor([len(z)]))
-    if sizes.unique().numel() > 1:
+    own = [crc32(str(z.dtype).encode()), z.ndim, *z.shape]
+    padded = torch.tensor((own + [0] * MOST_AXES)[: MOST_AXES + 2])
+    flat = padded.new_empty(dist.get_world_size() * len(padded))
+    dist.all_gather_into_tensor(flat, padded)
+    of_all = flat.view(-1, len(padded))
+    if (of_all == padded).all():
+        return
+    shapes = [tuple(shape[:ndim]) for _, ndim, *shape in of_all.tolist()]
+    sizes = [shape[0] for shape in shapes]
+    if len(set(sizes)) > 1:
         raise DispersiveError(
-            f"gather=True over processes with batches of {sizes.tolist()}: all need the same size; set drop_last=True"
+            f"gather=True over processes with batches of {sizes}: all need the same size; set drop_last=True"
         )
+    raise DispersiveError(
+        f"gather=True over processes with features of shapes {shapes}, here {z.dtype}: all need one shape and dtype"
+    )

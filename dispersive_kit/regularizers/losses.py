@@ -139,6 +139,8 @@ def rows_of(z: Tensor, options: LossOptions) -> Tensor:
 def select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
     y = per_row(x, y, "ignore_same_class needs y: pass y= (B,)") if options.ignore_same_class else None
     t = per_row(x, t, "t_window needs t: pass t= (B,)") if options.t_window else None
+    if t is not None and not t.is_floating_point():
+        t = t.long()  # the difference of unsigned numbers wraps round
     return Pairs(y, t, options.t_window or 0.0)
 
 

@@ -1,5 +1,6 @@
 """Modules found by path, hooked, and read: what every regulariser on inner activations needs."""
 
+import copy
 import difflib
 import fnmatch
 import warnings
@@ -68,6 +69,22 @@ class Attached:
         self._state = "has captured nothing: call the model inside `with` before loss()"
         self._told = False  # that it is 0 in eval mode
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Attached anew, to the copy of the model; a copy of taps would be those of the original."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                setattr(twin, name, copy.deepcopy(value, memo))
+        twin.taps = find_taps(twin.model, self.paths, 1 / 4) if self._state else []
+        twin._forget_all()
+        return twin
+
+    def _forget_all(self) -> None:
+        """What was captured or measured; of a regulariser that was removed there is nothing."""
+        for tap in self.taps:
+            tap.armed, tap.output = False, None
+
     @property
     def paths(self) -> list[str]:
         return [tap.path for tap in self.taps]
@@ -85,7 +102,8 @@ class Attached:
             "has captured nothing since the last loss(): the model was not called in training mode inside `with`, or "
             "does not call this module, or torch.compile had compiled it before the hook was set, which it then does "
             "not see. Cure for the last: attach before the first call, or torch.compiler.reset() after attaching, or "
-            "compile block by block"
+            "compile block by block. A compiled copy of the model (an average) that is called with gradients on hides "
+            "the hook too: call it under torch.no_grad()"
         )
         return self
 

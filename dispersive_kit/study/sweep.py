@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.study.execute import StageResult, ended_well, input_hash, read_stage, run_notebook
 from dispersive_kit.study.schema import read_result, write_json
 
@@ -119,7 +119,8 @@ def in_pool(
 ) -> Iterator[tuple[T, Future[R]]]:
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
-    A worker has one of `gpus` for good. The workers end with this process, also when it is killed.
+    A worker has one of `gpus` for good. The workers end with this process, also when it is killed. Where the caller
+    stops early (Ctrl-C, a failed run), what runs now ends and nothing more begins.
 
     Raises:
         ConfigError: more workers than GPUs.
@@ -130,18 +131,32 @@ def in_pool(
     free = spawn.SimpleQueue()
     for gpu in gpus[:workers]:
         free.put(gpu)
-    setup = (free,) if gpus else (None,)
+    stopped = spawn.Event()
+    setup = (free if gpus else None, stopped)
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=setup) as pool:
-        futures = {pool.submit(call, item): item for item in items}
+        futures = {pool.submit(_unless_stopped, call, item): item for item in items}
         try:
             for future in as_completed(futures):
                 yield futures[future], future
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()  # what a worker has been handed already can no longer be cancelled
+            for future in futures:
+                future.cancel()
 
 
-def _start_worker(free_gpus: Any) -> None:
+_stopped: Any = None  # of a worker: set once nothing more is to begin
+
+
+def _unless_stopped(call: Callable[[T], R], item: T) -> R:
+    if _stopped.is_set():
+        raise KitError("not begun: the runs were stopped")
+    return call(item)
+
+
+def _start_worker(free_gpus: Any, stopped: Any) -> None:
     """Take a GPU for good, and end with the process that started this one, also when that one is killed."""
+    global _stopped
+    _stopped = stopped
     if free_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = free_gpus.get()
     parent = multiprocessing.parent_process()

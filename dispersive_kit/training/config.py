@@ -122,6 +122,8 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_steps", "preview_images"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be split into accumulation {self.accumulation} equal parts"

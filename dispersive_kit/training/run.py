@@ -12,7 +12,15 @@ from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Ob
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
-from dispersive_kit.training.checkpoint import PARTIAL, Checkpoint, load_checkpoint, load_latest, replacing, writing
+from dispersive_kit.training.checkpoint import (
+    PARTIAL,
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
+    load_latest,
+    replacing,
+    writing,
+)
 from dispersive_kit.training.config import TrainConfig, differences
 from dispersive_kit.training.ema import reconstruct
 
@@ -185,6 +193,9 @@ def _weights(run_dir: Path, checkpoint: Checkpoint, weights: str) -> dict[str, T
 
 def pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:
     """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError: there is none."""
+    if step is not None and (kept := checkpoints(folder)) and folder / f"step-{step:08d}" not in kept:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in kept)
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {steps}")
     checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")

@@ -33,6 +33,12 @@ def shipped(name: str) -> Path:
     return artefact(name)
 
 
+def run_folder(run: str | Path) -> Path:
+    """`run` itself, or the folder of the shipped run of that name where there is no such folder."""
+    run = Path(run)
+    return shipped(str(run)) if not run.exists() and str(run) in shipped_names() else run
+
+
 def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
     """Write the averaged weights of a run as float16, with its curves, previews, measurements and card, for others.
 

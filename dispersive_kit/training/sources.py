@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
 
     Raises:
         DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`; classes or balance
-            asked of anything but a store, a share of anything but images, or flips of points.
+            asked of anything but a store, a share of anything but images, flips of points, or a
+            size of anything but a folder of images.
     """
     if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
         raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
+    if config.image_size != TrainConfig.image_size and (is_store(config.data) or not Path(config.data).is_dir()):
+        raise ConfigError(f"image_size is for folders of images, and {config.data!r} has a size of its own")
     if config.flip and config.data in TOY_SETS:
         raise ConfigError(f"flip is for images, and {config.data!r} has points")
     if is_store(config.data):

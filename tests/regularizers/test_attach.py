@@ -1,5 +1,6 @@
 """Where it attaches, what it reads, how it is weighed. A `mutation` was tried and fails the test."""
 
+import copy
 import warnings
 
 import pytest
@@ -215,3 +216,56 @@ def test_weight_zero_measures_without_touching_the_gradient():
     _, got = step(model, Dispersive(model, "blocks.1", weight=0))
     bare(X, T).square().mean().backward()
     assert torch.equal(got, gradient(bare))
+
+
+# ---- copies ------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A module that holds its network and the regulariser on it, as a Lightning module does."""
+
+    def __init__(self, first):
+        super().__init__()
+        if first == "model":
+            self.model = make_model()
+            self.reg = Dispersive(self.model, "blocks.1")
+        else:
+            model = make_model()
+            self.reg = Dispersive(model, "blocks.1")
+            self.model = model
+
+
+@pytest.mark.parametrize("first", ["model", "regulariser"])
+def test_a_copy_of_model_and_regulariser_has_taps_of_its_own(first):
+    a = Holder(first)
+    want, _ = step(a.model, a.reg)
+    b = copy.deepcopy(a)
+    assert b.reg.model is b.model and b.reg.taps[0].module is b.model.blocks[1]
+    with pytest.raises(DispersiveError, match="no statistics"):
+        b.reg.stats  # noqa: B018
+    assert torch.equal(step(b.model, b.reg)[0], want)
+    b.reg.remove()
+    assert torch.equal(step(a.model, a.reg)[0], want)
+    with pytest.raises(DispersiveError, match="removed"):
+        step(b.model, copy.deepcopy(b.reg))
+
+
+def test_a_memory_that_no_second_micro_batch_meets_is_said_once():
+    model = make_model()
+    reg = Dispersive(model, "blocks.1", memory=64)
+    with pytest.warns(UserWarning, match="count optimizer steps") as said:
+        for k in range(8):
+            step(model, reg, step=k)
+    assert len(said) == 1
+    used = Dispersive(model, "blocks.1", memory=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(16):
+            step(model, used, step=k // 2)
+
+
+def test_times_in_whole_numbers_of_any_kind_give_the_same_window():
+    z, t = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 250])
+    want = dispersive_loss(z, t=t.float(), t_window=3.0)
+    for dtype in (torch.uint8, torch.int16, torch.int64, torch.float64):
+        assert torch.equal(dispersive_loss(z, t=t.to(dtype), t_window=3.0), want), dtype

@@ -65,6 +65,11 @@ def test_uneven_batches_are_refused_in_every_process(two):
     assert "blocks.1" in two["uneven"] and "drop_last" in two["uneven"]
 
 
+@pytest.mark.parametrize("how", ["shapes", "axes", "dtypes"])
+def test_features_that_differ_between_processes_are_refused(two, how):
+    assert "all need one shape and dtype" in two[how]
+
+
 def test_gather_outside_a_process_group_raises():
     with pytest.raises(DispersiveError, match="init_process_group"):
         all_gather(torch.zeros(2, 3))

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import build_dit
 from dispersive_kit.regularizers import Dispersive
+from dispersive_kit.regularizers.gather import all_gather
 
 B = 6
 OPTIONS = {"at": "blocks.1", "weight": 0.5, "tau": 0.5, "ignore_same_class": True}
@@ -61,6 +62,15 @@ def uneven(rank: int) -> str:
     return "nothing raised"
 
 
+def unlike(rank: int, make) -> str:
+    """What a process says whose features are not like those of the other."""
+    try:
+        all_gather(make(rank))
+    except DispersiveError as error:
+        return str(error)
+    return "nothing raised"
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     share = B // world
@@ -79,6 +89,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     model = shard(make_model())
     results["fsdp hook after"] = backward(model, Dispersive(model, **OPTIONS, gather=True), rows)
     results["uneven"] = uneven(rank)
+    results["shapes"] = unlike(rank, lambda rank: torch.zeros(2, 3, 4 + rank))
+    results["axes"] = unlike(rank, lambda rank: torch.zeros(2, 3, 4) if rank else torch.zeros(2, 12))
+    results["dtypes"] = unlike(rank, lambda rank: torch.zeros(2, 3, dtype=[torch.float, torch.bfloat16][rank]))
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()

@@ -72,3 +72,12 @@ def test_the_doctor_takes_less_than_15_seconds():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Of the processor, not of the clock: other tests run beside this one.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+
+
+def test_a_folder_that_a_failed_download_left_is_no_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("DISPERSIVE_KIT_DATA", str(tmp_path))
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    assert "not here yet" in finding("mnist").detail
+    (raw / "train-images-idx3-ubyte").write_bytes(b"x")
+    assert finding("mnist").detail == str(raw)

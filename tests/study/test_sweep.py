@@ -1,6 +1,8 @@
 import json
 import os
+import subprocess
 import threading
+from functools import partial
 
 import pytest
 from filelock import FileLock
@@ -10,7 +12,7 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.execute import input_hash, lock_of, run_notebook
 from dispersive_kit.study.pipeline import Stage, run_pipeline
 from dispersive_kit.study.schema import write_json
-from dispersive_kit.study.sweep import Executor, Task, expand, run_tasks, write_aggregate
+from dispersive_kit.study.sweep import Executor, Task, expand, in_pool, run_tasks, write_aggregate
 
 
 def test_a_grid_is_every_combination_each_with_a_name_for_its_folder():
@@ -124,3 +126,11 @@ def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_
         write_json(folder / "result.json", {})
     waiting.join()
     assert [result.status for result in results] == ["skipped"]
+
+
+def test_a_caller_that_stops_early_starts_nothing_more(tmp_path):
+    work = [f"touch {tmp_path / str(k)}; sleep 0.5" for k in range(20)]
+    for _, future in in_pool(partial(subprocess.run, shell=True, check=True), work, 2):
+        future.result()
+        break
+    assert 2 <= len(list(tmp_path.iterdir())) <= 4  # what ran, and what was begun just then

@@ -68,7 +68,7 @@ def test_of_a_file_sorted_by_class_all_classes_are_measured(tmp_path):
     train = load_images("digits")
     file = tmp_path / "sorted.npz"
     save_npz(train.images[train.labels.argsort(stable=True)], file)
-    how = dataclasses.replace(HOW, data="digits", num=100)
+    how = Evaluation(extractor=HOW.extractor, metrics=HOW.metrics, data="digits", num=100)
     (record,) = evaluate(file, how)
     assert record.value == pytest.approx(record.floor, rel=0.4)  # real images, as far as the floor's
     assert len(np.load(file)["arr_0"]) == 1297 and record.n == 100

@@ -159,6 +159,8 @@ def test_options_that_would_change_nothing_are_refused(trained, tmp_path, capsys
     for command in (["sample", trained, "--out", tmp_path / "t", "--num", "2"], ["evaluate", trained, "--num", "20"]):
         assert "is for runs on latents" in refused(capsys, *command, "--vae", "/no/such")
     assert "image_size is for folders" in refused(capsys, *TRAIN, "--out", tmp_path / "u", "--set", "image_size=16")
+    missing = [*TRAIN, "--out", tmp_path / "u", "--data", "/no/such", "--set", "image_size=16"]
+    assert "unknown data set '/no/such'" in refused(capsys, *missing)
     for option in (["--executor", "local"], ["--workers", "2"]):
         assert "a notebook runs here" in refused(capsys, "run", "01", "--out", tmp_path / "v", *option)
     assert "no multiple" in refused(capsys, "latents", "plan", "--num-images", "10", "--image-size", "4")

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy
+from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS
 from dispersive_kit.data.latents import is_store
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.config import TrainConfig
@@ -42,7 +42,8 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
     """
     if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
         raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
-    if config.image_size != TrainConfig.image_size and (is_store(config.data) or not Path(config.data).is_dir()):
+    own_size = is_store(config.data) or config.data in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
+    if own_size and config.image_size != TrainConfig.image_size:
         raise ConfigError(f"image_size is for folders of images, and {config.data!r} has a size of its own")
     if config.flip and config.data in TOY_SETS:
         raise ConfigError(f"flip is for images, and {config.data!r} has points")

@@ -232,7 +232,7 @@ def evaluate(
 
     if out:
         require_file(out)
-    elif run.exists() or run_folder(run) != run:  # anything else is named by what follows
+    elif run_folder(run).exists():  # anything else is named by what follows
         require_file(record_folder(run) / "evaluation.json")
     records = measure(run, how)
     if this_process().is_main_process:

@@ -64,7 +64,6 @@ class Dispersive(Attached):
         self._forget_all()
 
     def _forget_all(self) -> None:
-        super()._forget_all()
         self._records: list[Record] = []
         self._watch = Watch()
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
@@ -150,10 +149,10 @@ class Dispersive(Attached):
         if step != self._step:
             self._unused += bool(self._kept)
             self._kept.clear()
-        if self._unused == LONG_UNUSED:
-            warnings.warn(
-                f"the memory of {', '.join(self.paths)} was cleared {LONG_UNUSED} times and never met a second "
-                "micro-batch: step= is to count optimizer steps, and be the same for all micro-batches of one",
-                stacklevel=4,
-            )
+            if self._unused == LONG_UNUSED:
+                warnings.warn(
+                    f"the memory of {', '.join(self.paths)} was cleared {LONG_UNUSED} times and never met a second "
+                    "micro-batch: step= is to count optimizer steps, and be the same for all micro-batches of one",
+                    stacklevel=3,
+                )
         self._step = step

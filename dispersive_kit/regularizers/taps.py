@@ -81,9 +81,7 @@ class Attached:
         return twin
 
     def _forget_all(self) -> None:
-        """What was captured or measured; of a regulariser that was removed there is nothing."""
-        for tap in self.taps:
-            tap.armed, tap.output = False, None
+        """What a subclass has measured: a copy begins without it, as its taps do."""
 
     @property
     def paths(self) -> list[str]:

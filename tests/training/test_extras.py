@@ -159,6 +159,13 @@ def test_what_cannot_go_is_refused_before_there_is_a_run(tmp_path, settings, wor
     assert not (tmp_path / "run").exists()
 
 
+def test_the_card_says_how_many_rows_the_memory_keeps(tmp_path):
+    memory = dataclasses.replace(PAPER, memory=16)
+    list(train(dataclasses.replace(SMOKE, accumulation=2, regularizer=memory), tmp_path / "run"))
+    card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (card["dispersion_batch"], card["dispersion_memory"]) == (SMOKE.batch_size // 2, 16)
+
+
 def test_every_line_of_the_log_is_json(tmp_path):
     """At the first step the output is zero, so the denoising gradient at the tap is too, and their ratio infinite."""
     records = list(train(dataclasses.replace(SMOKE, regularizer=PAPER, log_every=1), tmp_path / "run"))

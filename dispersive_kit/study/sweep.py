@@ -139,9 +139,7 @@ def in_pool(
             for future in as_completed(futures):
                 yield futures[future], future
         finally:
-            stopped.set()  # what a worker has been handed already can no longer be cancelled
-            for future in futures:
-                future.cancel()
+            stopped.set()  # and not future.cancel(): what a worker has been handed already would still run
 
 
 _stopped: Any = None  # of a worker: set once nothing more is to begin

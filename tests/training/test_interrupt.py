@@ -15,8 +15,10 @@ def test_two_runs_side_by_side_leave_the_signals_as_they_found_them(first_out):
     runs = [StopRequest().__enter__(), StopRequest().__enter__()]
     signal.raise_signal(signal.SIGTERM)
     assert [run.signal_number for run in runs] == [None, signal.SIGTERM]  # the one begun last has them
-    for run in (runs[first_out], runs[1 - first_out]):
-        run.__exit__(None, None, None)
+    left = runs[1 - first_out]
+    runs[first_out].__exit__(None, None, None)
+    assert [signal.getsignal(number) for number in SIGNALS] == [left._note] * 2
+    left.__exit__(None, None, None)
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

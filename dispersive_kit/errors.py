@@ -3,6 +3,11 @@
 The command line prints a `KitError` without a traceback and exits with status 2; anything else is a fault of ours.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class KitError(Exception):
     """Base class of every error the kit raises on purpose."""
@@ -22,3 +27,15 @@ class CheckpointError(KitError):
 
 class DispersiveError(KitError, RuntimeError):
     """Dispersive Loss cannot work as attached or called; the message names the tap and the cure."""
+
+
+def form_error(fault: "ValidationError", where: str, kind: type[KitError] = ConfigError) -> KitError:
+    """What pydantic found in `where` (a file, a run) as one error of the kit: each line has field, value and cure."""
+    lines = []
+    for one in fault.errors(include_url=False)[:3]:
+        field = ".".join(str(part) for part in one["loc"])
+        given = "" if one["type"] in ("missing", "value_error") else f" = {one['input']!r:.80}"
+        cure = "no field has this name: take it out" if one["type"] == "extra_forbidden" else one["msg"]
+        lines.append(f"{field}{given}: {cure}".removeprefix(": ").replace("Value error, ", ""))
+    more = f"; and {fault.error_count() - 3} more" if fault.error_count() > 3 else ""
+    return kind(f"{where}: {'; '.join(lines)}{more}")

@@ -23,7 +23,7 @@ lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
 
 test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
 	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "not long"
-	DISPERSIVE_KIT_MODE=smoke OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
+	DISPERSIVE_KIT_MODE=smoke PYTHONPATH=tests $(RUN)/python -m pytest -p conftest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
 
 test-long: $(VENV)/.test  ## the long kill and fuzz series
 	$(RUN)/python -m pytest -n 2 --dist loadgroup -m long

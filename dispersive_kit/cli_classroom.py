@@ -16,7 +16,7 @@ def lab(port: int = 8888, browser: bool = True, allow_root: bool = False) -> Non
         browser: Open a browser; otherwise the address is printed.
         allow_root: Run even as root, as one may be in a container.
     """
-    from dispersive_kit.study.serve import serve_lab
+    from dispersive_kit.study.lab import serve_lab
 
     serve_lab(port, browser=browser, allow_root=allow_root)
 
@@ -36,7 +36,7 @@ def console(out: Path | None = None, port: int = 8889, browser: bool = True, all
         size = write_console(out)
         print(f"{out}: {size / 1e6:.1f} MB, open it in any browser")
         return
-    from dispersive_kit.study.serve import CONSOLE, serve_lab
+    from dispersive_kit.study.lab import CONSOLE, serve_lab
 
     serve_lab(port, browser=browser, allow_root=allow_root, page=CONSOLE)
 

@@ -1,12 +1,20 @@
-"""Two workers share two cores: each keeps to one thread, or they would wait for each other."""
+"""Two workers share two cores: each keeps to one thread, or they would wait for each other.
+
+Also a plugin of the run over the notebooks (PYTHONPATH=tests, -p conftest): kernels without ports, which two workers
+may take from each other.
+"""
 
 import os
 
+import jupyter_client
 import pytest
 import torch
 
+from dispersive_kit.study.lab import Kernel
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    jupyter_client.AsyncKernelManager = Kernel
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start

@@ -33,9 +33,6 @@ from dispersive_kit.study.schema import read_result, write_json
 from dispersive_kit.study.webpage import write_page
 
 CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
-# A kernel is told free ports some tenths of a second before it binds them. Beside other kernels, one in some hundred
-# starts finds a port taken by then; the kernel dies, or hangs on its way out, before the first cell.
-KERNEL_STARTS = 3
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -119,17 +116,10 @@ def _run(notebook: Path, folder: Path, given: dict[str, Any], label: str, key: s
 
 def _execute(notebook: Path, folder: Path, given: dict[str, Any], log: CleanLog) -> tuple[str, str]:
     """Error in one line and traceback; both empty if the notebook came to its end."""
-    for _ in range(KERNEL_STARTS):
-        error, traceback, started = _execute_once(notebook, folder, given, log)
-        if started:
-            break
-    return error, traceback
-
-
-def _execute_once(notebook: Path, folder: Path, given: dict[str, Any], log: CleanLog) -> tuple[str, str, bool]:
-    """Error, traceback, and whether a kernel came up at all."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    from dispersive_kit.study.lab import Kernel
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
@@ -138,6 +128,7 @@ def _execute_once(notebook: Path, folder: Path, given: dict[str, Any], log: Clea
             str(folder.resolve() / "notebook.ipynb"),
             parameters={**given, "out": str(folder.resolve())},
             kernel_name="python3",
+            kernel_manager_class=Kernel,
             progress_bar=sys.stderr.isatty(),
             stdout_file=log,
             stderr_file=log,
@@ -147,12 +138,10 @@ def _execute_once(notebook: Path, folder: Path, given: dict[str, Any], log: Clea
         )
     except papermill.PapermillExecutionError as failed:
         place = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"
-        return place, ANSI.sub("", "\n".join(failed.traceback)), True
-    except (CellTimeoutError, DeadKernelError) as failed:
-        return f"{type(failed).__name__}: {failed}", "", True
-    except RuntimeError as failed:  # of the start: what a cell does wrong has a name above
-        return f"{type(failed).__name__}: {failed}", "", False
-    return "", "", True
+        return place, ANSI.sub("", "\n".join(failed.traceback))
+    except (CellTimeoutError, DeadKernelError, RuntimeError) as failed:  # RuntimeError: of the start
+        return f"{type(failed).__name__}: {failed}", ""
+    return "", ""
 
 
 def _hidden_fault(folder: Path) -> str:

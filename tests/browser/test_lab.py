@@ -27,9 +27,9 @@ RUN_S, MOVE_S = 300, 120  # on a busy machine
 # The kit's own server, over copies, since JupyterLab saves what it shows.
 SERVE = """
 from pathlib import Path
-from dispersive_kit.study import serve
-serve.notebooks_folder = lambda: Path({folder!r})
-serve.serve_lab({port}, browser=False, allow_root=True)
+from dispersive_kit.study import lab
+lab.notebooks_folder = lambda: Path({folder!r})
+lab.serve_lab({port}, browser=False, allow_root=True)
 """
 
 # What stands in the output of a slider: the pictures one can see, and how far bars are filled.

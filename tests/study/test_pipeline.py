@@ -1,12 +1,11 @@
+import ast
 import json
-import socket
 from pathlib import Path
 
 import pytest
-from jupyter_client.connect import LocalPortCache
 
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.study.execute import KERNEL_STARTS, run_notebook
+from dispersive_kit.study.execute import run_notebook
 from dispersive_kit.study.lookup import find_notebook, notebooks_folder
 from dispersive_kit.study.pipeline import Stage, load_pipeline, plan, run_pipeline, shipped_pipelines
 from dispersive_kit.study.schema import read_result
@@ -82,24 +81,20 @@ def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_
         raise AssertionError(result.error.replace("Kernel died", "died"))
 
 
-@pytest.mark.parametrize(("collisions", "status"), [(1, "ok"), (KERNEL_STARTS, "failed")])
-def test_a_kernel_whose_port_was_taken_before_it_came_up_is_started_again(
-    write_quick, tmp_path, monkeypatch, collisions, status
-):
-    find, starts = LocalPortCache.find_available_port, []
+def test_a_kernel_asks_for_no_port_and_leaves_no_file(write_quick, tmp_path):
+    """A free port may be taken before the kernel binds it."""
+    seen = "import ipykernel.connect as c\nprint(c.get_connection_info(unpack=True))"
+    result = run_notebook(str(write_quick("made", seen)), tmp_path / "run")
+    info = ast.literal_eval((tmp_path / "run" / "log.txt").read_text())
+    assert result.status == "ok" and info["transport"] == "ipc" and info["ip"].startswith("/tmp/kernel-")
+    assert not Path(info["ip"]).parent.exists()
 
-    def find_available_port(self, ip):
-        """Five ports a start; the first of each start that is to collide is one in use."""
-        starts.append(ip)
-        collides = len(starts) % 5 == 1 and len(starts) // 5 < collisions
-        return taken.getsockname()[1] if collides else find(self, ip)
 
-    monkeypatch.setattr(LocalPortCache, "find_available_port", find_available_port)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = run_notebook(str(write_quick("made")), tmp_path / "run")
-    assert result.status == status, result.error
-    assert len(starts) == 5 * min(collisions + 1, KERNEL_STARTS)
-    assert ("Kernel died before replying" in result.error) == (status == "failed")
+def test_a_kernel_that_does_not_begin_with_a_cell_has_failed(write_quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("dispersive_kit.study.lab._BEGIN_S", 3)
+    deaf = "get_ipython().kernel.shell_stream.stop_on_recv()"
+    result = run_notebook(str(write_quick("made", deaf)), tmp_path / "run")
+    assert result.status == "failed" and "DeadKernelError" in result.error and result.seconds < 60
 
 
 def test_a_pipeline_never_writes_into_a_used_folder_unless_asked(write_quick, tmp_path):

@@ -1,0 +1,105 @@
+"""Jupyter as the kit starts it: kernels without ports, and JupyterLab and Voila for this machine alone."""
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.manager import AsyncKernelManager
+from traitlets import Type, default
+
+from dispersive_kit.study.lookup import notebooks_folder
+
+LAB = "lab"
+CONSOLE = "voila/render/90_lecture_console.ipynb"
+# Voila's template for the console's page, which fetches nothing; and defaults of JupyterLab: long lines of code are
+# wrapped, so that a projector shows all of them, and no news is fetched, which would cover figures too.
+_OWN = Path(__file__).parent / "jupyter"
+_BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
+_BEGIN_S = 60  # within which a kernel must begin with a cell that it was sent
+
+
+class _Iopub(AsyncZMQSocketChannel):
+    """Notes when a cell was sent that the kernel has not begun with yet."""
+
+    sent = float("inf")
+
+    async def get_msg(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        message = await super().get_msg(*args, **kwargs)
+        if message["content"].get("execution_state") == "busy":
+            self.sent = float("inf")
+        return message
+
+
+class _Client(AsyncKernelClient):
+    """Takes a kernel for dead that does not begin with a cell, as one does that hangs or never heard of it."""
+
+    iopub_channel_class = Type(_Iopub)
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        self.iopub_channel.sent = time.monotonic()
+        return super().execute(*args, **kwargs)
+
+    async def is_alive(self) -> bool:
+        return time.monotonic() - self.iopub_channel.sent < _BEGIN_S and await super().is_alive()
+
+
+class Kernel(AsyncKernelManager):
+    """A kernel reached through files in a folder of its own: a free port could be taken before the kernel binds it."""
+
+    client_factory = Type(_Client)
+
+    @default("transport")
+    def _transport_default(self) -> str:
+        return "tcp" if os.name == "nt" else "ipc"
+
+    @default("ip")
+    def _ip_default(self) -> str:
+        if self.transport == "tcp":
+            return super()._ip_default()
+        return f"{tempfile.mkdtemp(prefix='kernel-', dir='/tmp')}/at"  # short: a socket's path has at most 103 letters
+
+    async def cleanup_resources(self, restart: bool = False) -> None:  # type: ignore[override]
+        await super().cleanup_resources(restart)
+        if self.transport == "ipc" and not restart:
+            shutil.rmtree(Path(self.ip).parent, ignore_errors=True)
+
+
+def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) -> None:
+    """Start JupyterLab in this process, so that the token is on no command line, and print the address to open.
+
+    page: what the browser opens: `LAB`, or `CONSOLE`, which Voila serves on the same server and behind the same token.
+    """
+    from jupyterlab.labapp import LabApp
+
+    token = secrets.token_hex(24)
+    for variable in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
+        os.environ[variable] = os.pathsep.join(filter(None, [str(_OWN), os.environ.get(variable)]))
+    print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)  # JupyterLab prints no token it was given
+    LabApp.launch_instance([  # arguments override any configuration file, which may say otherwise
+        "--ServerApp.ip=127.0.0.1",
+        f"--IdentityProvider.token={token}",
+        "--PasswordIdentityProvider.hashed_password=",
+        "--ServerApp.allow_remote_access=False",
+        "--ServerApp.allow_unauthenticated_access=False",
+        "--ServerApp.disable_check_xsrf=False",
+        "--ServerApp.allow_origin=",
+        "--ServerApp.allow_origin_pat=",
+        f"--ServerApp.allow_root={allow_root}",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",  # the address printed is the one that is served
+        f"--ServerApp.open_browser={browser}",
+        f"--ServerApp.root_dir={notebooks_folder()}",
+        f"--LabApp.default_url=/{page}",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",  # the other one asks PyPI
+        "--VoilaConfiguration.template=offline",
+        "--VoilaConfiguration.file_denylist=.*",  # it would give images to whoever asks, without the token
+        f"--VoilaConfiguration.resources={_BUNDLED_MATHJAX}",
+    ])  # fmt: skip

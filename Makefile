@@ -16,7 +16,7 @@ help:  ## this list
 	@echo "  variables: PYTHON=python3.12, VENV=.venv, TORCH_INDEX=URL of PyTorch wheels (CPU or CUDA)"
 
 demo: $(VENV)/.notebooks  ## set up, run the main job headlessly, write runs/demo/report.html
-	$(RUN)/dispersive-kit demo --out runs/demo --resume
+	$(RUN)/dispersive-kit run demo --out runs/demo --resume
 
 lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
 	$(RUN)/dispersive-kit lab

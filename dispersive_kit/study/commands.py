@@ -18,7 +18,7 @@ from dispersive_kit.study.pipeline import (
     run_pipeline,
     shipped_pipelines,
 )
-from dispersive_kit.study.registry import as_table, compare_runs, find_runs, list_runs, open_run, show_run
+from dispersive_kit.study.registry import as_table, find_runs, list_runs
 from dispersive_kit.study.report import aggregated_numbers, measured_numbers, write_report
 from dispersive_kit.study.sweep import Task, worker_count
 
@@ -95,18 +95,7 @@ def _print_numbers(numbers: Iterable[dict[str, Any]]) -> None:
         print("\n" + "\n".join(f"  {name:<{width}}  {value:>10}  {note}" for name, value, note in rows))
 
 
-def show_runs(action: str, names: tuple[str, ...], folder: Path | None) -> str:
-    """A table: all runs, everything of one, or what tells several apart.
-
-    Raises:
-        ConfigError: no such run, or another number of names than the action takes.
-    """
-    place = folder or runs_folder()
-    takes = {"list": not names, "show": len(names) == 1, "compare": len(names) >= 2}
-    if not takes[action]:
-        raise ConfigError("use: runs list, runs show NAME, or runs compare NAME NAME ...")
-    if action == "list":
-        found = find_runs(place)
-        return as_table(list_runs(found)) if found else f"no runs in {place}"
-    opened = [open_run(name, place) for name in names]
-    return as_table(show_run(opened[0]) if action == "show" else compare_runs(opened))
+def show_runs() -> str:
+    """A table of all runs in the runs folder."""
+    found = find_runs(runs_folder())
+    return as_table(list_runs(found)) if found else f"no runs in {runs_folder()}"

@@ -70,7 +70,7 @@ class Kernel(AsyncKernelManager):
             shutil.rmtree(Path(self.ip).parent, ignore_errors=True)
 
 
-def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) -> None:
+def serve_lab(port: int, *, browser: bool, page: str = LAB) -> None:
     """Start JupyterLab in this process, so that the token is on no command line, and print the address to open.
 
     page: what the browser opens: `LAB`, or `CONSOLE`, which Voila serves on the same server and behind the same token.
@@ -78,6 +78,7 @@ def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) ->
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0  # in a container one often is
     for variable in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
         os.environ[variable] = os.pathsep.join(filter(None, [str(_OWN), os.environ.get(variable)]))
     print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)  # JupyterLab prints no token it was given
@@ -90,7 +91,7 @@ def serve_lab(port: int, *, browser: bool, allow_root: bool, page: str = LAB) ->
         "--ServerApp.disable_check_xsrf=False",
         "--ServerApp.allow_origin=",
         "--ServerApp.allow_origin_pat=",
-        f"--ServerApp.allow_root={allow_root}",
+        f"--ServerApp.allow_root={as_root}",
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0",  # the address printed is the one that is served
         f"--ServerApp.open_browser={browser}",

@@ -1,4 +1,4 @@
-"""The runs that are there: listed, shown and compared. The folders are the registry: it is never out of date."""
+"""The runs that are there: listed. The folders are the registry: it is never out of date."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.errors import DataError
 from dispersive_kit.study.execute import lock_of, read_json, read_stage
-from dispersive_kit.study.lookup import folder_within
 from dispersive_kit.study.schema import read_result
 
 Row = list[str]
@@ -48,42 +47,10 @@ def find_runs(folder: Path) -> list[Run]:
     return [_read(file.parent, folder) for file in sorted(folder.rglob("stage.json"))]
 
 
-def open_run(name: str, folder: Path) -> Run:
-    """One run by name.
-
-    Raises:
-        ConfigError: there is none of this name, or the name leads out of `folder`.
-    """
-    place = folder_within(folder, name)
-    if not (place / "stage.json").is_file():
-        raise ConfigError(f"no run {name!r} in {folder}; `dispersive-kit runs list` names those that are there")
-    return _read(place, folder)
-
-
 def list_runs(runs: Sequence[Run]) -> list[Row]:
     """A row for each run, under a header."""
     header = ["run", "status", "mode", "time", "started", "code", "device"]
     return [header, *(_row(run) for run in runs)]
-
-
-def show_run(run: Run) -> list[Row]:
-    """Everything one wants to know of a run first, as rows of two."""
-    rows = [["run", run.name], ["folder", str(run.folder)], ["status", run.status]]
-    rows += [["error", run.stage["error"]]] if run.stage.get("error") else []
-    rows += [["time", _seconds(run)], ["started", _started(run)], ["code", run.code]]
-    rows += [[f"parameter {name}", str(value)] for name, value in run.stage.get("parameters", {}).items()]
-    rows += [[f"version of {name}", str(version)] for name, version in run.environment.get("versions", {}).items()]
-    rows += [["device", run.environment.get("device", "")]]
-    rows += [[number["name"], _value(number)] for number in run.result.get("numbers", [])]
-    return [*rows, ["checks passed", str(len(run.result.get("checks", [])))]]
-
-
-def compare_runs(runs: Sequence[Run]) -> list[Row]:
-    """A row for each parameter, version or number in which the runs are not alike, under a header of their names."""
-    facts = [dict(row for row in show_run(run) if row[0] not in ("run", "folder")) for run in runs]
-    names = list(dict.fromkeys(name for fact in facts for name in fact))
-    rows = [[name, *(fact.get(name, "") for fact in facts)] for name in names]
-    return [["", *(run.name for run in runs)], *(row for row in rows if len(set(row[1:])) > 1)]
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -124,9 +91,3 @@ def _seconds(run: Run) -> str:
 
 def _started(run: Run) -> str:
     return run.stage.get("started", "")[:16].replace("T", " ")
-
-
-def _value(number: dict[str, Any]) -> str:
-    record = number["record"] or {}
-    interval = f" [{record['low']:.4g}, {record['high']:.4g}]" if "low" in record else ""
-    return f"{number['value']:.4g}{interval}"

@@ -30,7 +30,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "dispersive_kit.cli", "console", "--no-browser", "--allow-root", "--port", port],
+        [sys.executable, "-m", "dispersive_kit.cli", "console", "--no-browser", "--port", port],
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
              "DISPERSIVE_KIT_RUNS": str(folder / "runs")},
         stdout=subprocess.PIPE, stderr=(folder / "log").open("w"), text=True,

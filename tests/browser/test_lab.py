@@ -29,7 +29,7 @@ SERVE = """
 from pathlib import Path
 from dispersive_kit.study import lab
 lab.notebooks_folder = lambda: Path({folder!r})
-lab.serve_lab({port}, browser=False, allow_root=True)
+lab.serve_lab({port}, browser=False)
 """
 
 # What stands in the output of a slider: the pictures one can see, and how far bars are filled.

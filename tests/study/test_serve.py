@@ -28,7 +28,7 @@ def lab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--allow-root", "--port", port]
+    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--port", port]
     process = subprocess.Popen(
         command,
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},

@@ -17,7 +17,7 @@ from dispersive_kit.training.checkpoint import load_latest
 
 STEPS, EVERY = 18, 3
 SETTINGS = [
-    "--preset", "smoke", "--steps", STEPS, "--checkpoint-every", EVERY, "--regularizer", "paper",
+    "--preset", "smoke", "--steps", STEPS, "--set", f"checkpoint_every={EVERY}", "--regularizer", "paper",
     "--set", "accumulation=2", "--set", "ema_widths=[0.05,0.1]",
 ]  # fmt: skip
 # kind of data, processes
@@ -26,7 +26,7 @@ KINDS = [("digits", 1), ("digits", 2), ("cifar10", 1), ("cifar10", 2)]
 
 @pytest.fixture(scope="module")
 def command(cifar_folder):
-    extra = {"digits": [], "cifar10": ["--data", "cifar10", "--model", "DiT-T/4", "--data-dir", cifar_folder]}
+    extra = {"digits": [], "cifar10": ["--data", "cifar10", "--model", "DiT-T/4", "--set", f"data_dir={cifar_folder}"]}
     return lambda data, out: ["train", *SETTINGS, *extra[data], "--resume", "--out", out]
 
 

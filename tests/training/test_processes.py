@@ -82,11 +82,11 @@ def finish_and_sample(run_command, out: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 8, 8, 1)
 
 
-TRAIN = ["train", "--preset", "smoke", "--checkpoint-every", 3, "--regularizer", "paper"]
+TRAIN = ["train", "--preset", "smoke", "--set", "checkpoint_every=3", "--regularizer", "paper"]
 
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-FSDP = ["--fsdp", "--set", "ema_widths=[0.1]"]
+FSDP = ["--set", "fsdp=true", "--set", "ema_widths=[0.1]"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_notebook_trains_on_two_processes(tmp_path):
     assert load_run(tmp_path / "run")[1]["step"] == 6
 
 
-LONG = ["train", "--preset", "smoke", "--steps", 80, "--checkpoint-every", 20, "--set", "log_every=1", "--resume"]
+LONG = ["train", "--preset", "smoke", "--steps", 80, "--set", "checkpoint_every=20", "--set", "log_every=1", "--resume"]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_o
     for name, config in (("base", base), ("paper", paper)):
         list(train(config, tmp_path / name))
         arguments = ["train", "--preset", "smoke", "--resume", "--out", tmp_path / name, "--batch-size", 64]
-        arguments += ["--steps", 4, "--set", "grad_clip=1000000000.0", "--checkpoint-every", 2]
+        arguments += ["--steps", 4, "--set", "grad_clip=1000000000.0", "--set", "checkpoint_every=2"]
         arguments += ["--regularizer", config.regularizer.preset]
         if name == "base":
             run_command(arguments, 2)
@@ -219,7 +219,7 @@ def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_o
 
 
 def test_fsdp_and_ddp_train_the_same_model(run_command, tmp_path):
-    for name, extra in (("ddp", []), ("fsdp", ["--fsdp"])):
+    for name, extra in (("ddp", []), ("fsdp", ["--set", "fsdp=true"])):
         run_command([*TRAIN, "--steps", 3, *extra, "--out", tmp_path / name], processes=2)
     a, b = (json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("ddp", "fsdp"))
     assert {k: a[k] for k in ("loss", "held_out")} == pytest.approx({k: b[k] for k in ("loss", "held_out")}, rel=1e-4)
@@ -227,7 +227,7 @@ def test_fsdp_and_ddp_train_the_same_model(run_command, tmp_path):
 
 def test_fsdp_in_one_process_is_refused_with_the_cure(tmp_path):
     process = subprocess.run(
-        [sys.executable, *CLI, *map(str, TRAIN), "--fsdp", "--out", str(tmp_path / "run")],
+        [sys.executable, *CLI, *map(str, TRAIN), "--set", "fsdp=true", "--out", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=False,
@@ -238,7 +238,7 @@ def test_fsdp_in_one_process_is_refused_with_the_cure(tmp_path):
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_meanflow_trains_on_two_processes_and_measures_its_base_arm(run_command, tmp_path, fsdp):
     out = tmp_path / "run"
-    more = ["--fsdp"] if fsdp else []
+    more = ["--set", "fsdp=true"] if fsdp else []
     command = ["train", "--preset", "smoke", "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2"]
     run_command([*command, *more, "--out", out], 2)
     assert load_run(out)[1]["step"] == 6

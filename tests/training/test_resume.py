@@ -22,7 +22,7 @@ from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_che
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
 COMMAND = [
     sys.executable, "-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--steps", "60",
-    "--checkpoint-every", "7", "--regularizer", "paper", "--resume", "--out",
+    "--set", "checkpoint_every=7", "--regularizer", "paper", "--resume", "--out",
 ]  # fmt: skip
 
 
@@ -204,7 +204,8 @@ def can_mount():
 @pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here; the tests above limit the file size")
 def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_there_is_room(tmp_path):
     arguments = [
-        "train", "--preset", "smoke", "--steps", "14", "--checkpoint-every", "3", "--regularizer", "paper", "--resume",
+        "train", "--preset", "smoke", "--steps", "14", "--set", "checkpoint_every=3",
+        "--regularizer", "paper", "--resume",
     ]  # fmt: skip
     (tmp_path / "disk").mkdir()
     shell = ["unshare", "-Urm", "sh", "-c", SMALL_DISK, str(tmp_path / "disk"), str(tmp_path / "disk")]

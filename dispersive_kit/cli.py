@@ -146,7 +146,7 @@ def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], ou
         how: What to measure, and how samples are drawn.
         out: JSON file for the records; named after the settings and beside the samples if not given.
     """
-    from dispersive_kit.data.files import require_file
+    from dispersive_kit.data.files import require_writable
     from dispersive_kit.evaluation.evaluate import evaluate as measure
     from dispersive_kit.evaluation.evaluate import record_file, record_folder
     from dispersive_kit.evaluation.processes import this_process
@@ -154,9 +154,9 @@ def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], ou
     from dispersive_kit.training.shipped import run_folder
 
     if out:
-        require_file(out)
+        require_writable(out)
     elif run_folder(run).exists():  # anything else is named by what follows
-        require_file(record_folder(run) / "evaluation.json")
+        require_writable(record_folder(run) / "evaluation.json")
     records = measure(run, how)
     if this_process().is_main_process:
         print(table(records))
@@ -299,12 +299,12 @@ def check(store: Folder, vae: str | None = None) -> None:
     from torchvision.utils import save_image
 
     from dispersive_kit.data.autoencoders import load_named
-    from dispersive_kit.data.files import require_file
+    from dispersive_kit.data.files import require_writable
     from dispersive_kit.data.latents import LatentStore
     from dispersive_kit.data.store_check import check_store, decoded_grid
 
     file = store.with_name(f"{store.name}-grid.png")
-    require_file(file)
+    require_writable(file)
     opened = LatentStore(store)
     for line in check_store(opened):
         print(f"ok  {line}", flush=True)

@@ -19,10 +19,10 @@ from dispersive_kit.analysis.features import LEVELS, POOLING, noisy, tokens
 from dispersive_kit.analysis.moments import Moments
 from dispersive_kit.analysis.similarity import cka_matrix, shared_neighbours
 from dispersive_kit.data import ImageSet
+from dispersive_kit.data.files import versions
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation.classifier import weights_sha256
-from dispersive_kit.evaluation.record import library_versions
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.training.draws import stream
 
@@ -122,7 +122,7 @@ def sweep(
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pooling": POOLING,
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
          "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": seed, "keep": keep,
-         "local_batch": LOCAL_BATCH, "tau": tau, "path": repr(path), "versions": library_versions()},
+         "local_batch": LOCAL_BATCH, "tau": tau, "path": repr(path), "versions": versions()},
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@
 from functools import cache
 from pathlib import Path
 
-from dispersive_kit.data.files import file_sha256, write_whole
+from dispersive_kit.data.files import atomic_write, file_sha256
 from dispersive_kit.errors import DataError
 
 FOLDER = Path(__file__).resolve().parents[1] / "artefacts"
@@ -39,7 +39,8 @@ def seal(folder: Path = FOLDER) -> int:
     """List every file that is there with its sha256, and say how many bytes they have."""
     names = _present(folder)
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
-    write_whole(folder / SUMS, "".join(lines).encode())
+    with atomic_write(folder / SUMS) as partial:
+        partial.write_text("".join(lines))
     return sum((folder / name).stat().st_size for name in names)
 
 

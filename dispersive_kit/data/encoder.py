@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dispersive_kit.data.autoencoders import Autoencoder, load_autoencoder
-from dispersive_kit.data.files import lock, write_whole
+from dispersive_kit.data.files import atomic_write, lock
 from dispersive_kit.data.image_folder import ImageFile, ImageFolder, list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.data.latents import (
@@ -32,7 +32,7 @@ from dispersive_kit.data.latents import (
     Spec,
     read_spec,
 )
-from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.errors import ConfigError, DataError, KitError
 
 POLL_S = 0.2  # between looks at shards that other processes are at
 LOOK_S = 1.0  # at most so often all shards are looked at for the progress shown
@@ -145,9 +145,9 @@ class Encoder:
             raise ConfigError(f"{folder} is not empty and holds no store that was begun; choose another folder")
         self.records.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            with lock(self.records / "plan.lock", wait=True):
+            with lock(self.records / "plan.lock"):
                 if not file.exists():  # of two that begin at once, one writes
-                    write_whole(file, json.dumps(self.plan, indent=2).encode())
+                    _write(file, json.dumps(self.plan, indent=2).encode())
         begun = json.loads(file.read_text())
         if changed := [f"{k}: {short(begun[k])} -> {short(v)}" for k, v in self.plan.items() if begun[k] != v]:
             raise ConfigError(
@@ -190,10 +190,13 @@ class Encoder:
     def _make_some(self, waiting: list[str], pool: ThreadPoolExecutor) -> int:
         made = 0
         for shard in waiting:
-            with lock(self.records / f"{shard}.lock") as mine:
-                if mine and not self.finished(shard):
-                    self._make(shard, pool)
-                    made += 1
+            try:
+                with lock(self.records / f"{shard}.lock", busy="another process makes it", error=_BusyError):
+                    if not self.finished(shard):
+                        self._make(shard, pool)
+                        made += 1
+            except _BusyError:
+                continue
         return made
 
     def _make(self, shard: str, pool: ThreadPoolExecutor) -> None:
@@ -206,11 +209,11 @@ class Encoder:
         row = (1 + self.config.flip, 2, *self.shape)
         posterior = torch.cat([torch.empty(0, *row, dtype=getattr(torch, self.config.dtype)), *parts])
         content = save({"posterior": posterior, "labels": torch.tensor(met.labels, dtype=torch.long)})
-        write_whole(self.config.store / shard, content)
+        _write(self.config.store / shard, content)
         card = ShardCard(shard, len(met.labels), len(content), hashlib.sha256(content).hexdigest())
         counts = Counter(self.folder.classes[label] for label in met.labels)
         record = ShardRecord(card, Moments.of(posterior), dict(counts), dict(met.odd), met.left_out)
-        write_whole(self.records / f"{shard}.json", json.dumps(asdict(record), sort_keys=True).encode())
+        _write(self.records / f"{shard}.json", json.dumps(asdict(record), sort_keys=True).encode())
         self.in_hand = 0
         self.finished(shard)
 
@@ -261,9 +264,9 @@ class Encoder:
             for photo in itertools.chain.from_iterable(record.left_out for record in records):
                 self._leave_out(ImageFile(photo["file"], None, fault=photo["fault"]))
         file, content = self.config.store / SPEC, self._spec(records).to_json()
-        with lock(self.records / "finish.lock", wait=True):
+        with lock(self.records / "finish.lock"):
             if not file.is_file() or file.read_bytes() != content.encode():
-                write_whole(file, content.encode())
+                _write(file, content.encode())
             for leftover in [*self.records.glob("*.lock"), *self.config.store.rglob(".partial-*")]:
                 leftover.unlink(missing_ok=True)
         return read_spec(self.config.store)
@@ -291,6 +294,15 @@ class Encoder:
             channel_std=moments.std,
             shards=tuple(record.card for record in records),
         )
+
+
+class _BusyError(KitError):
+    pass
+
+
+def _write(file: Path, content: bytes) -> None:
+    with atomic_write(file) as partial:
+        partial.write_bytes(content)
 
 
 def short(value: Any, most: int = 200) -> str:

@@ -1,16 +1,120 @@
-"""Files that several processes write, any of which may be killed: whole or not there, and never two at one."""
+"""Files that any process may be killed at, or two of them want: whole or not there, and one writer at a time."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
+import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dispersive_kit.errors import DataError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from dispersive_kit.errors import DataError, KitError
+
+PARTIAL = ".partial-"  # start of the name of what is being written or removed
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by a disk without locks
+LIBRARIES = (
+    "dispersive-kit",
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "accelerate",
+    "torch-fidelity",
+    "papermill",
+    "nbclient",
+    "ipykernel",
+    "ipywidgets",
+)
+
+
+@contextlib.contextmanager
+def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
+    """Turn a write that failed into the error that says what is safe and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        raise error(
+            f"{what} could not be written ({fault}). What was finished before is untouched: make room or choose "
+            "another folder, then give the command again (a training with --resume)"
+        ) from fault
+
+
+@contextlib.contextmanager
+def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Path]:
+    """The name under which to write a file or a folder, which gets its own name once all of it is on the disk.
+
+    A kill or a full disk leaves what was there before.
+
+    Raises:
+        error: it could not be written.
+    """
+    partial = target.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{target.name}")
+    with writing(target, error):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _flush(partial)
+            if target.is_dir():  # which cannot be replaced at one stroke
+                _remove(target.rename(target.with_name(f"{PARTIAL}removed-{target.name}")))
+            partial.replace(target)
+            _flush(target.parent, deep=False)
+        finally:
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path, *, deep: bool = True) -> None:
+    """A file, or a folder and all that is in it, from the cache to the disk."""
+    if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
+        return
+    for inner in path.iterdir() if deep and path.is_dir() else ():
+        _flush(inner)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def lock(file: Path, busy: str = "", error: type[KitError] = KitError) -> Iterator[None]:
+    """Hold `file` against all others, in this process too; a process that ends lets it go, however it ends.
+
+    Args:
+        busy: the message with which to refuse where another holds it; without one, its end is waited for.
+
+    Raises:
+        error: another holds it. A disk that knows no locks is warned of, and nothing is held.
+    """
+    held = FileLock(file, thread_local=False, fallback_to_soft=False)
+    try:
+        held.acquire(timeout=0 if busy else -1)
+    except Timeout:
+        raise error(busy) from None
+    except OSError as fault:
+        if fault.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"the disk of {file} has no locks: start no second process in that folder", stacklevel=3)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def file_sha256(file: Path) -> str:
@@ -18,48 +122,30 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def lock(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may have it; freed by the system when the process ends, however it ends.
+def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> None:
+    """Write a JSON file that a kill leaves either as it was or whole."""
+    with atomic_write(file, error) as partial:
+        partial.write_text(json.dumps(value, indent=2))
+
+
+def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataError) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        default: what to return where it is missing or damaged.
 
     Raises:
-        DataError: the disk has no locks.
+        error: it is missing or damaged, and there is no default.
     """
-    with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be locked ({error.strerror}), so two processes could write one file: mount the disk "
-                "with locks, or choose one that has them"
-            ) from error
-        yield True
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it has its name only once all of it is on the disk.
-
-    Raises:
-        DataError: it could not be written, as on a full disk.
-    """
-    partial = file.with_name(f".partial-{platform.node()}-{os.getpid()}-{file.name}")
     try:
-        with partial.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.rename(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            f"{file} could not be written ({error}). What is finished stays: make room, and give the command again"
-        ) from error
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as fault:
+        if default is not None:
+            return default
+        raise error(f"{file} cannot be read: {fault}") from fault
 
 
-def require_file(file: Path) -> None:
+def require_writable(file: Path) -> None:
     """Before long work: that its result can be written to `file`.
 
     Raises:
@@ -69,9 +155,6 @@ def require_file(file: Path) -> None:
         raise DataError(f"{file} is a folder: name a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
-    try:
         with tempfile.TemporaryFile(dir=file.parent):  # os.access says yes to root, also where nobody may write
             pass
     except OSError as error:
@@ -82,3 +165,15 @@ def free_bytes(folder: Path) -> int:
     """Room on the disk on which `folder` lies, or will lie."""
     there = next(p for p in [folder, *folder.resolve().parents] if p.exists())
     return shutil.disk_usage(there).free
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the libraries that a number may depend on; None where one is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.data import ImageSet, to_float
+from dispersive_kit.data.files import file_sha256
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.evaluation.classifier import WIDTH, train_classifier, weights_sha256
-from dispersive_kit.evaluation.moments import file_sha256, stream_moments
+from dispersive_kit.evaluation.moments import stream_moments
 from dispersive_kit.evaluation.naming import INCEPTION, INCEPTION_SHA256
 from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models import efficientnet

@@ -1,6 +1,5 @@
 """Mean and covariance of features, streamed: batches of any size, merged in float64 in any grouping."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +119,3 @@ def load_statistics(file: Path, weights_sha256: str | None = None) -> tuple[Arra
             "a distance between the two says nothing"
         )
     return mu, sigma
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.data import ImageSet
+from dispersive_kit.data.files import file_sha256, versions
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import kernels, naming
 from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples, wilson
 from dispersive_kit.evaluation.features import FeatureExtractor
 from dispersive_kit.evaluation.moments import (
     Moments,
-    file_sha256,
     frechet_from_statistics,
     load_statistics,
     stated_extractor,
 )
 from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
 from dispersive_kit.evaluation.processes import check_equal_everywhere, shared_out
-from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set, library_versions
+from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set
 from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.evaluation.scores import IS_SPLITS, classifier_score
 from dispersive_kit.evaluation.transport import PROJECTIONS, sliced_w2
@@ -174,7 +174,7 @@ def shared_protocol(
         "resize": f"{reference.get('resize', 'not known')}, then the extractor's own",
         "uint8_rule": UINT8_RULE,
         "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
-        "versions": library_versions(),
+        "versions": versions(),
     }
 
 

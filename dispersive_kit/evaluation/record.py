@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from dispersive_kit.data import ImageSet
@@ -14,7 +12,6 @@ from dispersive_kit.evaluation.naming import WORDS, refuse
 from dispersive_kit.evaluation.reference import Part
 
 UINT8_RULE = "round(127.5 x + 127.5), clamped to 0..255"
-LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "torch-fidelity", "dispersive-kit")
 
 
 @dataclass(frozen=True)
@@ -66,18 +63,6 @@ def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
 def describe_set(data: ImageSet) -> dict[str, Any]:
     card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256, "resize": data.resize}
     return {**card, "drawn_from": data.drawn_from} if isinstance(data, Part) else card
-
-
-def library_versions() -> dict[str, str | None]:
-    """Of what computes the numbers; None where it is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def table(records: Sequence[Record]) -> str:

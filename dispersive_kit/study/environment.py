@@ -1,7 +1,6 @@
 """What a run's numbers may depend on: the state of the code, versions, the device."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,21 +10,8 @@ from typing import Any
 
 import torch
 
+from dispersive_kit.data.files import versions
 from dispersive_kit.study.lookup import PACKAGE
-
-PACKAGES = (
-    "dispersive-kit",
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "accelerate",
-    "papermill",
-    "nbclient",
-    "ipykernel",
-    "ipywidgets",
-)
 
 NO_INPUT = (".pyc", ".ipynb", ".yaml", ".j2", ".typed")  # files of the package that no run reads
 SOURCES = (".py", ".ipynb", ".yaml")  # untracked files that count as changes
@@ -36,7 +22,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         **_code_state(),
         "package_sha256": package_hash(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": versions(),
         "platform": platform.platform(),
         "host": platform.node(),
         "device": device_name(),
@@ -70,13 +56,6 @@ def peak_memory_gib() -> float | None:
         return None
     kib = re.search(r"VmHWM:\s+(\d+) kB", status)
     return round(int(kib[1]) / 2**20, 2) if kib else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _code_state() -> dict[str, str | None]:

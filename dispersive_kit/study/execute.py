@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from dispersive_kit.data.files import lock, read_json, write_json
 from dispersive_kit.errors import DataError, KitError
 from dispersive_kit.study.environment import describe_environment, package_hash
 from dispersive_kit.study.gate import tracebacks
 from dispersive_kit.study.lookup import check_parameters, find_notebook
 from dispersive_kit.study.notebook import MODE_VARIABLE
-from dispersive_kit.study.schema import read_result, write_json
+from dispersive_kit.study.schema import read_result
 from dispersive_kit.study.webpage import write_page
 
 CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
@@ -76,7 +75,7 @@ def run_notebook(name: str, folder: Path, parameters: dict[str, Any] | None = No
     check_parameters(notebook, given)
     label, key = label or notebook.stem, input_hash(notebook, given)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock_of(folder)):
+    with lock(lock_of(folder)):
         if ended_well(notebook, folder, given):
             return StageResult(label, "skipped", 0.0, folder)
         if not read_stage(folder) and folder.exists() and any(folder.iterdir()):
@@ -168,20 +167,12 @@ def _gather_metrics(folder: Path) -> None:
 
 def read_stage(folder: Path) -> dict[str, Any]:
     """The stage.json of a run: how far it came, and from what inputs; empty if there is none."""
-    return read_json(folder / "stage.json")
+    return read_json(folder / "stage.json", default={})
 
 
 def lock_of(folder: Path) -> Path:
     """The file that a run in `folder` holds locked; beside it, since the folder may be moved."""
     return folder.with_name(f".{folder.name}.lock")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if it is missing or damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def input_hash(notebook: Path, parameters: dict[str, Any]) -> str:

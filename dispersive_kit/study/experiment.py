@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
+from dispersive_kit.data.files import lock, read_json, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
 from dispersive_kit.study.environment import describe_environment
-from dispersive_kit.study.execute import lock_of, read_json
+from dispersive_kit.study.execute import lock_of
 from dispersive_kit.study.measures import measure_run
 from dispersive_kit.study.notebook import runs_folder
 from dispersive_kit.study.plan import Cell, Plan
-from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.sweep import in_pool, visible_gpus
 from dispersive_kit.study.tuning import choose
 from dispersive_kit.training import train
@@ -60,7 +59,7 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1, data_dir: str | None =
 
 def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int, data_dir: str | None) -> Iterator[Ended]:
     done = [cell for cell in cells if is_done(plan, cell, out)]
-    yield from (Ended(cell, read_json(_file(cell, out)), True) for cell in done)
+    yield from (Ended(cell, read_json(_file(cell, out), default={}), True) for cell in done)
     waiting = [cell for cell in cells if cell not in done]
     if not waiting:
         return
@@ -79,9 +78,9 @@ def run_cell(plan: Plan, cell: Cell, *, out: Path, data_dir: str | None = None) 
     """Train and measure one run, going on where it was killed; returns and keeps its result."""
     folder = out / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock_of(folder)):
+    with lock(lock_of(folder)):
         if is_done(plan, cell, out):
-            return read_json(_file(cell, out))
+            return read_json(_file(cell, out), default={})
         torch.set_num_threads(1)
         config = dataclasses.replace(plan.config(cell), data_dir=data_dir)
         started, cpu = time.perf_counter(), time.process_time()
@@ -129,7 +128,7 @@ def _file(cell: Cell, out: Path) -> Path:
 
 def is_done(plan: Plan, cell: Cell, out: Path) -> bool:
     """Whether the run has ended, from this plan and these settings."""
-    result = read_json(_file(cell, out))
+    result = read_json(_file(cell, out), default={})
     return (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
 
 
@@ -144,4 +143,4 @@ def collect(plan: Plan, cells: list[Cell], out: Path) -> list[dict[str, Any]]:
             f"{len(missing)} of {len(cells)} runs of {plan.name} are not done ({missing[0]}, ...), and its number of "
             f"seeds is fixed: go on with dispersive-kit study run {plan.called}"
         )
-    return [read_json(_file(cell, out)) for cell in cells]
+    return [read_json(_file(cell, out), default={}) for cell in cells]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.environment import peak_memory_gib
 from dispersive_kit.study.modes import MODES, settings_of
-from dispersive_kit.study.schema import write_json
 
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 

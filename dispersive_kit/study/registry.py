@@ -1,14 +1,14 @@
 """The runs that are there: listed. The folders are the registry: it is never out of date."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from dispersive_kit.errors import DataError
-from dispersive_kit.study.execute import lock_of, read_json, read_stage
+from dispersive_kit.data.files import lock, read_json
+from dispersive_kit.errors import DataError, KitError
+from dispersive_kit.study.execute import lock_of, read_stage
 from dispersive_kit.study.schema import read_result
 
 Row = list[str]
@@ -66,17 +66,15 @@ def _read(place: Path, folder: Path) -> Run:
     except DataError:  # a failed or killed run; its status says so
         result = {}
     name = place.relative_to(folder).as_posix()
-    return Run(name, place, read_stage(place), read_json(place / "environment.json"), result)
+    return Run(name, place, read_stage(place), read_json(place / "environment.json", default={}), result)
 
 
 def _is_running(folder: Path) -> bool:
-    lock = lock_of(folder)
-    if not lock.is_file():
-        return False
+    file = lock_of(folder)
     try:
-        with FileLock(lock, timeout=0):
+        with lock(file, busy="running") if file.is_file() else contextlib.nullcontext():
             return False
-    except Timeout:
+    except KitError:
         return True
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import jinja2
 
+from dispersive_kit.data.files import read_json
 from dispersive_kit.errors import DataError
-from dispersive_kit.study.execute import StageResult, read_json, read_stage
+from dispersive_kit.study.execute import StageResult, read_stage
 from dispersive_kit.study.schema import read_result
 from dispersive_kit.study.webpage import OFFLINE
 
@@ -38,7 +39,7 @@ def measured_numbers(folder: Path) -> list[dict[str, Any]]:
 
 def aggregated_numbers(folder: Path) -> list[dict[str, Any]]:
     """The means of a sweep, each named with its point of the grid and noted with interval and number of runs."""
-    groups = [_group(group) for group in read_json(folder / "aggregate.json").get("groups", [])]
+    groups = [_group(group) for group in read_json(folder / "aggregate.json", default={}).get("groups", [])]
     return [
         {
             "name": ", ".join(filter(None, (number["name"], group["point"]))),
@@ -60,7 +61,7 @@ def _measured(folder: Path) -> dict[str, Any]:
 def _stage(name: str, results: list[StageResult], out: Path) -> dict[str, Any]:
     runs = [_run(result, out) for result in sorted(results, key=lambda r: r.name)]
     counts = Counter(run["status"] for run in runs)
-    aggregate = read_json(out / name / "aggregate.json")
+    aggregate = read_json(out / name / "aggregate.json", default={})
     return {
         "name": name,
         "kind": "failed" if "failed" in counts else "",
@@ -115,7 +116,7 @@ def _interval(record: dict[str, Any]) -> str:
 
 
 def _environment(folder: Path) -> str:
-    found = read_json(folder / "environment.json")
+    found = read_json(folder / "environment.json", default={})
     if not found:
         return ""
     code = f"commit {found['commit'][:9]}" if found["commit"] else "an installed package"

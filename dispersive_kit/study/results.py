@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import DataError
 from dispersive_kit.study.experiment import collect, study_folder
 from dispersive_kit.study.plan import Contrast, Plan, load_plan, shipped_plans, studies_folder
-from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.tuning import choose
 from dispersive_kit.study.verdict import (
     DIRECTION,

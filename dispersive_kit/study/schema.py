@@ -1,7 +1,6 @@
-"""The forms of result.json and of a pipeline's YAML, as JSON Schema files beside this one; JSON written whole."""
+"""The forms of result.json and of a pipeline's YAML, as JSON Schema files beside this one."""
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,10 +45,3 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def _not_json(word: str) -> NoReturn:
     raise ValueError(f"{word} is no measured number")
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file that a kill leaves either as it was or whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2))
-    partial.replace(file)

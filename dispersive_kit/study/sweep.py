@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.study.execute import StageResult, ended_well, input_hash, read_stage, run_notebook
-from dispersive_kit.study.schema import read_result, write_json
+from dispersive_kit.study.schema import read_result
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,12 +6,10 @@ folder that has the right name is whole. Nothing is pickled.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256
 from dispersive_kit.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
-PARTIAL = ".partial-"  # start of the name of what is being written or removed
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | No
         CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    partial = folder / f"{PARTIAL}{final.name}"
-    with writing(final):
-        folder.mkdir(parents=True, exist_ok=True)
-        _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
-        try:
-            _write(partial, checkpoint)
-            _discard([final] if final.exists() else [])  # damaged, or of an earlier attempt
-            partial.rename(final)
-            _flush(folder)
-        except (OSError, SafetensorError):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
+    with atomic_write(final, CheckpointError) as partial:
+        _write(partial, checkpoint)
     if keep_last:
         kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
         _discard(path for path in checkpoints(folder) if path not in kept)
@@ -63,18 +52,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | No
 
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
-    """All files of a checkpoint, on the disk and not only in its cache."""
     partial.mkdir()
     hashes = {}
     for name, tensors in checkpoint.groups.items():
         file = partial / f"{name}.safetensors"
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
-        hashes[file.name] = _sha256(file)
-        _flush(file)
+        hashes[file.name] = file_sha256(file)
     manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    _flush(partial / "manifest.json")
-    _flush(partial)
 
 
 def _discard(paths: Iterable[Path]) -> None:
@@ -87,36 +72,6 @@ def _discard(paths: Iterable[Path]) -> None:
             if not path.name.startswith(PARTIAL):
                 path = path.rename(path.with_name(f"{PARTIAL}removed-{path.name}"))
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """Turn a write that failed into the error that says what is safe and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{what} could not be written ({error}). Earlier checkpoints are untouched: "
-            "make room or choose another folder, then go on with --resume"
-        ) from error
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """The name under which to write `file`, which is then replaced as a whole: a kill or a full disk leaves the old.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
-    partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
-    with writing(file):
-        try:
-            yield partial
-            _flush(partial)
-            partial.replace(file)
-        except (OSError, SafetensorError):
-            partial.unlink(missing_ok=True)
-            raise
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -134,7 +89,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text())
         groups = {}
         for file_name, expected in manifest["sha256"].items():
-            if _sha256(path / file_name) != expected:
+            if file_sha256(path / file_name) != expected:
                 raise CheckpointError(f"{path / file_name} is damaged: its sha256 is not the one in manifest.json")
             groups[file_name.removesuffix(".safetensors")] = load_file(path / file_name)
         return Checkpoint(manifest["step"], groups, manifest["state"])
@@ -181,18 +136,3 @@ def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

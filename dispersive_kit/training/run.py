@@ -1,6 +1,6 @@
 """A run folder: config.json, run.json, metrics.jsonl and checkpoints/, and the model read back from it."""
 
-import errno
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispersive_kit.data.files import PARTIAL, atomic_write, lock, read_json, writing
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
 from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.training.checkpoint import (
-    PARTIAL,
     Checkpoint,
     checkpoints,
     load_checkpoint,
     load_latest,
-    replacing,
-    writing,
 )
 from dispersive_kit.training.config import TrainConfig, differences
 from dispersive_kit.training.ema import reconstruct
@@ -28,7 +26,7 @@ LOCK = ".lock"
 SNAPSHOTS = "ema-snapshots"  # folder of the averages of ema_widths, one entry a checkpoint
 
 
-def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> Any:
+def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> contextlib.ExitStack:
     """Make the folder of a new run, or check that a resumed one is the same run; write config.json and run.json.
 
     card: what goes into run.json. Returns the lock on the folder, to be closed at the end; a killed process's is freed.
@@ -44,12 +42,17 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
         raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     if exists:
         _require_same_run(run_dir, config, card)
-    with writing(run_dir):
+    held = contextlib.ExitStack()
+    busy = (
+        f"another process is training in {run_dir}, or a training in this one was not ended: wait for its end, stop it "
+        "(here: close its generator, or restart the kernel), or choose another folder"
+    )
+    with writing(run_dir, CheckpointError):
         run_dir.mkdir(parents=True, exist_ok=True)
-        held = lock(run_dir / LOCK)
+        held.enter_context(lock(run_dir / LOCK, busy, CheckpointError))
     # config.json is what makes it a run, so it comes last.
     for name, text in (("run.json", json.dumps(card, indent=2)), ("config.json", config.to_json())):
-        with replacing(run_dir / name) as partial:
+        with atomic_write(run_dir / name, CheckpointError) as partial:
             partial.write_text(text)
     return held
 
@@ -61,10 +64,7 @@ def _left_by_a_start(path: Path) -> bool:
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
     changed = differences(read_config(run_dir), config)
-    try:
-        old = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):  # it will be written again
-        old = {}
+    old = read_json(run_dir / "run.json", default={})  # it will be written again
     if "exported" in old:
         raise CheckpointError(
             f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
@@ -84,29 +84,6 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
             f"{run_dir} holds a run of another configuration, which cannot be resumed with this one:\n  "
             + "\n  ".join(changed)
         )
-
-
-def lock(file: Path) -> Any:
-    """Hold `file` against all others, in this process too, until it is closed; a process that ends lets it go.
-
-    Raises:
-        CheckpointError: another holds it.
-    """
-    handle = file.open("a")
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that has no locks
-            handle.close()
-            raise CheckpointError(
-                f"another process is training in {file.parent}, or a training in this one was not ended: wait for its "
-                "end, stop it (here: close its generator, or restart the kernel), or choose another folder"
-            ) from error
-    return handle
 
 
 def read_config(run_dir: Path) -> TrainConfig:

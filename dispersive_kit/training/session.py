@@ -1,9 +1,7 @@
 """What a training loop holds: the model and its averages, the optimizer, the data; how they start, save and resume."""
 
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dispersive_kit.data.files import atomic_write, versions, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError
 from dispersive_kit.regularizers.attach import Dispersive
@@ -22,10 +21,8 @@ from dispersive_kit.training.checkpoint import (
     Checkpoint,
     flatten_optimizer,
     load_latest,
-    replacing,
     save_checkpoint,
     unflatten_optimizer,
-    writing,
 )
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 from dispersive_kit.training.draws import Batch, frozen_batch
@@ -121,7 +118,8 @@ class Session:
         """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
-            with writing(self.run_dir / "metrics.jsonl"), (self.run_dir / "metrics.jsonl").open("a") as file:
+            metrics = self.run_dir / "metrics.jsonl"
+            with writing(metrics, CheckpointError), metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.board:
             for name, value in finite.items():
@@ -146,7 +144,7 @@ class Session:
             save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
         drawn = self._preview()
         if drawn is not None and self.accelerator.is_main_process:
-            with writing(self.run_dir / "previews"):
+            with writing(self.run_dir / "previews", CheckpointError):
                 save_preview(drawn, self.run_dir / "previews" / f"step-{step:08d}")
         self.accelerator.wait_for_everyone()
 
@@ -164,7 +162,7 @@ class Session:
         batch, file = self.batch(step - 1), self.run_dir / f"fed-at-step-{step:08d}.safetensors"
         fed = {"x0": batch.x0, "y": batch.y, **vars(batch.draws)}
         try:
-            with replacing(file) as partial:
+            with atomic_write(file, CheckpointError) as partial:
                 save_file({k: v.contiguous() for k, v in fed.items() if v is not None}, partial)
             kept = f"What it was fed is in {file}"
         except CheckpointError as error:  # the fault that is reported must not be hidden by this one
@@ -274,12 +272,6 @@ def attach_regularizer(model: nn.Module, config: RegularizerConfig) -> Dispersiv
         raise ConfigError(f"regularizer: {error}") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a number may depend on."""
-    packages = ("dispersive-kit", "torch", "torchvision", "numpy", "accelerate")
-    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
-
-
 def _restore_weights(checkpoint: Checkpoint, model: nn.Module, averages: dict[str, EMA]) -> None:
     model.load_state_dict(checkpoint.groups["model"])
     for name, average in averages.items():
@@ -299,7 +291,7 @@ def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
     if file.exists():
         lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
-        with replacing(file) as partial:
+        with atomic_write(file, CheckpointError) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines))
 
 

@@ -4,14 +4,14 @@ import dataclasses
 import itertools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from dispersive_kit.data.artefacts import FOLDER, artefact
+from dispersive_kit.data.files import atomic_write
 from dispersive_kit.errors import CheckpointError, ConfigError
-from dispersive_kit.training.checkpoint import PARTIAL, Checkpoint, save_checkpoint, writing
+from dispersive_kit.training.checkpoint import Checkpoint, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.run import pick_checkpoint, read_config
 
@@ -56,13 +56,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = pick_checkpoint(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out.parent) as partial:
-            whole = Path(partial) / "run"
-            whole.mkdir()
-            _write_run(run_dir, whole, config, Checkpoint(found.step, {"ema": half}, {}), command=command, note=note)
-            whole.replace(out)
+    with atomic_write(out, CheckpointError) as partial:
+        _write_run(run_dir, partial, config, Checkpoint(found.step, {"ema": half}, {}), command=command, note=note)
     return out
 
 

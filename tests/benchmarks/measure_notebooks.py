@@ -10,10 +10,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from dispersive_kit.data.files import write_json
 from dispersive_kit.study.estimates import TABLE, measured
 from dispersive_kit.study.execute import run_notebook
 from dispersive_kit.study.lookup import find_notebook, notebooks_folder
-from dispersive_kit.study.schema import read_result, write_json
+from dispersive_kit.study.schema import read_result
 
 
 def measure(notebook: Path, mode: str) -> dict[str, float]:

@@ -16,13 +16,13 @@ import yaml
 
 from dispersive_kit.cli import main
 from dispersive_kit.data import load_images, to_float
+from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import draw_images
 from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import is_done, run_cell, run_study
 from dispersive_kit.study.plan import load_plan
 from dispersive_kit.study.results import conclude, load_results, summary, verdicts
-from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.tuning import choose
 from dispersive_kit.training import load_run, train
 

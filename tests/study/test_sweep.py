@@ -8,10 +8,10 @@ import pytest
 from filelock import FileLock
 from scipy import stats
 
+from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.execute import input_hash, lock_of, run_notebook
 from dispersive_kit.study.pipeline import Stage, run_pipeline
-from dispersive_kit.study.schema import write_json
 from dispersive_kit.study.sweep import Executor, Task, expand, in_pool, run_tasks, write_aggregate
 
 

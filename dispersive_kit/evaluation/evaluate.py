@@ -126,7 +126,7 @@ class _Samples:
         model = model.to(this_process().device)
         config = card["config"]
         decode = decoder_of(card, device=this_process().device, path=how.vae)
-        real = dataclasses.replace(config, data=how.data or config.data, data_dir=how.data_dir or config.data_dir)
+        real = config.changed(data=how.data or config.data, data_dir=how.data_dir or config.data_dir)
         self.real = lambda: load_reference(real, decode)
         settings: dict[str, Any] = {
             "num_steps": how.num_steps,

@@ -33,8 +33,8 @@ class Evaluation:
     """... and below this (t = 1 is noise)."""
     seed: int = 0
     """Of the first image; image i has seed + i."""
-    weights: str = "ema"
-    """The average (ema), one of another width (ema:0.08), or the weights as last trained (model)."""
+    weights: Literal["ema", "model"] = "ema"
+    """The average (ema), or the weights as last trained (model)."""
     step: int | None = None
     """A kept checkpoint of the run; the newest if not given."""
     resamples: int = 100

@@ -82,7 +82,7 @@ def run_cell(plan: Plan, cell: Cell, *, out: Path, data_dir: str | None = None) 
         if is_done(plan, cell, out):
             return read_json(_file(cell, out), default={})
         torch.set_num_threads(1)
-        config = dataclasses.replace(plan.config(cell), data_dir=data_dir)
+        config = plan.config(cell).changed(data_dir=data_dir)
         started, cpu = time.perf_counter(), time.process_time()
         measured = _train_and_measure(plan, config, folder / "training")
         result = {

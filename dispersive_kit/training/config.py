@@ -1,18 +1,67 @@
-"""What a run is: frozen dataclasses, and the presets by name."""
+"""What a run is: settings that are checked as they are made, and the presets by name."""
 
-import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from dispersive_kit.errors import ConfigError, DispersiveError
 from dispersive_kit.regularizers.options import PRESETS, LossOptions, check_number, preset_settings
 from dispersive_kit.regularizers.schedules import Schedule
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-@dataclass(frozen=True)
-class RegularizerConfig:
+
+class Settings(BaseModel):
+    """Values of fixed names and types. What does not fit is one ConfigError, which names field, value and cure."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, list(type(self).model_fields))) from None
+
+    def changed(self, **values: Any) -> Self:
+        """These settings with some replaced.
+
+        Raises:
+            ConfigError: no such name, a value that does not fit its type or the other settings.
+        """
+        return type(self)(**{**dict(self), **values})
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    """What is wrong with each field; one of several types is refused once for each of them."""
+    faults: dict[str, list[str]] = {}
+    for one in error.errors(include_url=False):
+        name, said = ".".join(map(str, one["loc"][:1])), one["msg"].removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            said = f"no setting is named {name!r}: {hint}there are {', '.join(known)}"
+        elif said.startswith("Input should be"):
+            said = said.replace(
+                "Input should be", "or" if name in faults else f"{name} is {one['input']!r}: it must be"
+            )
+        faults.setdefault(name, []).append(said)
+    return "; ".join(" ".join(said) for said in faults.values())
+
+
+class RegularizerConfig(Settings):
     """Which Dispersive Loss is added, if any. What is None is taken from the preset."""
 
     preset: str = "none"  # none, paper, official-pytorch or small
@@ -31,147 +80,121 @@ class RegularizerConfig:
     memory: int | None = None  # rows of earlier micro-batches that are kept
     schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
     schedule_steps: int = 0
-    norm_matched: float | None = None  # a placebo in its place: features of this RMS, nothing spread
+    norm_matched: PositiveFloat | None = None  # a placebo in its place: features of this RMS, nothing spread
+
+    @property
+    def added(self) -> bool:
+        """Whether it is part of the objective, or only measured."""
+        return self.preset != "none"
 
     def overrides(self) -> dict[str, Any]:
         """Keywords of `Dispersive.from_preset` that were set by hand."""
-        options = {
-            k: v for k, v in dataclasses.asdict(self).items() if k not in ("preset", "schedule_steps", "norm_matched")
-        }
+        options = {k: v for k, v in dict(self).items() if k not in ("preset", "schedule_steps", "norm_matched")}
         if self.schedule:
             options["schedule"] = Schedule(self.schedule, self.schedule_steps)
         return {k: v for k, v in options.items() if v is not None}
 
-    def check(self) -> None:
-        """Raises ConfigError: no such preset or option, options at odds, or options without a preset."""
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         if self.preset not in ("none", *PRESETS):
             raise ConfigError(f"unknown regularizer.preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
-        measuring = RegularizerConfig("none", at=self.at, depth=self.depth, gather=self.gather)  # what "none" takes
-        if self.preset == "none" and self != measuring:
-            name = next(f.name for f in fields(self) if getattr(self, f.name) != getattr(measuring, f.name))
+        default = type(self).model_fields
+        changed = [name for name, value in self if value != default[name].default]
+        if not self.added and (more := [name for name in changed if name not in ("at", "depth", "gather")]):
             raise ConfigError(
-                f"regularizer.{name} is set and regularizer.preset is none, which adds no loss: choose one of "
+                f"regularizer.{more[0]} is set and regularizer.preset is none, which adds no loss: choose one of "
                 f"{', '.join(PRESETS)} to start from"
             )
         if self.schedule_steps and not self.schedule:
             raise ConfigError("regularizer.schedule_steps is set, and no regularizer.schedule that would use it")
-        if self.norm_matched is not None and not self.norm_matched > 0:
-            raise ConfigError(f"regularizer.norm_matched must be above 0, got {self.norm_matched}")
-        if self.preset != "none":
+        if self.added:
             try:
                 settings = preset_settings(self.preset, self.overrides())
-                known = {f.name for f in fields(LossOptions)}
-                LossOptions.of({name: value for name, value in settings.items() if name in known})
+                LossOptions.of({name: value for name, value in settings.items() if name in OF_THE_LOSS})
                 check_number("weight", settings["weight"], at_least=0.0)
             except DispersiveError as error:
                 raise ConfigError(f"regularizer: {error}") from error
+        return self
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One training run. `batch_size` is global: processes and accumulation divide it."""
 
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
     image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
-    data_share: float = 1.0  # share of the training images that is used, the same of every class
+    data_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, the same of every class
     flip: bool = False  # random horizontal flips
-    classes: tuple[str, ...] = ()  # of a store of latents; empty: all
-    balanced: bool = False  # every class of a store equally often
     model: str = "DiT-T/2"  # or MLP, for 2-D sets
     objective: Literal["flow", "ddpm", "meanflow"] = "flow"
-    steps: int = 600
-    batch_size: int = 64
-    accumulation: int = 1  # micro-batches per step; each is one batch to Dispersive Loss
-    learning_rate: float = 4e-3
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 64
+    accumulation: PositiveInt = 1  # micro-batches per step; each is one batch to Dispersive Loss
+    learning_rate: PositiveFloat = 4e-3
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = 50
-    grad_clip: float = 1.0  # largest norm of the gradient
-    weight_decay: float = 0.0
-    ema_decay: float = 0.99
-    ema_widths: tuple[float, ...] = ()  # relative widths of two more averages, for any width after the fact
-    class_dropout_prob: float = 0.1  # share of labels replaced by the null class, for guidance
-    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
-    seed: int = 0
-    log_every: int = 25
-    eval_every: int = 250  # held-out denoising loss
-    checkpoint_every: int = 500
-    keep_last: int = 2  # checkpoints kept; older ones are removed
-    preview_images: int = 16  # in the grid drawn at each checkpoint; 0 is none
+    warmup_steps: NonNegativeInt = 50
+    grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
+    ema_decay: Share = 0.99
+    class_dropout_prob: Share = 0.1  # share of labels replaced by the null class, for guidance
+    regularizer: RegularizerConfig = RegularizerConfig()
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    log_every: PositiveInt = 25
+    eval_every: PositiveInt = 250  # held-out denoising loss
+    checkpoint_every: PositiveInt = 500
+    keep_last: PositiveInt = 2  # checkpoints kept; older ones are removed
+    preview_images: NonNegativeInt = 16  # in the grid drawn at each checkpoint; 0 is none
     tensorboard: bool = False  # event files beside metrics.jsonl
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
     compile_blocks: bool = False
     checkpointing: bool = False  # recompute blocks in backward: less memory, more time; not with MeanFlow
 
-    def __post_init__(self) -> None:
-        positive = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "learning_rate",
-            "grad_clip",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_last",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "preview_images"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a number of 64 bits, got {self.seed}")
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be split into accumulation {self.accumulation} equal parts"
             )
-        if not 0 <= self.class_dropout_prob < 1 or not 0 <= self.ema_decay < 1:
-            raise ConfigError("class_dropout_prob and ema_decay must lie in [0, 1)")
-        if not 0 < self.data_share <= 1:
-            raise ConfigError(f"data_share must lie in (0, 1], got {self.data_share}")
-        if self.objective not in ("flow", "ddpm", "meanflow"):
-            raise ConfigError(f"unknown objective {self.objective!r}; there are: flow, ddpm, meanflow")
         if self.checkpointing and self.objective == "meanflow":
             raise ConfigError("checkpointing cannot go with meanflow, whose time derivative needs what it frees")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"unknown schedule {self.schedule!r}; there are: constant, cosine")
-        self.regularizer.check()
         if self.regularizer.memory and self.accumulation == 1:
             raise ConfigError(
                 "regularizer.memory keeps rows of earlier micro-batches: with accumulation 1 there are none"
             )
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"unknown precision {self.precision!r}; there are: auto, fp32, bf16")
+        return self
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return self.model_dump_json(indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "TrainConfig":
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote, in version 0.1 too.
+
+        Raises:
+            ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
+        """
         values = json.loads(text)
-        values |= {name: tuple(values.get(name, ())) for name in ("ema_widths", "classes")}
+        for name, default in RETIRED.items():
+            if (value := values.pop(name, default)) != default:
+                raise ConfigError(
+                    f"{name} is {value!r}, which this version cannot do: use dispersive-kit 0.1 for this run, or train "
+                    "it anew without"
+                )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 
 
+OF_THE_LOSS = {field.name for field in fields(LossOptions)}
+RETIRED: dict[str, Any] = {"classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0}
 # Cadence and place change no number, so a resumed run may alter them.
-FREE_TO_CHANGE = (
-    "data_dir",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_last",
-    "preview_images",
-    "tensorboard",
-)
+FREE_TO_CHANGE = {
+    "data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images", "tensorboard",
+}  # fmt: skip
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What would change the result if `new` went on from a run of `old`, one line each."""
-    a, b = dataclasses.asdict(old), dataclasses.asdict(new)
-    return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k] and k not in FREE_TO_CHANGE]
+    a, b = old.model_dump(exclude=FREE_TO_CHANGE), new.model_dump(exclude=FREE_TO_CHANGE)
+    return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
 
 
 # fmt: off
@@ -187,7 +210,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         ema_decay=0.999, log_every=50, eval_every=500),
     "cifar10-s2": TrainConfig(  # for one GPU; not run by us
         data="cifar10", model="DiT-S/2", flip=True, steps=200_000, batch_size=256, learning_rate=2e-4,
-        schedule="constant", warmup_steps=1000, ema_decay=0.9999, ema_widths=(0.05, 0.1),
+        schedule="constant", warmup_steps=1000, ema_decay=0.9999,
         log_every=100, eval_every=2000, checkpoint_every=5000, keep_last=3),
 }
 # fmt: on
@@ -216,7 +239,7 @@ IMAGENET = TrainConfig(
 # The loss as its PyTorch code has it, which the local batch of 32 on 8 processes belongs to.
 IMAGENET_ARMS = {"base": RegularizerConfig(), "disp": RegularizerConfig(preset="official-pytorch")}
 TRAIN_PRESETS |= {
-    f"imagenet-{size.lower()}2-{arm}": dataclasses.replace(IMAGENET, model=f"DiT-{size}/2", regularizer=regularizer)
+    f"imagenet-{size.lower()}2-{arm}": IMAGENET.changed(model=f"DiT-{size}/2", regularizer=regularizer)
     for size in ("S", "B", "L", "XL")
     for arm, regularizer in IMAGENET_ARMS.items()
 }
@@ -230,7 +253,7 @@ def train_preset(name: str, **changes: Any) -> TrainConfig:
     """
     if name not in TRAIN_PRESETS:
         raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(TRAIN_PRESETS)}")
-    return dataclasses.replace(TRAIN_PRESETS[name], **changes)
+    return TRAIN_PRESETS[name].changed(**changes)
 
 
 def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
@@ -239,37 +262,11 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     Raises:
         ConfigError: no such field, or a value of another type.
     """
-    regularizer = config.regularizer
-    for name, value in settings.items():
-        part, dot, inner = name.rpartition(".")
-        hints = get_type_hints(RegularizerConfig if dot else TrainConfig)
-        if inner not in hints or part not in ("", "regularizer"):
-            inside = [f"regularizer.{n}" for n in get_type_hints(RegularizerConfig)]
-            raise ConfigError(f"no setting is named {name!r}; there are: {', '.join([*hints, *inside])}")
-        value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[inner]):
-            raise ConfigError(f"{name}={value!r} is not of type {_type_name(hints[inner])}")
-        change: dict[str, Any] = {inner: value}
-        if dot:
-            regularizer = dataclasses.replace(regularizer, **change)
-        else:
-            config = dataclasses.replace(config, **change)
-    return dataclasses.replace(config, regularizer=regularizer)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from the command line is of a field's type; a whole number will do for a float."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
-    if args:
-        return any(_fits(value, a) for a in args)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
-
-
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).removeprefix("typing.") if not get_args(hint) else str(hint)
+    start = "regularizer."
+    inner = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
+    own = {name: value for name, value in settings.items() if not name.startswith(start)}
+    try:
+        regularizer = config.regularizer.changed(**inner)
+    except ConfigError as error:
+        raise ConfigError(str(error) if start[:-1] in str(error) else f"{start[:-1]}: {error}") from error
+    return config.changed(**{"regularizer": regularizer, **own})

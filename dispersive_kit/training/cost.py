@@ -44,12 +44,10 @@ def training_cost(config: TrainConfig, *, channels: int = 4, size: int = 32, num
             objective(model, x0, y, draws=Draws(t=time, r=time, eps=x0))[0].backward()
     kept = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tracked = kept * len(config.ema_widths)  # in each checkpoint, and in a snapshot beside each, which stays
-    each = 2 * kept + 2 * 4 * trained + tracked  # model, average, AdamW's two moments
-    snapshots = math.ceil(config.steps / config.checkpoint_every) * tracked
+    each = 2 * kept + 2 * 4 * trained  # model, average, AdamW's two moments
     return Cost(
         parameters=trained,
         flops_per_image=math.ceil(counter.get_total_flops() / COUNTED),
         images=config.steps * config.batch_size,
-        checkpoint_bytes=config.keep_last * each + snapshots,
+        checkpoint_bytes=config.keep_last * each,
     )

@@ -60,13 +60,13 @@ def open_store(config: TrainConfig) -> tuple[Selection, Selection]:
     """The training and the held-out part of the store that `config.data` names.
 
     Raises:
-        DataError: damaged. ConfigError: no such class, or mirror images asked of a store that has none.
+        DataError: damaged. ConfigError: mirror images asked of a store that has none.
     """
     store = LatentStore(config.data)
     if config.flip and not store.spec.flip:
         raise ConfigError(f"{store.path} holds no mirror images: train with flip off, or encode with --flip")
-    train = Selection(store, classes=config.classes, balanced=config.balanced)
-    return train, Selection(store, "test", classes=config.classes)
+    train = Selection(store)
+    return train, Selection(store, "test")
 
 
 def verify_store(data: Selection) -> None:

@@ -107,8 +107,7 @@ def _update(run: Session, step: int, *, measure: bool) -> dict[str, Any]:
     values["grad_norm"] = whole(accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    for average in run.averages.values():
-        average.update(run.model)
+    run.ema.update(run.model)
     return values
 
 
@@ -116,7 +115,7 @@ def _losses(
     run: Session, rows: Batch, step: int, *, measure: bool
 ) -> tuple[Tensor, dict[str, Any], GradientRatio | None]:
     """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
-    if not (run.regularised or (measure and run.measurable)):
+    if not (run.config.regularizer.added or (measure and run.measurable)):
         with run.accelerator.autocast():
             loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
         return loss, {"loss": loss.detach()}, None
@@ -132,8 +131,8 @@ def _losses(
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
         # FSDP hands out returned features by a side branch, on which no denoising gradient comes back.
         if not (run.config.fsdp and run.returned_taps):
-            ratio = GradientRatio(dispersive, taps, added=run.regularised)
-    return (loss + dispersive if run.regularised else loss), values, ratio
+            ratio = GradientRatio(dispersive, taps, added=run.config.regularizer.added)
+    return (loss + dispersive if run.config.regularizer.added else loss), values, ratio
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

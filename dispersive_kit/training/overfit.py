@@ -1,7 +1,5 @@
 """Learn a few images by heart: the first thing to try when a training does not learn."""
 
-import dataclasses
-
 import torch
 
 from dispersive_kit.data import ImageSet
@@ -20,7 +18,7 @@ def overfit(data: ImageSet, *, steps: int, until: float = 0.1, config: TrainConf
     config: model, objective and peak of the learning rate; DiT-T/4 at 3e-3 if not given.
     """
     config = config or TrainConfig(model="DiT-T/4", learning_rate=3e-3, warmup_steps=20, schedule="constant")
-    config = dataclasses.replace(config, steps=steps)  # which the schedule ends with
+    config = config.changed(steps=steps)  # which the schedule ends with
     model, objective = build_model(config, describe_images(data)), build_objective(config)
     batch = DeviceSet.of(data, "cpu").batch(
         objective, seed=config.seed, step=0, size=len(data), null_label=None, drop_prob=0.0

@@ -3,14 +3,14 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from dispersive_kit.errors import CheckpointError, ConfigError
 
@@ -87,13 +87,13 @@ def check_split(batch_size: int, processes: int, accumulation: int) -> int:
     return batch_size // parts
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+def shard(model: Any, device: torch.device) -> None:
     """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in (*blocks, model):
+    for module in (*model.blocks, model):
         # True also for the whole model: an average is only ever called forward, and must be split again after it.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 

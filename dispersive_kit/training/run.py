@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dispersive_kit.data.files import PARTIAL, atomic_write, lock, read_json, writing
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
@@ -20,10 +19,8 @@ from dispersive_kit.training.checkpoint import (
     load_latest,
 )
 from dispersive_kit.training.config import TrainConfig, differences
-from dispersive_kit.training.ema import reconstruct
 
 LOCK = ".lock"
-SNAPSHOTS = "ema-snapshots"  # folder of the averages of ema_widths, one entry a checkpoint
 
 
 def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> contextlib.ExitStack:
@@ -77,7 +74,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
             f"then, {now} now). Bring the old data back, or start a new run in another folder"
         )
     # In an arm without the loss it is only measured, and no part of the objective.
-    if old and config.regularizer.preset != "none" and old["dispersion_batch"] != card["dispersion_batch"]:
+    if old and config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError(
@@ -136,8 +133,7 @@ def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = No
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
     Args:
-        weights: "ema" (to sample from), "model" (as last trained), or "ema:0.08", the average of relative width
-            0.08 built after the fact from those the run tracked (ema_widths).
+        weights: "ema" (to sample from), or "model" (as last trained).
         step: a kept checkpoint; None: the newest that is whole.
 
     Raises:
@@ -151,21 +147,12 @@ def load_run(run_dir: str | Path, *, weights: str = "ema", step: int | None = No
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{run_dir / 'run.json'} cannot be read: {error}") from error
     model = build_model(config, data)
-    model.load_state_dict(_weights(run_dir, checkpoint, weights))
+    known = [group for group in checkpoint.groups if group != "optimizer"]
+    if weights not in known:
+        raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
+    model.load_state_dict(checkpoint.groups[weights])
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
-
-
-def _weights(run_dir: Path, checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
-    name, colon, width = weights.partition(":")
-    if colon:
-        if name != "ema" or not width.replace(".", "", 1).isdigit():
-            raise CheckpointError(f"weights {weights!r}: a width goes after ema and a colon, as in ema:0.08")
-        return reconstruct(run_dir / SNAPSHOTS, float(width), step=checkpoint.step)
-    known = [group for group in checkpoint.groups if group != "optimizer"]
-    if name not in known:
-        raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
-    return checkpoint.groups[name]
 
 
 def pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:

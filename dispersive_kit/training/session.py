@@ -26,7 +26,7 @@ from dispersive_kit.training.checkpoint import (
 )
 from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 from dispersive_kit.training.draws import Batch, frozen_batch
-from dispersive_kit.training.ema import EMA, PowerEMA
+from dispersive_kit.training.ema import EMA
 from dispersive_kit.training.parallel import (
     check_processes,
     check_split,
@@ -38,17 +38,14 @@ from dispersive_kit.training.parallel import (
     state_of,
     whole,
 )
-from dispersive_kit.training.run import SNAPSHOTS, build_model, build_objective, claim_run_folder
+from dispersive_kit.training.run import build_model, build_objective, claim_run_folder
 from dispersive_kit.training.sampling import preview, save_preview
 from dispersive_kit.training.sources import Source, open_source
 
 
 @dataclass
 class Session:
-    """One process's part of a run. `network` is `model` as prepared for several processes.
-
-    `averages` holds "ema", and one entry for each of `ema_widths`.
-    """
+    """One process's part of a run. `network` is `model` as prepared for several processes."""
 
     config: TrainConfig
     run_dir: Path
@@ -56,7 +53,7 @@ class Session:
     objective: Objective
     model: Any
     network: nn.Module
-    averages: dict[str, EMA]
+    ema: EMA
     optimizer: torch.optim.Optimizer
     regularizer: Dispersive
     source: Source
@@ -67,18 +64,9 @@ class Session:
     board: Any = None  # TensorBoard's writer, if asked for
 
     @property
-    def regularised(self) -> bool:
-        """Whether Dispersive Loss is added to the objective, or only measured."""
-        return self.config.regularizer.preset != "none"
-
-    @property
     def measurable(self) -> bool:
         """Whether there are pairs to measure: a batch of one has none."""
         return self.dispersion_batch > 1
-
-    @property
-    def ema(self) -> EMA:
-        return self.averages["ema"]
 
     @property
     def returned_taps(self) -> tuple[int, ...]:
@@ -127,18 +115,15 @@ class Session:
             self.board.flush()
 
     def save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps, a snapshot of the tracked averages, then a preview.
+        """Write the checkpoint after `step` steps, then a preview.
 
         No process goes on before it is on the disk: the first that ended would have the others ended too.
         """
-        models = {"model": self.model, **{name: average.model for name, average in self.averages.items()}}
+        models = {"model": self.model, "ema": self.ema.model}
         # Under FSDP gathering is a joint act, so every process does it and the first one writes.
         tensors = {name: {k: whole(v) for k, v in m.state_dict().items()} for name, m in models.items()}
         moments, groups = flatten_optimizer(state_of(self.optimizer))
         if self.accelerator.is_main_process:
-            if widths := self.averages.keys() - {"ema"}:
-                snapshot = Checkpoint(step, {name: tensors[name] for name in widths}, {})
-                save_checkpoint(self.run_dir / SNAPSHOTS, snapshot, keep_last=None)
             state = {"param_groups": groups, "ema_updates": self.ema.updates}
             checkpoint = Checkpoint(step, {**tensors, "optimizer": moments}, state)
             save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
@@ -180,7 +165,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     keep_freed_memory(device)
     source = open_source(config, device)
     model = build_model(config, source.card).to(device)
-    averages = {"ema": EMA(model, config.ema_decay), **{str(w): PowerEMA(model, w) for w in config.ema_widths}}
+    ema = EMA(model, config.ema_decay)
     regularizer = attach_regularizer(model, config.regularizer)
     if config.objective == "meanflow" and not all(re.fullmatch(r"blocks\.\d+", path) for path in regularizer.paths):
         raise ConfigError(
@@ -197,16 +182,14 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
     require_agreement("step at which they resume (is the run folder one that all machines share?)", done)
     require_agreement("data", source.card["sha256"])
     if latest:
-        _restore_weights(latest, model, averages)
+        _restore_weights(latest, model, ema)
     if config.compile_blocks:
         for block in model.blocks:
             block.compile()
     if config.fsdp:
-        for one in (model, *(average.model for average in averages.values())):
-            shard(one, one.blocks, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+        for one in (model, ema.model):
+            shard(one, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     if latest:
         restore_state(optimizer, unflatten_optimizer(latest.groups["optimizer"], latest.state["param_groups"]))
     if accelerator.is_main_process:
@@ -218,7 +201,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
         objective=objective,
         model=model,
         network=model if config.fsdp else accelerator.prepare_model(model),
-        averages=averages,
+        ema=ema,
         optimizer=accelerator.prepare_optimizer(optimizer),
         regularizer=regularizer,
         source=source,
@@ -238,7 +221,7 @@ def run_card(config: TrainConfig, accelerator: Accelerator, source: Source, mode
     """
     rows = check_split(config.batch_size, accelerator.num_processes, config.accumulation)
     together = rows * (accelerator.num_processes if config.regularizer.gather else 1)
-    if together < 2 and config.regularizer.preset != "none":
+    if together < 2 and config.regularizer.added:
         raise ConfigError(
             f"the local batch is {together}, and one image has no pairs to disperse: take a larger batch_size, less "
             "accumulation, or regularizer.gather over processes"
@@ -272,11 +255,10 @@ def attach_regularizer(model: nn.Module, config: RegularizerConfig) -> Dispersiv
         raise ConfigError(f"regularizer: {error}") from error
 
 
-def _restore_weights(checkpoint: Checkpoint, model: nn.Module, averages: dict[str, EMA]) -> None:
+def _restore_weights(checkpoint: Checkpoint, model: nn.Module, ema: EMA) -> None:
     model.load_state_dict(checkpoint.groups["model"])
-    for name, average in averages.items():
-        average.model.load_state_dict(checkpoint.groups[name])
-        average.updates = checkpoint.state["ema_updates"]
+    ema.model.load_state_dict(checkpoint.groups["ema"])
+    ema.updates = checkpoint.state["ema_updates"]
 
 
 def _board(run_dir: Path, done: int) -> Any:

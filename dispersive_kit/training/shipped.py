@@ -1,6 +1,5 @@
 """Trained runs that come with the package, and how one is made: weights in half precision, curves, and its card."""
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -51,7 +50,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
     Raises:
         CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
-    config = dataclasses.replace(read_config(run_dir), data_dir=None)  # a place on one machine
+    config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = pick_checkpoint(run_dir / "checkpoints", step)

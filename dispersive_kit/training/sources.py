@@ -36,9 +36,8 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
     """The data named by `config.data`, on the device.
 
     Raises:
-        DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`; classes or balance
-            asked of anything but a store, a share of anything but images, flips of points, or a
-            size of anything but a folder of images.
+        DataError: it is not there, is damaged, or has no such name. ConfigError: see `open_store`;
+            a share of anything but images, flips of points, or a size of anything but a folder of images.
     """
     if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
         raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
@@ -51,8 +50,6 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         train, held_out = open_store(config)
         sets = LatentSet(train, device), LatentSet(held_out, device)
         return Source(*sets, describe_latents(train), partial(verify_store, train))
-    if config.classes or config.balanced:
-        raise ConfigError(f"classes and balanced are for a store of latents, and {config.data!r} is none")
     if config.data in TOY_SETS:
         return _points(config.data, device)
     images, others = (

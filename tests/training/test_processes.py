@@ -1,6 +1,5 @@
 """Several processes: one objective, however the batch is split, and a dispersion batch that says how it was."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -49,7 +48,7 @@ def splits(tmp_path_factory):
     return {
         "64": gradient(folder, "64", PLAIN, 1),
         "2 x 32": gradient(folder, "2x32", PLAIN, 2),
-        "2 x 16 x 2": gradient(folder, "2x16x2", dataclasses.replace(PLAIN, accumulation=2), 2),
+        "2 x 16 x 2": gradient(folder, "2x16x2", PLAIN.changed(accumulation=2), 2),
     }
 
 
@@ -66,8 +65,8 @@ def test_the_card_says_what_dispersive_loss_saw(splits):
 
 
 def test_gathered_two_processes_equal_one_and_ungathered_they_do_not(tmp_path):
-    config = dataclasses.replace(PLAIN, regularizer=GATHERED)
-    local_config = dataclasses.replace(PLAIN, regularizer=RegularizerConfig(preset="paper"))
+    config = PLAIN.changed(regularizer=GATHERED)
+    local_config = PLAIN.changed(regularizer=RegularizerConfig(preset="paper"))
     one, _ = gradient(tmp_path, "one", local_config, 1)
     two, card = gradient(tmp_path, "two", config, 2)
     local, _ = gradient(tmp_path, "local", local_config, 2)
@@ -86,7 +85,7 @@ TRAIN = ["train", "--preset", "smoke", "--set", "checkpoint_every=3", "--regular
 
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-FSDP = ["--set", "fsdp=true", "--set", "ema_widths=[0.1]"]
+FSDP = ["--set", "fsdp=true"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
     worker = str(Path(__file__).with_name("apart_worker.py"))
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
-    config = dataclasses.replace(PLAIN, steps=2, checkpoint_every=1)
+    config = PLAIN.changed(steps=2, checkpoint_every=1)
     list(train(config, tmp_path / "0" / "run"))
     shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
     process = subprocess.run(
@@ -204,8 +203,8 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
 
 
 def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_objective(run_command, tmp_path):
-    base = dataclasses.replace(PLAIN, steps=4, checkpoint_every=2)
-    paper = dataclasses.replace(base, regularizer=RegularizerConfig(preset="paper"))
+    base = PLAIN.changed(steps=4, checkpoint_every=2)
+    paper = base.changed(regularizer=RegularizerConfig(preset="paper"))
     for name, config in (("base", base), ("paper", paper)):
         list(train(config, tmp_path / name))
         arguments = ["train", "--preset", "smoke", "--resume", "--out", tmp_path / name, "--batch-size", 64]

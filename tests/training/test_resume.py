@@ -1,6 +1,5 @@
 """A run that was stopped, however rudely, goes on to the same bits."""
 
-import dataclasses
 import json
 import random
 import resource
@@ -251,14 +250,14 @@ def test_a_folder_in_which_a_start_was_killed_is_started_in_again(tmp_path, whol
 
 
 def test_other_data_is_refused_on_resume(tmp_path, cifar_folder):
-    config = dataclasses.replace(CONFIG, data="cifar10", model="DiT-T/4", data_dir=str(cifar_folder), steps=4)
+    config = CONFIG.changed(data="cifar10", model="DiT-T/4", data_dir=str(cifar_folder), steps=4)
     run(tmp_path / "run", config)
     with np.load(cifar_folder / "cifar10.npz") as file:
         arrays = dict(file)
     arrays["images"] = arrays["images"] ^ 1
     np.savez(tmp_path / "cifar10.npz", **arrays)
     with pytest.raises(CheckpointError, match="was trained on other data"):
-        run(tmp_path / "run", dataclasses.replace(config, data_dir=str(tmp_path)), resume=True)
+        run(tmp_path / "run", config.changed(data_dir=str(tmp_path)), resume=True)
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path, whole_command):

@@ -1,6 +1,5 @@
 """Runs that ship with the package, and the export that makes them."""
 
-import dataclasses
 import json
 
 import pytest
@@ -69,7 +68,7 @@ def test_an_unknown_shipped_run_names_those_there_are():
 
 
 def test_a_run_without_a_logged_step_can_be_exported(tmp_path):
-    for record in train(dataclasses.replace(CONFIG, log_every=50, checkpoint_every=2), tmp_path / "run"):
+    for record in train(CONFIG.changed(log_every=50, checkpoint_every=2), tmp_path / "run"):
         if record.step == 3:
             break
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

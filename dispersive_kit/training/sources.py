@@ -42,7 +42,7 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
     if config.data_share < 1 and (is_store(config.data) or config.data in TOY_SETS):
         raise ConfigError(f"data_share is for sets of images, and {config.data!r} is none")
     own_size = is_store(config.data) or config.data in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
-    if own_size and config.image_size != TrainConfig.image_size:
+    if own_size and config.image_size != TrainConfig().image_size:
         raise ConfigError(f"image_size is for folders of images, and {config.data!r} has a size of its own")
     if config.flip and config.data in TOY_SETS:
         raise ConfigError(f"flip is for images, and {config.data!r} has points")

@@ -3,6 +3,8 @@
 The command line prints a `KitError` without a traceback and exits with status 2; anything else is a fault of ours.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,13 +31,25 @@ class DispersiveError(KitError, RuntimeError):
     """Dispersive Loss cannot work as attached or called; the message names the tap and the cure."""
 
 
-def form_error(fault: "ValidationError", where: str, kind: type[KitError] = ConfigError) -> KitError:
-    """What pydantic found in `where` (a file, a run) as one error of the kit: each line has field, value and cure."""
+def form_error(
+    fault: "ValidationError", where: str, kind: type[KitError] = ConfigError, known: Iterable[str] = ()
+) -> KitError:
+    """What pydantic found in `where` (a file, a run) as one error of the kit: each line has field, value and cure.
+
+    known: the names there are, for a field that is none of them.
+    """
     lines = []
     for one in fault.errors(include_url=False)[:3]:
         field = ".".join(str(part) for part in one["loc"])
         given = "" if one["type"] in ("missing", "value_error") else f" = {one['input']!r:.80}"
-        cure = "no field has this name: take it out" if one["type"] == "extra_forbidden" else one["msg"]
+        cure = _other_name(field, list(known)) if one["type"] == "extra_forbidden" else one["msg"]
         lines.append(f"{field}{given}: {cure}".removeprefix(": ").replace("Value error, ", ""))
     more = f"; and {fault.error_count() - 3} more" if fault.error_count() > 3 else ""
     return kind(f"{where}: {'; '.join(lines)}{more}")
+
+
+def _other_name(field: str, known: list[str]) -> str:
+    if not known:
+        return "no field has this name: take it out"
+    near = get_close_matches(field, known, 1)
+    return f"no setting has this name{f', did you mean {near[0]}?' if near else ';'} there are: {', '.join(known)}"

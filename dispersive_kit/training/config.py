@@ -1,6 +1,5 @@
 """What a run is: settings that are checked as they are made, and the presets by name."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from dispersive_kit.errors import ConfigError, DispersiveError
+from dispersive_kit.errors import ConfigError, DispersiveError, form_error
 from dispersive_kit.regularizers.options import PRESETS, LossOptions, check_number, preset_settings
 from dispersive_kit.regularizers.schedules import Schedule
 
@@ -33,7 +32,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, list(type(self).model_fields))) from None
+            raise form_error(error, error.title, known=type(self).model_fields) from None
 
     def changed(self, **values: Any) -> Self:
         """These settings with some replaced.
@@ -44,25 +43,10 @@ class Settings(BaseModel):
         return type(self)(**{**dict(self), **values})
 
 
-def _explain(error: ValidationError, known: list[str]) -> str:
-    """What is wrong with each field; one of several types is refused once for each of them."""
-    faults: dict[str, list[str]] = {}
-    for one in error.errors(include_url=False):
-        name, said = ".".join(map(str, one["loc"][:1])), one["msg"].removeprefix("Value error, ")
-        if one["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            said = f"no setting is named {name!r}: {hint}there are {', '.join(known)}"
-        elif said.startswith("Input should be"):
-            said = said.replace(
-                "Input should be", "or" if name in faults else f"{name} is {one['input']!r}: it must be"
-            )
-        faults.setdefault(name, []).append(said)
-    return "; ".join(" ".join(said) for said in faults.values())
-
-
 class RegularizerConfig(Settings):
     """Which Dispersive Loss is added, if any. What is None is taken from the preset."""
+
+    model_config = ConfigDict(title="regularizer")
 
     preset: str = "none"  # none, paper, official-pytorch or small
     at: str | None = None  # dotted path of the block; None: the preset's depth
@@ -97,28 +81,30 @@ class RegularizerConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.preset not in ("none", *PRESETS):
-            raise ConfigError(f"unknown regularizer.preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
         default = type(self).model_fields
         changed = [name for name, value in self if value != default[name].default]
         if not self.added and (more := [name for name in changed if name not in ("at", "depth", "gather")]):
             raise ConfigError(
-                f"regularizer.{more[0]} is set and regularizer.preset is none, which adds no loss: choose one of "
+                f"{more[0]} is set and preset is none, which adds no loss: choose one of "
                 f"{', '.join(PRESETS)} to start from"
             )
         if self.schedule_steps and not self.schedule:
-            raise ConfigError("regularizer.schedule_steps is set, and no regularizer.schedule that would use it")
+            raise ConfigError("schedule_steps is set, and no schedule that would use it")
         if self.added:
             try:
                 settings = preset_settings(self.preset, self.overrides())
                 LossOptions.of({name: value for name, value in settings.items() if name in OF_THE_LOSS})
                 check_number("weight", settings["weight"], at_least=0.0)
             except DispersiveError as error:
-                raise ConfigError(f"regularizer: {error}") from error
+                raise ConfigError(str(error)) from error
         return self
 
 
 class TrainConfig(Settings):
     """One training run. `batch_size` is global: processes and accumulation divide it."""
+
+    model_config = ConfigDict(title="training")
 
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
@@ -265,8 +251,4 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     start = "regularizer."
     inner = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     own = {name: value for name, value in settings.items() if not name.startswith(start)}
-    try:
-        regularizer = config.regularizer.changed(**inner)
-    except ConfigError as error:
-        raise ConfigError(str(error) if start[:-1] in str(error) else f"{start[:-1]}: {error}") from error
-    return config.changed(**{"regularizer": regularizer, **own})
+    return config.changed(**{"regularizer": config.regularizer.changed(**inner), **own})

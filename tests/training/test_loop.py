@@ -62,7 +62,7 @@ def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larg
 
 
 def test_a_share_is_refused_of_what_has_none(tmp_path):
-    with pytest.raises(ConfigError, match="data_share is"):
+    with pytest.raises(ConfigError, match="data_share = 0"):
         train_preset("smoke", data_share=0.0)
     with pytest.raises(ConfigError, match="is for sets of images"):
         run(train_preset("toy", data_share=0.5), tmp_path / "run")

@@ -373,9 +373,8 @@ def study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
         out: Folder of the runs; runs/studies/NAME-HASH if not given.
         workers: Runs at once, each on one thread.
     """
-    from dispersive_kit.study.experiment import run_study, study_folder
+    from dispersive_kit.study.experiment import conclude, run_study, study_folder
     from dispersive_kit.study.plan import load_plan
-    from dispersive_kit.study.results import conclude
 
     opened = load_plan(plan)
     folder = out or study_folder(opened)
@@ -383,13 +382,12 @@ def study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
     print(f"{opened.title}\nplan {opened.name}, sha256 {opened.sha256[:16]}; runs in {folder}")
     print(f"{total} runs, {workers} at once; the plan states {opened.cpu_hours:g} CPU hours", flush=True)
     started, done, here = time.monotonic(), 0, 0
-    for ended in run_study(opened, folder, workers=workers):
-        done, here = done + 1, here + (not ended.skipped)
-        result = ended.result
+    for cell, result, skipped in run_study(opened, folder, workers=workers):
+        done, here = done + 1, here + (not skipped)
         said = result["error"] or ", ".join(f"{name} {value:.4g}" for name, value in result["values"].items())
-        how = "skipped, done before" if ended.skipped else f"{result['cpu_seconds']:.0f} CPU s"
+        how = "skipped, done before" if skipped else f"{result['cpu_seconds']:.0f} CPU s"
         left = f"; about {(time.monotonic() - started) / here * (total - done) / 60:.0f} min left" if here else ""
-        print(f"[{done}/{total}] {ended.cell.name}: {said} ({how}){left}", flush=True)
+        print(f"[{done}/{total}] {cell.name}: {said} ({how}){left}", flush=True)
     _report_study(opened, conclude(opened, folder), folder)
 
 
@@ -401,9 +399,8 @@ def study_report(plan: Name, out: Path | None = None) -> None:
         out: Folder of the runs, as for run, which report.html is written into. If it is not given,
             runs/studies/NAME-HASH, or else the results that come with the kit.
     """
-    from dispersive_kit.study.experiment import study_folder
+    from dispersive_kit.study.experiment import load_results, study_folder
     from dispersive_kit.study.plan import load_plan
-    from dispersive_kit.study.results import load_results
 
     opened = load_plan(plan)
     _report_study(opened, load_results(opened, out), out or study_folder(opened))
@@ -439,9 +436,9 @@ def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
 def study_list() -> None:
     """List the plans that come with the kit, and what they found."""
     from dispersive_kit.errors import DataError
+    from dispersive_kit.study.experiment import load_results
     from dispersive_kit.study.plan import load_plan, shipped_plans
     from dispersive_kit.study.registry import as_table
-    from dispersive_kit.study.results import load_results
 
     rows = [["plan", "runs", "CPU hours", "primary", "title"]]
     for opened in map(load_plan, shipped_plans()):
@@ -460,19 +457,20 @@ def study_table(write: bool = False) -> None:
     Args:
         write: Put them into the README of this checkout, and draw notebooks/figures/verdicts.png.
     """
-    from dispersive_kit.study.claims import readme_text
-    from dispersive_kit.study.evidence import all_verdicts, evidence_hash, evidence_markdown, with_evidence
     from dispersive_kit.study.lookup import PACKAGE
+    from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_hash, evidence_markdown
     from dispersive_kit.views.plots import style
     from dispersive_kit.views.study_plots import verdict_forest
 
     if not write:
         print(evidence_markdown())
         return
-    readme, root = readme_text(), PACKAGE.parent
-    if readme is None:
+    root = PACKAGE.parent
+    readme = root / "README.md"
+    if not readme.is_file():
         raise ConfigError(f"{root} has no README.md to write into: --write is for a checkout")
-    (root / "README.md").write_text(with_evidence(readme), encoding="utf-8")
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{evidence_markdown()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     style()
     picture = root / "notebooks" / "figures" / "verdicts.png"  # it carries the hash of the table it belongs to
     verdict_forest(all_verdicts()).savefig(picture, metadata={"Description": evidence_hash()})

@@ -43,7 +43,7 @@ def form_error(
         field = ".".join(str(part) for part in one["loc"])
         given = "" if one["type"] in ("missing", "value_error") else f" = {one['input']!r:.80}"
         cure = _other_name(field, list(known)) if one["type"] == "extra_forbidden" else one["msg"]
-        lines.append(f"{field}{given}: {cure}".removeprefix(": ").replace("Value error, ", ""))
+        lines.append(f"{field or 'the whole'}{given}: {cure}".removeprefix("the whole: ").replace("Value error, ", ""))
     more = f"; and {fault.error_count() - 3} more" if fault.error_count() > 3 else ""
     return kind(f"{where}: {'; '.join(lines)}{more}")
 

@@ -407,18 +407,12 @@ BROKEN = {
         ),
     },
     "16_what_may_we_claim": {
-        "every claim agrees with its runs": (
-            "number = {**claims[0].numbers[0], 'says': claims[0].numbers[0]['says'] + '9'}\n"
-            "import dataclasses; claims = (dataclasses.replace(claims[0], numbers=(number,)),)"
-        ),
-        "no sentence of the README is without a claim": (
-            "sentences = [*sentences, 'DiT-XL/2 on everything: better']; readme = readme or '# a README'"
-        ),
         "the verdicts follow from the runs": (
             "opened = [(p, {**one, 'verdicts': [{**v, 'word': '?'} for v in one['verdicts']]}) for p, one in opened]"
         ),
+        "the ratio by hand is the verdict's": "by_hand = 1.001 * by_hand",
         "each run carries the hash of its plan": (
-            "opened = [(p, {**one, 'runs': [{**r, 'seed': r['seed'] + 1} for r in one['runs']]}) for p, one in opened]"
+            "opened = [(p, {**one, 'runs': [{**r, 'id': r['id'][1:]} for r in one['runs']]}) for p, one in opened]"
         ),
         "no study was cut short": "opened = [(p, {**one, 'runs': one['runs'][1:]}) for p, one in opened]",
         "the best of ten is mostly luck": "luck = ((settings[:, :1].amin(1) - alone) < -0.05).double().mean().item()",

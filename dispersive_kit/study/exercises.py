@@ -14,7 +14,7 @@ from dispersive_kit.diffusion.samplers import meanflow, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import modulate
 from dispersive_kit.regularizers import dispersive_loss
-from dispersive_kit.study.verdict import LEVEL, holm, tost_p
+from dispersive_kit.study.verdict import LEVEL, _tost_p, holm
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ EXERCISES: dict[str, Exercise] = {
         "for each row the size of the intersection of two sets of k, over k; their order does not matter",
     ),
     "equivalent": Exercise(
-        lambda x, margin, t: tost_p(x.numpy(), margin) < LEVEL,
+        lambda x, margin, t: _tost_p(x.numpy(), margin) < LEVEL,
         log_ratios_and_margins,
         "the mean give or take t standard errors, both ends; a standard error is the deviation over the root of n",
     ),

@@ -4,38 +4,47 @@ OUT/confirmation/ARM/CONDITION/seed=K/{training/, result.json}
 OUT/results.json     all runs and the verdicts, which the report and the notebooks read
 
 A run is skipped where its result carries the plan's hash. Each run computes with one thread, so that its numbers
-do not depend on how many go on at once.
+do not depend on how many go on at once. It is measured at its last step: never at the best of several checkpoints.
 """
 
 import dataclasses
+import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dispersive_kit.analysis.dispersion import rankme, spectrum
+from dispersive_kit.analysis.features import LEVELS, extract, pooled
+from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, read_json, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
+from dispersive_kit.evaluation import balanced_labels, draw_images, generate
+from dispersive_kit.evaluation.features import make_extractor
+from dispersive_kit.evaluation.panel import Panel
+from dispersive_kit.evaluation.processes import this_process
+from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.regularizers import PRESETS
+from dispersive_kit.regularizers.taps import block_at
+from dispersive_kit.study.arms import read_metrics
 from dispersive_kit.study.environment import describe_environment
 from dispersive_kit.study.execute import lock_of
-from dispersive_kit.study.measures import measure_run
 from dispersive_kit.study.notebook import runs_folder
-from dispersive_kit.study.plan import Cell, Plan
+from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
 from dispersive_kit.study.sweep import in_pool, visible_gpus
-from dispersive_kit.study.tuning import choose
-from dispersive_kit.training import train
+from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
+from dispersive_kit.training import TrainConfig, load_run, train
+from dispersive_kit.training.run import build_objective
+from dispersive_kit.training.sampling import SAMPLER_NAMES
 
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """One run that came to its end, now or before (`skipped`)."""
-
-    cell: Cell
-    result: dict[str, Any]
-    skipped: bool
+PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
+DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
+KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "described", "warnings", "cpu_seconds")
 
 
 def study_folder(plan: Plan) -> Path:
@@ -43,8 +52,8 @@ def study_folder(plan: Plan) -> Path:
     return runs_folder() / "studies" / f"{plan.name}-{plan.sha256[:8]}"
 
 
-def run_study(plan: Plan, out: Path, *, workers: int = 1, data_dir: str | None = None) -> Iterator[Ended]:
-    """Run what is not done yet, tuning first; yields each run as it ends.
+def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell, Run, bool]]:
+    """Run what is not done yet, tuning first; yields each run as it ends, its result, and whether it was done before.
 
     Raises:
         ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full disk);
@@ -52,21 +61,21 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1, data_dir: str | None =
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers cannot run anything: --workers takes 1 or more")
-    yield from _run_cells(plan, plan.tuning_cells(), out, workers, data_dir)
-    chosen = choose(plan, collect(plan, plan.tuning_cells(), out))
-    yield from _run_cells(plan, plan.cells(chosen), out, workers, data_dir)
+    yield from _run_cells(plan, plan.tuning_cells(), out, workers)
+    chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
+    yield from _run_cells(plan, plan.cells(chosen), out, workers)
 
 
-def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int, data_dir: str | None) -> Iterator[Ended]:
-    done = [cell for cell in cells if is_done(plan, cell, out)]
-    yield from (Ended(cell, read_json(_file(cell, out), default={}), True) for cell in done)
+def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterator[tuple[Cell, Run, bool]]:
+    done = [cell for cell in cells if _is_done(plan, cell, out)]
+    yield from ((cell, read_json(_file(cell, out), default={}), True) for cell in done)
     waiting = [cell for cell in cells if cell not in done]
     if not waiting:
         return
-    call = partial(run_cell, plan, out=out, data_dir=data_dir)
+    call = partial(run_cell, plan, out=out)
     for cell, future in in_pool(call, waiting, min(workers, len(waiting)), visible_gpus()):
         try:
-            yield Ended(cell, future.result(), False)
+            yield cell, future.result(), False
         except (KitError, OSError, RuntimeError) as error:
             raise KitError(
                 f"{cell.name} could not be run ({type(error).__name__}: {error}). Runs that ended are kept: put it "
@@ -74,25 +83,24 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int, data_dir:
             ) from error
 
 
-def run_cell(plan: Plan, cell: Cell, *, out: Path, data_dir: str | None = None) -> dict[str, Any]:
-    """Train and measure one run, going on where it was killed; returns and keeps its result."""
+def run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
+    """Train and measure one run, going on where it was killed; returns and keeps its result.
+
+    Raises:
+        KitError: its data, its folder or its settings are at fault. A training that breaks down is a result.
+    """
     folder = out / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(lock_of(folder)):
-        if is_done(plan, cell, out):
+        if _is_done(plan, cell, out):
             return read_json(_file(cell, out), default={})
         torch.set_num_threads(1)
-        config = plan.config(cell).changed(data_dir=data_dir)
+        config = plan.config(cell)
         started, cpu = time.perf_counter(), time.process_time()
-        measured = _train_and_measure(plan, config, folder / "training")
         result = {
             "plan_sha256": plan.sha256,
-            "arm": cell.arm,
-            "condition": cell.condition,
-            "seed": cell.seed,
-            "stage": cell.stage,
-            "settings": cell.settings,
-            **measured,
+            **dataclasses.asdict(cell),
+            **_train_and_measure(plan, config, folder / "training"),
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "environment": _environment(),
@@ -101,14 +109,14 @@ def run_cell(plan: Plan, cell: Cell, *, out: Path, data_dir: str | None = None) 
         return result
 
 
-def _train_and_measure(plan: Plan, config: Any, folder: Path) -> dict[str, Any]:
+def _train_and_measure(plan: Plan, config: TrainConfig, folder: Path) -> dict[str, Any]:
     """What was measured; of a training that broke down, its error: that is a result too."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for _ in train(config, folder, resume=True):
                 pass
-            measured = {"status": "ok", "error": "", **measure_run(folder, config, plan.evaluation)}
+            measured = {"status": "ok", "error": "", **_measure(folder, config, plan.evaluation)}
         except (DataError, CheckpointError, ConfigError):  # not the fault of the arm
             raise
         except KitError as error:
@@ -126,21 +134,183 @@ def _file(cell: Cell, out: Path) -> Path:
     return out / cell.name / "result.json"
 
 
-def is_done(plan: Plan, cell: Cell, out: Path) -> bool:
+def _is_done(plan: Plan, cell: Cell, out: Path) -> bool:
     """Whether the run has ended, from this plan and these settings."""
     result = read_json(_file(cell, out), default={})
     return (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
 
 
-def collect(plan: Plan, cells: list[Cell], out: Path) -> list[dict[str, Any]]:
-    """The results of all cells, in their order.
+# ---- what is measured of one run
 
-    Raises:
-        DataError: some are missing: n was fixed in the plan, so there is no verdict on fewer.
+
+def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
+    """Values by name, numbers that describe without being judged, and the record of how they came about."""
+    model, card = load_run(folder)
+    lines = read_metrics(folder)
+    last = lines[-1]
+    if "held_out" not in last:
+        raise KitError("the held-out loss of the last step is not finite")
+    probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
+    rank = {} if model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
+    model = model.to(this_process().device)
+    panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
+    labels = balanced_labels(how.num, model.num_classes)
+    numbers = {}
+    for name, scale in how.frechets.items():
+        images = generate(model, labels, objective=config.objective, num_steps=how.num_steps, cfg_scale=scale)
+        numbers[name] = panel.measure(images)[0]
+    values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **probe}
+    ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
+    known = {name: last[name] for name in last if name.startswith("held_out_t")}
+    known |= {name: last[name] for name in DESCRIBED if name in last}
+    described = {"gradient_ratio": statistics.median(ratios), **known, **rank}
+    return {"values": values, "described": described, "record": _record(numbers["frechet"], card, config, how)}
+
+
+@lru_cache(maxsize=1)
+def _panel(data: str, data_dir: str | None, image_size: int, extractor: str) -> Panel:
+    """The real images and their features, once a process."""
+    real, held_out = load_reference(TrainConfig(data=data, data_dir=data_dir, image_size=image_size))
+    return Panel(make_extractor(extractor, real, held_out), real, held_out, metrics=("FD",))
+
+
+def _record(number: Any, card: dict[str, Any], config: TrainConfig, how: Sampling) -> dict[str, Any]:
+    protocol = {k: v for k, v in number.protocol.items() if k not in ("neighbours", "projections", "rbf_bandwidth")}
+    return {
+        "name": number.name,
+        "floor_value": number.floor,
+        "n_reference": number.n_reference,
+        **protocol,
+        **{"sampler": SAMPLER_NAMES[config.objective], "num_steps": how.num_steps, "cfg_scale": how.cfg_scales[0]},
+        **{"weights": card["weights"], "step": card["step"], "first_seed": 0, "labels": "classes in turn"},
+        **{"data": card["data"]["name"], "data_sha256": card["data"]["sha256"]},
+    }
+
+
+def _pooled_rank(model: Any, config: TrainConfig) -> float:
+    """RankMe of the mean tokens of clean held-out images after the block that the published settings tap.
+
+    The effective rank in the training log is of the rows that the arm's loss saw: 64 of as many channels as its pooling
+    leaves. This one is of the same images, block and pooling whatever the arm, so that arms may be compared.
     """
-    if missing := [cell.name for cell in cells if not is_done(plan, cell, out)]:
+    images = draw_images(load_reference(config)[1], TESTED).images
+    (features,) = extract(pooled(model), images, LEVELS[:1])  # (1, blocks, N, D)
+    tapped = block_at(dict(model.named_modules()), PRESETS["paper"]["depth"])
+    return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
+
+
+def _probe_accuracy(model: Any, config: TrainConfig) -> float:
+    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class."""
+    real, held_out = load_reference(config)
+    known = draw_images(real, PROBED + VALIDATED)
+    cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
+    index = torch.arange(len(known))
+    parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
+    cells = candidates(pooled(model), parts, draws=DRAWS, path=build_objective(config).path)
+    return choose_and_test("ridge", cells)[0].accuracy
+
+
+# ---- from all runs to results
+
+
+def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:
+    """The results of all cells, in their order; none may be missing: n was fixed in the plan."""
+    if missing := [cell.name for cell in cells if not _is_done(plan, cell, out)]:
         raise DataError(
             f"{len(missing)} of {len(cells)} runs of {plan.name} are not done ({missing[0]}, ...), and its number of "
             f"seeds is fixed: go on with dispersive-kit study run {plan.called}"
         )
-    return [read_json(_file(cell, out), default={}) for cell in cells]
+    return [read_json(_file(cell, out)) for cell in cells]
+
+
+def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each condition and arm, the trial with the lowest mean log of the Frechet distance over the tuning seeds.
+
+    A crashed trial counts as ten times the worst value of its arm. Without tuning: nothing is chosen.
+    """
+
+    def score(run: Run) -> float | None:
+        return math.log(run["values"]["frechet"]) if run["status"] == "ok" else None
+
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for condition in plan.conditions:
+        for arm, trials in plan.tuning.trials.items():
+            names = [(f"{arm}.{k}", condition) for k in range(len(trials))]
+            scores = [[score(run) for run in runs if (run["arm"], run["condition"]) == name] for name in names]
+            worst = max((s for trial in scores for s in trial if s is not None), default=0.0)
+            means = [sum(worst + CRASH if s is None else s for s in trial) / len(trial) for trial in scores]
+            chosen.setdefault(condition, {})[arm] = trials[means.index(min(means))]
+    return chosen
+
+
+def conclude(plan: Plan, out: Path) -> dict[str, Any]:
+    """Bring all runs of a plan together, write OUT/results.json, and return its content.
+
+    Raises:
+        DataError: runs are missing, or were measured against other real images or by another extractor.
+    """
+    tuning = _collect(plan, plan.tuning_cells(), out)
+    chosen = _choose(plan, tuning)
+    runs = _collect(plan, plan.cells(chosen), out)
+    results = {
+        "plan": plan.name,
+        "plan_sha256": plan.sha256,
+        "title": plan.title,
+        "question": plan.question,
+        "reference": plan.reference,
+        "cpu_hours": {"planned": plan.cpu_hours, "used": round(sum(r["cpu_seconds"] for r in tuning + runs) / 3600, 2)},
+        "verdicts": verdicts(plan, runs),
+        "summary": summary(plan, runs),
+        "chosen": chosen,
+        "record": _shared_record(runs),
+        "environments": _environments(tuning + runs),
+        "runs": [_kept(plan, run) for run in runs],
+        "tuning": [_kept(plan, run) for run in tuning],
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
+    """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
+    come with the kit.
+
+    Raises:
+        DataError: there are none, or they are damaged, or of the plan as it was before a change.
+    """
+    here, shipped = (out or study_folder(plan)) / "results.json", studies_folder() / f"{plan.name}.results.json"
+    return read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
+
+
+def _shared_record(runs: list[Run]) -> dict[str, Any]:
+    """What all runs say of how they were measured.
+
+    Raises:
+        DataError: reference or extractor differ, or, within a condition, the training images.
+    """
+    records = [(run["condition"], run["record"]) for run in runs if run["status"] == "ok"]
+    for name in ("reference", "extractor", "data_sha256"):
+        first: dict[str, Any] = {}
+        for condition, record in records:  # a share of the training images may be a condition
+            place = condition if name == "data_sha256" else ""
+            if first.setdefault(place, record[name]) != record[name]:
+                raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
+    shared = records[0][1] if records else {}
+    return {name: value for name, value in shared.items() if all(r.get(name) == value for _, r in records)}
+
+
+def _environments(runs: list[Run]) -> list[dict[str, Any]]:
+    """The states of code and machine in which runs were made, each with their number."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        same = next((one for one in found if {**one, "runs": 0} == {**run["environment"], "runs": 0}), None)
+        if same is None:
+            found.append(same := {**run["environment"], "runs": 0})
+        same["runs"] += 1
+    return found
+
+
+def _kept(plan: Plan, run: Run) -> Run:
+    """A run by the id under which one refers to it: hash of the plan, arm, condition, seed."""
+    name = f"{plan.sha256[:8]}/{run['arm']}/{run['condition']}/seed={run['seed']}"
+    return {"id": name, **{key: run[key] for key in KEPT}}

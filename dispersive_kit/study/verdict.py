@@ -1,44 +1,35 @@
-"""From paired runs to one word: exact sign-flip test, Holm, interval, equivalence within a margin.
+"""From paired runs to verdicts: exact sign-flip test, Holm, interval, equivalence within a margin; those of the kit.
 
 Everything acts on log-ratios x_k = log(value of the arm / value of the reference), one for each seed: 0 is no
 difference, log 2 is twice the value.
 """
 
+import functools
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-LEVEL = 0.05
-DIRECTION = {"frechet": -1, "held_out": -1, "probe": 1}  # the sign that a better arm's log-ratio has
+from dispersive_kit.errors import DataError, form_error
+from dispersive_kit.study.plan import DIRECTION, LEVEL, Contrast, Plan, load_plan, shipped_plans, studies_folder
+
 CRASH = math.log(10)  # a run that crashed counts as ten times worse than its pair
 INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
+SPEAKS = {"better": "**for**", "worse": "**against**", "equivalent": "no difference", "inconclusive": "open"}
+BEGIN, END = "<!-- written by: dispersive-kit study table --write -->", "<!-- up to here -->"
+_MEASURES = {"frechet": "FD", "held_out": "held-out loss", "probe": "probe accuracy"}
+
+Run = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What n pairs say.
-
-    mean: of the log-ratios, with the 95 % t-interval low to high. p: sign-flip, two-sided, exact; p_adjusted: by
-    Holm among the secondaries, else p. p_equivalent: of the two one-sided t-tests against +-margin.
-    """
-
-    word: str
-    n: int
-    mean: float
-    low: float
-    high: float
-    p: float
-    p_adjusted: float
-    p_equivalent: float
-    margin: float
-
-
-def smallest_p(n: int) -> float:
-    """The least two-sided p that n pairs can reach in a sign-flip test: all signs one way, 2 / 2^n."""
-    return 2.0 ** (1 - n)
+# ---- from pairs to one word
 
 
 def log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], better: int) -> NDArray[np.float64]:
@@ -58,12 +49,10 @@ def sign_flip_p(x: NDArray[np.float64]) -> float:
     """Exact two-sided p that the mean of x (n,) is 0, over all 2^n signs: no assumption but symmetry about 0."""
     from scipy.stats import permutation_test
 
-    test = permutation_test((x,), _mean, permutation_type="samples", n_resamples=np.inf, vectorized=True, batch=2**14)
+    test = permutation_test(
+        (x,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=True, batch=2**14
+    )  # fmt: skip
     return float(test.pvalue)
-
-
-def _mean(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    return np.asarray(np.mean(x, axis=axis))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -76,15 +65,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def t_interval(x: NDArray[np.float64], level: float = 1 - LEVEL) -> tuple[float, float]:
-    """Student's interval of the mean of x (n,); if all are equal, that value twice."""
-    from scipy.stats import sem, t
-
-    half = float(t.ppf((1 + level) / 2, len(x) - 1) * sem(x))
-    return float(x.mean()) - half, float(x.mean()) + half
-
-
-def tost_p(x: NDArray[np.float64], margin: float) -> float:
+def _tost_p(x: NDArray[np.float64], margin: float) -> float:
     """Larger p of the two one-sided t-tests: is the mean of x (n,) above -margin, and below margin?"""
     from scipy.stats import ttest_1samp
 
@@ -96,7 +77,7 @@ def tost_p(x: NDArray[np.float64], margin: float) -> float:
 
 def judge_pairs(
     x: NDArray[np.float64], *, better: int, margin: float, p_adjusted: float | None = None, empty: int = 0
-) -> Verdict:
+) -> dict[str, Any]:
     """The verdict on paired log-ratios x (n,).
 
     "equivalent" where the 90 % interval lies within +-margin, also if a difference inside it is certain: the margin
@@ -105,13 +86,211 @@ def judge_pairs(
     Args:
         better: -1 if less of the measure is better, 1 if more is. p_adjusted: from `holm`; None: alone in its family.
         empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
+
+    Returns:
+        The word; n; mean of the log-ratios with its 95 % t-interval, low to high; p of the sign-flip test, p_adjusted;
+        p_equivalent, of the two one-sided t-tests against +-margin; margin.
     """
-    p, mean = sign_flip_p(x), float(x.mean())
+    from scipy.stats import sem, t
+
+    p, mean, equivalent = sign_flip_p(x), float(x.mean()), _tost_p(x, margin)
     adjusted = p if p_adjusted is None else p_adjusted
-    equivalent = tost_p(x, margin)
+    half = float(t.ppf(1 - LEVEL / 2, len(x) - 1) * sem(x))
     word = "inconclusive"
     if equivalent < LEVEL and not empty:
         word = "equivalent"
     elif adjusted < LEVEL:
         word = "better" if mean * better > 0 else "worse"
-    return Verdict(word, len(x), mean, *t_interval(x), p, adjusted, equivalent, margin)
+    interval = {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"word": word, "n": len(x), **interval, "p": p, "p_adjusted": adjusted, "p_equivalent": equivalent,
+            "margin": margin}  # fmt: skip
+
+
+# ---- from runs to verdicts
+
+
+def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
+    sides = [_sides(plan, runs, contrast) for contrast in plan.contrasts]
+    pairs = [log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
+    adjusted = [None, None, *holm([sign_flip_p(x) for x in pairs[2:]])]
+    roles = ["primary", "co-primary", *["secondary"] * len(plan.secondaries)]
+    found = []
+    for role, c, side, x, p in zip(roles, plan.contrasts, sides, pairs, adjusted, strict=True):
+        empty = sum(pair == (None, None) for pair in zip(*side, strict=True))
+        judged = judge_pairs(x, better=DIRECTION[c.kind], margin=plan.margin[c.kind], p_adjusted=p, empty=empty)
+        found.append({"role": role, **dict(c), **judged, **_flags(runs, c, plan.reference)})
+    return found
+
+
+def _sides(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> tuple[list[float | None], list[float | None]]:
+    """Values of the arm and of the reference, seed by seed; None of a crashed run."""
+
+    def values(arm: str) -> list[float | None]:
+        chosen = sorted(_of(runs, arm, contrast.condition), key=lambda run: run["seed"])
+        return [run["values"].get(contrast.measure) for run in chosen]
+
+    return values(contrast.arm), values(plan.reference)
+
+
+def _of(runs: Sequence[Run], arm: str, condition: str) -> list[Run]:
+    return [run for run in runs if (run["arm"], run["condition"]) == (arm, condition)]
+
+
+def _flags(runs: Sequence[Run], contrast: Contrast, reference: str) -> dict[str, Any]:
+    """How many runs of each side crashed, and whether the arm's regulariser pulled at all."""
+    own, other = (_of(runs, arm, contrast.condition) for arm in (contrast.arm, reference))
+    ratios = [run["described"]["gradient_ratio"] for run in own if run["status"] == "ok"]
+    ratio = statistics.median(ratios) if ratios else None
+    return {
+        "crashes": sum(run["status"] == "crashed" for run in own),
+        "reference_crashes": sum(run["status"] == "crashed" for run in other),
+        "gradient_ratio": ratio,
+        "inactive": ratio is not None and ratio < INACTIVE,
+    }
+
+
+def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each condition and arm: geometric mean and spread between seeds of each value, medians of the rest."""
+    return [
+        {"condition": condition, "arm": arm, **_summary([r for r in _of(runs, arm, condition) if r["status"] == "ok"])}
+        for condition in plan.conditions
+        for arm in plan.arms
+    ]
+
+
+def _summary(ended: Sequence[Run]) -> dict[str, Any]:
+    if not ended:
+        return {"n": 0, "values": {}, "described": {}}
+    first = ended[0]
+    values = {name: _spread([run["values"][name] for run in ended]) for name in first["values"]}
+    names = [name for name in first["described"] if all(name in run["described"] for run in ended)]
+    described = {name: statistics.median(run["described"][name] for run in ended) for name in names}
+    return {"n": len(ended), "values": values, "described": described}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    logs = [math.log(value) for value in values]
+    return {"mean": math.exp(statistics.fmean(logs)), "sd_log": statistics.stdev(logs) if len(logs) > 1 else None}
+
+
+# ---- results as they are kept
+
+
+class Results(BaseModel):
+    """The form of a results.json: all runs of a plan, and what follows from them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    plan: str
+    plan_sha256: str
+    title: str
+    question: str
+    reference: str
+    cpu_hours: dict[str, float]
+    verdicts: list[dict[str, Any]]
+    summary: list[dict[str, Any]]
+    chosen: dict[str, Any]
+    record: dict[str, Any]
+    environments: list[dict[str, Any]]
+    runs: list[Run]
+    tuning: list[Run]
+
+
+def read_results(plan: Plan, file: Path) -> dict[str, Any]:
+    """Results of a plan from their file.
+
+    Raises:
+        DataError: there is none, or it is damaged, or of the plan as it was before a change.
+    """
+    again = f"dispersive-kit study run {plan.called} writes it"
+    try:
+        results = Results.model_validate_json(file.read_text(encoding="utf-8")).model_dump()
+    except FileNotFoundError:
+        raise DataError(f"{plan.name} has no results yet, {file} is not there: {again}") from None
+    except ValidationError as error:
+        raise form_error(error, f"{file} is damaged ({again})", DataError) from error
+    if results["plan_sha256"] != plan.sha256:
+        raise DataError(
+            f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now {plan.sha256[:8]}: "
+            "a plan is not changed after its runs; give the new one another name"
+        )
+    return results
+
+
+@functools.cache
+def shipped_results() -> dict[str, dict[str, Any]]:
+    """The results that come with the kit, by the name of their plan, whatever was run here; to be read only.
+
+    Raises:
+        DataError: some are of their plan as it was before a change.
+    """
+    files = {name: studies_folder() / f"{name}.results.json" for name in shipped_plans()}
+    return {name: read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}
+
+
+def all_verdicts() -> list[dict[str, Any]]:
+    """The verdicts of all studies that come with the kit, each with its `study`, and the `runs` it rests on by id."""
+    return [
+        {**v, "study": name, "runs": [run["id"] for run in _both_arms(results, v)]}
+        for name, results in shipped_results().items()
+        for v in results["verdicts"]
+    ]
+
+
+def _both_arms(results: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Run]:
+    return [run for arm in (results["reference"], verdict["arm"])
+            for run in _of(results["runs"], arm, verdict["condition"])]  # fmt: skip
+
+
+# ---- the table of the README
+
+
+def evidence_markdown() -> str:
+    """What stands between `BEGIN` and `END` of the README: one sentence that counts, the figure and the table."""
+    rows = all_verdicts()
+    counts = Counter(row["word"] for row in rows)
+    titles = {name: results["title"] for name, results in shipped_results().items()}
+    said = (
+        f"{len(rows)} contrasts in {len(titles)} studies: **{counts['better']} for** the arm (better than base), "
+        f"**{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a margin fixed "
+        f"beforehand, {counts['inconclusive']} left open."
+    )
+    figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
+    header = ("study", "arm against base", "measure", "base", "arm", "ratio [95 %]", "p", "speaks")
+    lines = [header, ["---"] * len(header), *map(_evidence_cells, rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    studies = [f"- `{name}`: {title}" for name, title in titles.items()]
+    return "\n".join(["", said, "", figure, "", *table, "", *studies, ""])
+
+
+def evidence_hash() -> str:
+    """sha256 of `evidence_markdown`, which the figure carries: drawn from other verdicts it is found out."""
+    return hashlib.sha256(evidence_markdown().encode()).hexdigest()
+
+
+def _evidence_cells(verdict: Mapping[str, Any]) -> tuple[str, ...]:
+    results = shipped_results()[verdict["study"]]
+    conditions = {row["condition"] for row in results["summary"]}
+    low, ratio, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
+    digits = 3 if high - low < 0.1 else 2
+    kind, _, guidance = verdict["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
+    title = results["record"].get("name", _MEASURES[kind]) if kind == "frechet" else _MEASURES[kind]
+    return (
+        f"`{verdict['study']}`" + (f", {verdict['condition']}" if len(conditions) > 1 else ""),
+        verdict["arm"],
+        f"{title}, {guidance.upper()}" if guidance else title,
+        *(_mean(results, verdict, arm) for arm in (results["reference"], verdict["arm"])),
+        f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
+        f"{verdict['p_adjusted']:.3f}",
+        f"{SPEAKS[verdict['word']]}: {verdict['word']}",
+    )
+
+
+def _mean(results: Mapping[str, Any], verdict: Mapping[str, Any], arm: str) -> str:
+    """Of all runs of an arm, with three digits that count and no exponent."""
+    for row in results["summary"]:
+        if (row["arm"], row["condition"]) == (arm, verdict["condition"]) and verdict["measure"] in row["values"]:
+            value = row["values"][verdict["measure"]]["mean"]
+            return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+    return "crashed"

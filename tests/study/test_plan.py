@@ -7,17 +7,17 @@ import pytest
 import yaml
 
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.study.plan import load_plan, shipped_plans
+from dispersive_kit.study.plan import load_plan
 
 
 @pytest.fixture
 def load(tmp_path, small_plan):
-    """A function that writes the small plan with changes, by path "a.b", and loads it."""
+    """A function that writes the small plan with changes, by path "a__b", and loads it."""
 
-    def load(**changes):
+    def load(changes):
         content = copy.deepcopy(small_plan)
         for path, value in changes.items():
-            *parents, last = path.split("__")
+            *parents, last = path.split("__") if isinstance(path, str) else [path]
             place = content
             for parent in parents:
                 place = place[parent]
@@ -30,7 +30,7 @@ def load(tmp_path, small_plan):
 
 
 def test_all_arms_of_a_seed_differ_in_what_the_plan_says_and_in_nothing_else(load):
-    plan = load()
+    plan = load({})
     cells = plan.cells()
     assert [cell.seed for cell in cells] == [seed for seed in range(6) for _ in range(2)]
     base, paper = (plan.config(cell) for cell in cells[2:4])
@@ -40,15 +40,17 @@ def test_all_arms_of_a_seed_differ_in_what_the_plan_says_and_in_nothing_else(loa
 
 
 def test_the_hash_is_of_the_content_and_not_of_the_layout(load):
-    plan = load()
+    plan = load({})
     text = plan.file.read_text()
     plan.file.write_text(f"# a comment\n{text}\n")
     assert load_plan(str(plan.file)).sha256 == plan.sha256
-    assert load(stop_rule="another").sha256 != plan.sha256
+    assert load({"stop_rule": "another"}).sha256 != plan.sha256
 
 
+PAPER = {"regularizer.preset": "paper"}
 REFUSED = {
     "five seeds": ({"seeds": [0, 1, 2, 3, 4]}, r"5 seeds cannot reach p < 0\.05.*0\.0625 at best.*at least 6"),
+    "a seed twice": ({"seeds": [0, 1, 2, 3, 4, 5, 5]}, r"a seed stands twice"),
     "too many secondaries": (
         {"secondaries": [{"arm": "paper", "measure": m} for m in ("frechet cfg 2", "frechet cfg 3")],
          "evaluation__cfg_scales": [1.0, 2.0, 3.0]},
@@ -57,29 +59,22 @@ REFUSED = {
     "no such arm": ({"primary__arm": "papers"}, r"arm 'papers' of a contrast; there are: paper"),
     "the reference against itself": ({"primary__arm": "base"}, r"arm 'base' of a contrast"),
     "no such measure": ({"primary__measure": "FID"}, r"measure 'FID' of a contrast; there are: frechet, held_out"),
+    "no such extractor": ({"evaluation__extractor": "VGG"}, r"evaluation\.extractor = 'VGG': Input should be 'class"),
     "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
     "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),
+    "a margin of nothing": ({"margin__helt_out": 0.1}, r"a margin of 'helt_out'; there are: frechet, held_out, probe"),
     "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper, one, frechet\) stands twice"),
-    "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"no setting is named 'regularizer\.lambda'"),
-    "a setting of another type": ({"train__steps": "many"}, r"steps='many' is not of type int"),
-    "no such preset": (
-        {"arms__paper": {"regularizer.preset": "papre"}}, r"unknown regularizer\.preset 'papre'.*paper"
-    ),
-    "no such kind": (
-        {"arms__paper": {"regularizer.preset": "paper", "regularizer.kind": "cosin"}}, r"kind 'cosin' is unknown"
-    ),
+    "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"regularizer: lambda = 1\.0"),
+    "a setting of another type": ({"train__steps": "many"}, r"steps.*many"),
+    "no preset": ({"train": {"steps": 3}}, r"train names no preset"),
+    "no such preset": ({"arms__paper": {"regularizer.preset": "papre"}}, r"'papre'.*paper"),
+    "no such kind": ({"arms__paper": {**PAPER, "regularizer.kind": "cosin"}}, r"cosin"),
     "options at odds": (
-        {"arms__paper": {"regularizer.preset": "paper", "regularizer.kind": "covariance", "regularizer.tau": 1.0}},
-        r"'covariance' has no scale",
+        {"arms__paper": {**PAPER, "regularizer.kind": "covariance", "regularizer.tau": 1.0}}, r"has no scale",
     ),
-    "a weight of no preset": (
-        {"arms__paper": {"regularizer.weight": 0.1}}, r"weight is set and regularizer\.preset is none"
-    ),
+    "a weight of no preset": ({"arms__paper": {"regularizer.weight": 0.1}}, r"weight is set"),
     "a placebo of no preset": ({"arms__paper": {"regularizer.norm_matched": 6.5}}, r"norm_matched is set"),
-    "a placebo of no size": (
-        {"arms__paper": {"regularizer.preset": "paper", "regularizer.norm_matched": 0.0}},
-        r"norm_matched must be above 0",
-    ),
+    "a placebo of no size": ({"arms__paper": {**PAPER, "regularizer.norm_matched": 0.0}}, r"norm_matched"),
     "more seeds than can be tested": ({"seeds": list(range(24))}, r"24 seeds are more .* at most 20"),
     "a seed of its own for a trial": (
         {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{"seed": 3}]}}, r"seeds stand in `seeds`"
@@ -96,17 +91,22 @@ REFUSED = {
     "tuning of one arm alone": (
         {"tuning__seeds": [9], "tuning__trials": {"paper": [{}]}}, r"each arm needs equally many tuning trials"
     ),
-    "no stop rule": ({"stop_rule": ""}, r"\$\.stop_rule"),
-    "an unknown word": ({"best_of": 3}, r"'best_of' was unexpected"),
+    "no stop rule": ({"stop_rule": ""}, r"stop_rule = '': String should have at least 1"),
+    "an unknown word": ({"best_of": 3}, r"best_of = 3: no field has this name"),
     "a name that leaves the folder": ({"arms__../paper": {}}, r"arm or condition '\.\./paper'"),
+    "a name that is a number": ({"arms": {"base": {}, "paper": {}, 0.5: {}}}, r"arms\.0\.5.* = 0\.5: .*valid string"),
+    "a date": ({"train__steps": datetime.date(2026, 1, 1)}, r"train\.steps = .*not a valid JSON value"),
+    "no number": ({"evaluation__cfg_scales": [float("nan")]}, r"cfg_scales\.0 = nan: .*finite"),
+    "no end": ({"margin__frechet": float("inf")}, r"margin\.frechet = inf: .*finite"),
+    "points": ({"train__data": "two-moons"}, r"measured as images"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_a_faulty_plan_is_refused_by_name(load, fault):
+def test_a_faulty_plan_is_refused_by_file_and_name(load, fault):
     changes, message = REFUSED[fault]
-    with pytest.raises(ConfigError, match=message):
-        load(**changes)
+    with pytest.raises(ConfigError, match=rf"small\.yaml: .*{message}"):
+        load(changes)
 
 
 def test_a_plan_is_plain_values_and_no_code(tmp_path):
@@ -118,55 +118,20 @@ def test_a_plan_is_plain_values_and_no_code(tmp_path):
         load_plan("nowhere")
 
 
-@pytest.mark.parametrize("name", shipped_plans())
-def test_a_shipped_plan_states_its_hours_and_keeps_below_six(name):
-    assert load_plan(name).cpu_hours <= 6
-
-
 LATER = {
-    "norm penalty": {"regularizer.norm_penalty": 0.1},
-    "layer-normalised": {"regularizer.normalize": "layer"},
-    "cosine on pooled tokens": {"regularizer.kind": "infonce_cosine", "regularizer.pool": "mean"},
-    "diagonal-free": {"regularizer.diagonal": False},
     "warm-up": {"regularizer.schedule": "warmup", "regularizer.schedule_steps": 100},
-    "early stop": {"regularizer.schedule": "stop-at", "regularizer.schedule_steps": 60},
     "another block": {"regularizer.at": "blocks.2"},
     "tau by the median": {"regularizer.tau": "auto"},
-    "window of t": {"regularizer.t_window": 0.1},
     "local batch of 16": {"accumulation": 4, "batch_size": 64},
-    "DDPM": {"objective": "ddpm"},
     "MeanFlow": {"objective": "meanflow"},
-    "MNIST": {"data": "mnist"},
 }
 
 
 @pytest.mark.parametrize("arm", LATER)
 def test_an_arm_is_a_matter_of_the_plan_alone(load, arm):
-    plan = load(arms__paper={"regularizer.preset": "paper", **LATER[arm]}, evaluation__cfg_scales=[1.0, 1.5, 3.0])
+    plan = load({"arms__paper": {**PAPER, **LATER[arm]}, "evaluation__cfg_scales": [1.0, 1.5, 3.0]})
     config = plan.config(plan.cells()[1])
     for name, value in LATER[arm].items():
         place, _, field = name.rpartition(".")
         assert getattr(config.regularizer if place else config, field) == value
     assert list(plan.evaluation.frechets) == ["frechet", "frechet cfg 1.5", "frechet cfg 3"]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"arms__0_5": None}, "the name 0.5 is read as a float: put it in quotes"),
-        ({"train__steps": datetime.date(2026, 1, 1)}, "no plain value"),
-        ({"evaluation__cfg_scales": [float("nan")]}, "nan is no plain value"),
-        ({"margin__frechet": float("inf")}, "inf is no plain value"),
-        ({"margin__helt_out": 0.1}, "a margin of 'helt_out'; there are: frechet, held_out, probe"),
-        ({"train__data": "two-moons"}, "measured as images"),
-    ],
-)
-def test_what_yaml_reads_and_no_study_can_run_is_refused(tmp_path, small_plan, change, words):
-    content = copy.deepcopy(small_plan)
-    ((path, value),) = change.items()
-    part, _, name = path.partition("__")
-    content[part] |= {0.5: {}} if name == "0_5" else {name: value}
-    file = tmp_path / "small.yaml"
-    file.write_text(yaml.safe_dump(content))
-    with pytest.raises(ConfigError, match=words):
-        load_plan(str(file))

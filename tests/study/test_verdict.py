@@ -1,0 +1,153 @@
+"""The statistics of a study, against closed forms, enumeration and scipy; the verdicts that come with the kit."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from dispersive_kit.cli import main
+from dispersive_kit.errors import DataError
+from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
+from dispersive_kit.study.verdict import (
+    CRASH,
+    all_verdicts,
+    evidence_hash,
+    evidence_markdown,
+    holm,
+    judge_pairs,
+    log_ratios,
+    read_results,
+    shipped_results,
+    sign_flip_p,
+    summary,
+    verdicts,
+)
+
+rng = np.random.default_rng(0)
+README = studies_folder().parents[1] / "README.md"
+six = np.array([-1.0, 1.2, -0.8, 0.9, 1.1, -1.4])
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 9])
+def test_the_best_p_of_n_pairs_is_two_over_two_to_the_n(n):
+    assert sign_flip_p(np.linspace(1, 2, n)) == pytest.approx(2 / 2**n, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 7])
+def test_the_sign_flip_p_is_the_share_of_all_signs_at_least_as_extreme(n):
+    x = rng.normal(0.4, 1, n)
+    means = [abs(np.mean(x * signs)) for signs in itertools.product((1, -1), repeat=n)]
+    assert sign_flip_p(x) == pytest.approx(np.mean(np.array(means) >= abs(x.mean()) - 1e-12))
+
+
+def test_holm_by_hand():
+    # sorted .01, .02, .03, .5 times 4, 3, 2, 1 is .04, .06, .06, .5, each at least the one before
+    assert holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_interval_is_students():
+    x = rng.normal(0.2, 0.3, 6)
+    judged, expected = judge_pairs(x, better=-1, margin=0.1), stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (judged["low"], judged["high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_equivalence_is_the_ninety_percent_interval_within_the_margin():
+    x = rng.normal(0.01, 0.05, 8)
+
+    def p(x, margin):
+        return judge_pairs(x, better=-1, margin=margin)["p_equivalent"]
+
+    edge = max(map(abs, stats.ttest_1samp(x, 0).confidence_interval(0.90)))
+    assert p(x, edge) == pytest.approx(0.05) and p(x, 1.1 * edge) < 0.05 < p(x, 0.9 * edge)
+    same = np.full(6, 0.1)
+    assert (p(same, 0.2), p(same, 0.05)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "better", "word"),
+    [(1.0, 0.1, -1, "worse"), (-1.0, 0.1, -1, "better"), (1.0, 0.1, 1, "better"), (0.0, 0.01, -1, "equivalent"),
+     (0.05, 0.01, -1, "equivalent"), (0.0, 0.5, -1, "inconclusive")],
+)  # fmt: skip
+def test_one_word_for_each_situation(shift, spread, better, word):
+    assert judge_pairs(shift + spread * six, better=better, margin=0.1)["word"] == word
+
+
+def test_a_difference_that_holm_does_not_let_stand_is_inconclusive():
+    assert judge_pairs(1 + 0.1 * six, better=-1, margin=0.1, p_adjusted=0.06)["word"] == "inconclusive"
+
+
+def test_a_crash_counts_against_its_own_side_whichever_way_is_better():
+    lower = log_ratios([None, 2.0, None], [1.0, None, None], better=-1)
+    assert lower == pytest.approx([CRASH, -CRASH, 0.0])
+    assert log_ratios([None], [0.9], better=1) == pytest.approx([-CRASH])
+    assert log_ratios([3.0], [1.5], better=-1) == pytest.approx([math.log(2)])
+
+
+def test_pairs_of_which_both_runs_crashed_are_no_evidence_of_equality():
+    nothing = log_ratios([None] * 6, [None] * 6, -1)
+    assert judge_pairs(nothing, better=-1, margin=0.05, empty=6)["word"] == "inconclusive"
+    same = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.001])
+    assert judge_pairs(same, better=-1, margin=0.05)["word"] == "equivalent"
+    assert judge_pairs(same, better=-1, margin=0.05, empty=5)["word"] == "inconclusive"
+
+
+# ---- the verdicts that come with the kit
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_verdicts_are_of_the_shipped_plan_whole_and_follow_from_the_shipped_runs(name):
+    plan, results = load_plan(name), shipped_results()[name]
+    assert results["plan_sha256"] == plan.sha256
+    assert [(r["arm"], r["seed"]) for r in results["runs"]] == [(c.arm, c.seed) for c in plan.cells()]
+    assert all(environment["versions"]["torch"] and environment["commit"] for environment in results["environments"])
+    for again, kept in zip(verdicts(plan, results["runs"]), results["verdicts"], strict=True):
+        assert again == pytest.approx(kept)
+    assert summary(plan, results["runs"]) == results["summary"]
+
+
+def test_every_verdict_rests_on_all_runs_of_both_its_arms():
+    known = {run["id"]: run for results in shipped_results().values() for run in results["runs"]}
+    for verdict in all_verdicts():
+        plan = load_plan(verdict["study"])
+        runs = [known[one] for one in verdict["runs"]]
+        expected = {(a, verdict["condition"], s) for a in (plan.reference, verdict["arm"]) for s in plan.seeds}
+        assert {(run["arm"], run["condition"], run["seed"]) for run in runs} == expected
+
+
+def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
+    """The rule is in the plan of study 1: the larger of 0.05 (0.01) and twice the SD of its paired log-ratios."""
+    noise = shipped_results()["1-noise-floor"]["runs"]
+    for measure, least in (("frechet", 0.05), ("held_out", 0.01)):
+        values = {(run["arm"], run["seed"]): math.log(run["values"][measure]) for run in noise}
+        ratios = [values["base-again", seed] - values["base", seed] for arm, seed in values if arm == "base"]
+        margin = max(least, math.ceil(200 * statistics.stdev(ratios)) / 100)
+        assert load_plan("2a-published-short").margin[measure] == margin
+
+
+def test_the_readme_has_the_verdicts_of_the_shipped_results_and_the_figure_is_drawn_from_them():
+    again = "the README is of other results: dispersive-kit study table --write"
+    assert evidence_markdown() in README.read_text(), again
+    with Image.open(studies_folder().parent / "figures" / "verdicts.png") as figure:
+        assert figure.text["Description"] == evidence_hash(), again
+
+
+def test_the_command_prints_the_table(capsys):
+    main(["study", "table"])
+    assert evidence_markdown() in capsys.readouterr().out
+
+
+def test_damaged_results_are_refused_by_file_and_field(tmp_path):
+    plan, file = load_plan("1-noise-floor"), tmp_path / "results.json"
+    whole = json.loads((studies_folder() / "1-noise-floor.results.json").read_text())
+    for broken, said in (("{", "Invalid JSON"), (json.dumps({**whole, "runs": 12}), "runs = 12"),
+                         (json.dumps({**whole, "plan_sha256": "0" * 64}), "a plan is not changed after")):  # fmt: skip
+        file.write_text(broken)
+        with pytest.raises(DataError, match=said) as refusal:
+            read_results(plan, file)
+        assert str(file) in str(refusal.value)

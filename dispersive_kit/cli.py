@@ -18,7 +18,7 @@ import tyro
 
 from dispersive_kit import __version__
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.evaluation.options import Evaluation
+from dispersive_kit.evaluation import Evaluation
 
 Name = Annotated[str, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -107,12 +107,12 @@ def sample(
         weights: The average (ema), or the weights as last trained (model).
         vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
     """
+    import numpy as np
     import torch
     from torchvision.utils import save_image
 
     from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
-    from dispersive_kit.evaluation.export import save_npz
-    from dispersive_kit.evaluation.processes import this_process
+    from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.training import load_run
     from dispersive_kit.training.shipped import run_folder
 
@@ -134,7 +134,7 @@ def sample(
         return
     out.mkdir(parents=True, exist_ok=True)
     save_image(images[:100].float() / 255, out / "grid.png", nrow=10, padding=1)  # 50,000 would need 40 GB
-    save_npz(images, out / "samples.npz")
+    np.savez(out / "samples.npz", images.permute(0, 2, 3, 1).numpy())
     print(f"{num} images of {card['run']} at step {card['step']}: {out / 'grid.png'}, {out / 'samples.npz'}")
 
 
@@ -147,10 +147,10 @@ def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], ou
         out: JSON file for the records; named after the settings and beside the samples if not given.
     """
     from dispersive_kit.data.files import require_writable
-    from dispersive_kit.evaluation.evaluate import evaluate as measure
-    from dispersive_kit.evaluation.evaluate import record_file, record_folder
-    from dispersive_kit.evaluation.processes import this_process
-    from dispersive_kit.evaluation.record import table, to_json
+    from dispersive_kit.evaluation import evaluate as measure
+    from dispersive_kit.evaluation import table, to_json
+    from dispersive_kit.evaluation.generate import this_process
+    from dispersive_kit.evaluation.panel import record_file, record_folder
     from dispersive_kit.training.shipped import run_folder
 
     if out:

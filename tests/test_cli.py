@@ -46,12 +46,12 @@ def test_train_sample_evaluate_go_together(trained, tmp_path, capsys):
 def test_samples_from_elsewhere_are_measured_like_ones_of_a_run(trained, tmp_path):
     options = ["--num", "30", "--num-steps", "2"]
     main(["sample", str(trained), "--out", str(tmp_path / "s"), *options])
-    evaluate = ["--num", "30", "--extractor", "random-conv", "--resamples", "5", "--memorisation"]
+    evaluate = ["--num", "30", "--extractor", "pixels-pca32", "--memorisation"]
     main(["evaluate", str(tmp_path / "s" / "samples.npz"), "--data", "digits", *evaluate])
     main(["evaluate", str(trained), "--out", str(tmp_path / "run.json"), *evaluate, "--num-steps", "2"])
     (file,) = (tmp_path / "s").glob("evaluation-samples-*.json")
     ours, theirs = (json.loads(f.read_text())["numbers"] for f in (tmp_path / "run.json", file))
-    assert ours[-1]["name"] == "nearest-train[random-conv64, N=30]"
+    assert ours[-1]["name"] == "nearest-train[pixels/pca32, N=30]"
     for a, b in zip(ours, theirs, strict=True):
         assert a["name"] == b["name"] and a["value"] == pytest.approx(b["value"], rel=1e-4, abs=1e-6)
 
@@ -75,19 +75,16 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     )
     assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)
     assert "no run" in refused(capsys, "evaluate", tmp_path)
-    assert "this is not FID" in refused(capsys, "evaluate", trained, "--metrics", "FID", "--extractor", "random-conv")
-    assert "this is not IS" in refused(capsys, "evaluate", trained, "--metrics", "IS", "--extractor", "random-conv")
-    assert "--inception-weights" in refused(capsys, "evaluate", trained, "--extractor", "inception")
-    assert "--metrics FD" in refused(
-        capsys, "evaluate", trained, "--reference", "stats.npz", "--extractor", "random-conv", "--num-steps", "1"
-    )
+    assert "this is not FID" in refused(capsys, "evaluate", trained, "--metrics", "FID", "--extractor", "pixels-pca32")
+    assert "this is not IS" in refused(capsys, "evaluate", trained, "--metrics", "IS", "--extractor", "pixels-pca32")
+    assert "no Inception weights" in refused(capsys, "evaluate", trained, "--extractor", "inception")
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((20, 9, 9, 1), np.uint8))
     assert "--data" in refused(capsys, "evaluate", tmp_path / "samples.npz")
-    samples = ["evaluate", tmp_path / "samples.npz", "--data", "digits", "--extractor", "random-conv"]
+    samples = ["evaluate", tmp_path / "samples.npz", "--data", "digits", "--extractor", "pixels-pca32"]
     assert "--num 20" in refused(capsys, *samples)
     assert "(1, 8, 8)" in refused(capsys, *samples, "--num", "20")
     for weights in ("optimizer", "model:0.08"):
-        assert "weights" in refused(capsys, "evaluate", trained, "--weights", weights, "--extractor", "random-conv")
+        assert "weights" in refused(capsys, "evaluate", trained, "--weights", weights, "--extractor", "pixels-pca32")
     assert "has no parameter" in refused(capsys, "run", "06", "-p", "sed=3", "--out", new)
     assert "is int" in refused(capsys, "run", "06", "-p", "seed=three", "--out", new)
     assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)
@@ -133,14 +130,13 @@ def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):
     [
         (["--num", "0"], "--num must be at least 4, got 0"),
         (["--num", "-5"], "--num must be at least 4, got -5"),
-        (["--num-reference", "0"], "--num-reference must be at least 4, got 0"),
-        (["--resamples", "1"], "--resamples must be at least 2, got 1"),
+        (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
         (["--cfg-scale", "nan"], "cfg_scale must be a number, got nan"),
     ],
 )
 def test_numbers_that_measure_nothing_are_refused(capsys, options, words):
     given = ["--num", "20"] if "--num" not in options else []
-    assert words in refused(capsys, "evaluate", "digits-base", "--extractor", "random-conv", *given, *options)
+    assert words in refused(capsys, "evaluate", "digits-base", "--extractor", "pixels-pca32", *given, *options)
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, capsys):

@@ -14,7 +14,7 @@ from dispersive_kit.analysis.moments import Moments
 from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and_test, mcnemar, shuffled
 from dispersive_kit.analysis.similarity import cka_matrix, linear_cka, mutual_knn
 from dispersive_kit.analysis.sweep import Sweep, sweep
-from dispersive_kit.evaluation.reference import draw_images
+from dispersive_kit.evaluation import draw_images
 
 __all__ = [
     "LEVELS",

@@ -26,9 +26,8 @@ from dispersive_kit.analysis.sweep import Sweep, sweep
 from dispersive_kit.analysis.umap_grid import MIN_DIST, NEIGHBOURS, SEEDS, name_of
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.data.artefacts import FOLDER, artefact
-from dispersive_kit.evaluation.classifier import weights_sha256
+from dispersive_kit.evaluation import draw_images, weights_sha256
 from dispersive_kit.evaluation.record import describe_set
-from dispersive_kit.evaluation.reference import draw_images
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.training import load_run
 from dispersive_kit.training.shipped import shipped

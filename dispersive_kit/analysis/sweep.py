@@ -22,7 +22,7 @@ from dispersive_kit.data import ImageSet
 from dispersive_kit.data.files import versions
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation.classifier import weights_sha256
+from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.training.draws import stream
 

@@ -29,7 +29,7 @@ class ImageSet:
     Attributes:
         images: uint8 (N, C, H, W). labels: int64 (N,). classes: name of each label.
         source: where it was read from; resize: what was done to the files, in words. sha256: of images and labels, so
-            a number can name its data.
+            a number can name its data. drawn_from: how many images the whole has, of which these were drawn.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ImageSet:
     classes: tuple[str, ...]
     source: str
     resize: str = "none"
+    drawn_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:

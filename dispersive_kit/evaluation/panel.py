@@ -1,86 +1,88 @@
 """The panel: several distances beside each other, each with its interval, its real-against-real floor and its record.
 
-No number sees everything: Frechet distance and MMD miss local spread, precision to coverage miss class proportions.
+No number sees everything: the Frechet distance misses local spread, precision to coverage miss class proportions.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dispersive_kit.data import ImageSet
-from dispersive_kit.data.files import file_sha256, versions
-from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation import kernels, naming
-from dispersive_kit.evaluation.distances import Array, Interval, frechet_halves, half_samples, wilson
-from dispersive_kit.evaluation.features import FeatureExtractor
-from dispersive_kit.evaluation.moments import (
-    Moments,
-    frechet_from_statistics,
-    load_statistics,
-    stated_extractor,
+from dispersive_kit.data import ImageSet, load_images
+from dispersive_kit.data.files import versions
+from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.distances import (
+    Array,
+    Halves,
+    Memorisation,
+    Valued,
+    classifier_score,
+    frechet_on_halves,
+    half_samples,
+    interval,
+    kid,
+    memorisation,
+    prdc,
+    wilson,
 )
-from dispersive_kit.evaluation.neighbours import Memorisation, memorisation, prdc
-from dispersive_kit.evaluation.processes import check_equal_everywhere, shared_out
-from dispersive_kit.evaluation.record import UINT8_RULE, Record, describe_extractor, describe_set
-from dispersive_kit.evaluation.reference import draw_images
-from dispersive_kit.evaluation.scores import IS_SPLITS, classifier_score
-from dispersive_kit.evaluation.transport import PROJECTIONS, sliced_w2
+from dispersive_kit.evaluation.features import Extractors, FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.generate import (
+    balanced_labels,
+    decoder_of,
+    draw_images,
+    generate,
+    load_reference,
+    this_process,
+)
+from dispersive_kit.evaluation.record import (
+    WORDS,
+    Record,
+    describe_set,
+    number_name,
+    refuse,
+    weights_sha256,
+)
+from dispersive_kit.training import load_run
+from dispersive_kit.training.draws import stream
+from dispersive_kit.training.sampling import SAMPLER_NAMES
+from dispersive_kit.training.shipped import run_folder
 
-NEIGHBOURS = 5
+METRICS = ("FD", "KID", "PRDC", "CS")
+METRICS_OF = {"panel": METRICS, "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "CS"}
-Measured = dict[str, tuple[float, Array]]  # name -> value, values on half-samples
+NEIGHBOURS = 5
+IS_SPLITS = 10  # the published Inception Scores are means over ten parts
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features (N, D) and, where the extractor classifies, logits (N, K)."""
-
-    values: Array
-    logits: Array | None
-
-    @classmethod
-    def of(cls, extractor: FeatureExtractor, images: Tensor, *, batch_size: int = 256) -> "Features":
-        """Of uint8 images (N, C, H, W); processes take batches in turn, and each gets all."""
-        check_equal_everywhere(f"the extractor {extractor.name}", (extractor.weights_sha256, extractor.note))
-        parts = shared_out(lambda rows: extractor.features_and_logits(images[rows]), len(images), batch_size)
-        values, logits = zip(*parts, strict=True)
-        return cls(np.concatenate(values).astype(np.float64), None if logits[0] is None else np.concatenate(logits))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Generated x against the reference y, the half-samples of x, and how IS-like scores are split."""
-
-    x: Features
-    y: Features
-    halves: NDArray[np.bool_]
-    splits: int = 1
+def _measured(
+    metrics: Sequence[str], x: Array, y: Array, halves: Halves, logits: NDArray | None = None, splits: int = 1
+) -> dict[str, Valued]:
+    """Each number of x (N, D) against y (M, D) by name; CS of the logits (N, K) of x where there are any."""
+    found: dict[str, Valued] = {}
+    if "FD" in metrics:
+        found["FD"] = frechet_on_halves(x, y, halves)
+    if "KID" in metrics:
+        found["KID"] = kid(x, y, halves)
+    if "PRDC" in metrics:
+        found |= prdc(x, y, halves, k=NEIGHBOURS)
+    if "CS" in metrics and logits is not None:
+        found["CS"] = classifier_score(logits, halves, splits=splits)
+    return found
 
 
-def _mmd(pair: Pair, kernel: kernels.Kernel) -> tuple[float, Array]:
-    return kernels.mmd2(pair.x.values, pair.y.values, kernel, pair.halves)
-
-
-def _score(pair: Pair) -> Measured:
-    if pair.x.logits is None:  # an extractor that does not classify has no such score
-        return {}
-    return {"CS": classifier_score(pair.x.logits, pair.halves, splits=pair.splits)}
-
-
-METRICS: dict[str, Callable[[Pair], Measured]] = {
-    "FD": lambda p: {"FD": frechet_halves(p.x.values, p.y.values, p.halves)},
-    "KID": lambda p: {"KID": _mmd(p, kernels.polynomial)},
-    "MMD-RBF": lambda p: {"MMD-RBF": _mmd(p, kernels.rbf(kernels.median_distance(p.y.values)))},
-    "energy": lambda p: {"energy": _mmd(p, kernels.minus_distance)},
-    "sliced-W2": lambda p: {"sliced-W2": sliced_w2(p.x.values, p.y.values, p.halves)},
-    "PRDC": lambda p: dict(prdc(p.x.values, p.y.values, p.halves, k=NEIGHBOURS)),
-    "CS": _score,
-}
+def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
+    """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
+    low, high = interval(value, halves)
+    if metric == "precision" and len(halves):
+        return wilson(value, n)
+    return (max(low, 0.0), min(high, 1.0)) if metric in ("recall", "coverage") else (low, high)
 
 
 class Panel:
@@ -98,133 +100,63 @@ class Panel:
         real: ImageSet,
         reference: ImageSet,
         *,
-        metrics: Sequence[str] = tuple(METRICS),
+        metrics: Sequence[str] = METRICS,
         resamples: int = 100,
     ) -> None:
         if unknown := set(metrics) - set(METRICS):
             raise ConfigError(f"unknown metric {sorted(unknown)}; there are: {', '.join(METRICS)}")
         self.extractor, self.real, self.reference = extractor, real, reference
         self.metrics, self.resamples = metrics, resamples
-        self.y = Features.of(extractor, reference.images)
-        self._floors: dict[tuple[int, int], dict[str, float]] = {}
+        self.y = extractor(reference.images).astype(np.float64)
+        self._floors: dict[int, dict[str, Valued]] = {}
 
     def measure(self, generated: Tensor, *, protocol: dict[str, Any] | None = None) -> list[Record]:
         """A record a metric for uint8 images (N, C, H, W). protocol: how they were made, for the record.
 
         The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
-        n, card = len(generated), describe_extractor(self.extractor)
-        splits = IS_SPLITS if not naming.unmet("IS", card, n, {}) else 1
-        measured = self._apply(Features.of(self.extractor, generated), half_samples(n, self.resamples), splits)
-        floors, everything = self._floor(n, splits), self._protocol(n, protocol or {})
+        n, others = len(generated), draw_images(self.real, len(generated))
+        found = self._measure(generated, half_samples(n, self.resamples), n)
+        if n not in self._floors:
+            self._floors[n] = self._measure(others.images, np.zeros((0, len(others)), dtype=bool), n)
+        everything = {
+            **_shared_protocol(self.extractor, describe_set(self.reference), describe_set(others), self.resamples),
+            "neighbours": NEIGHBOURS,
+            **(protocol or {}),
+        }
         return [
-            _record(name, *pair, floors[name], n, len(self.reference), everything) for name, pair in measured.items()
+            Record(
+                number_name(metric, everything["extractor"], n, everything["reference"]),
+                value,
+                *_ends(metric, value, halves, n),
+                floor=self._floors[n][metric][0],
+                n=n,
+                n_reference=len(self.reference),
+                protocol=everything,
+                better="higher" if metric in HIGHER_IS_BETTER else "lower",
+            )
+            for metric, (value, halves) in found.items()
         ]
 
-    def _apply(self, x: Features, halves: NDArray[np.bool_], splits: int) -> Measured:
-        found: Measured = {}
-        for metric in self.metrics:
-            found |= METRICS[metric](Pair(x, self.y, halves, splits))
-        return found
-
-    def _floor(self, n: int, splits: int) -> dict[str, float]:
-        if (n, splits) not in self._floors:
-            x = Features.of(self.extractor, draw_images(self.real, n).images)
-            measured = self._apply(x, np.zeros((0, len(x.values)), dtype=bool), splits)
-            self._floors[n, splits] = {name: value for name, (value, _) in measured.items()}
-        return self._floors[n, splits]
-
-    def _protocol(self, n: int, given: dict[str, Any]) -> dict[str, Any]:
-        floor = describe_set(draw_images(self.real, n))
-        return shared_protocol(self.extractor, describe_set(self.reference), floor, self.resamples) | {
-            "neighbours": NEIGHBOURS,
-            "projections": PROJECTIONS,
-            "rbf_bandwidth": kernels.median_distance(self.y.values),
-            **given,
-        }
+    def _measure(self, images: Tensor, halves: Halves, n: int) -> dict[str, Valued]:
+        published = number_name("CS", self.extractor.card(), n, {}).startswith("IS")
+        x, logits = self.extractor.features_and_logits(images)
+        return _measured(self.metrics, x.astype(np.float64), self.y, halves, logits, IS_SPLITS if published else 1)
 
 
-def _record(
-    metric: str, value: float, halves: Array, floor: float, n: int, n_reference: int | None, protocol: dict[str, Any]
-) -> Record:
-    low, high = _ends(metric, value, halves, n)
-    better: Literal["lower", "higher"] = "higher" if metric in HIGHER_IS_BETTER else "lower"
-    name = naming.number_name(metric, protocol["extractor"], n, protocol["reference"])
-    return Record(name, value, low, high, floor, n, n_reference, protocol, better)
-
-
-def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
-    """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
-    interval = Interval.around(value, halves)
-    if metric == "precision" and len(halves):
-        return wilson(value, n)
-    if metric in ("recall", "coverage"):
-        return max(interval.low, 0.0), min(interval.high, 1.0)
-    return interval.low, interval.high
-
-
-def shared_protocol(
+def _shared_protocol(
     extractor: FeatureExtractor, reference: dict[str, Any], floor: dict[str, Any], resamples: int
 ) -> dict[str, Any]:
     """What every number of this kit says about how it was measured."""
     return {
         "reference": reference,
         "floor": floor,
-        "extractor": describe_extractor(extractor),
-        "resize": f"{reference.get('resize', 'not known')}, then the extractor's own",
-        "uint8_rule": UINT8_RULE,
+        "extractor": extractor.card(),
+        "resize": f"{reference['resize']}, then the extractor's own",
+        "uint8_rule": "round(127.5 x + 127.5), clamped to 0..255",
         "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
         "versions": versions(),
     }
-
-
-def measure_frechet(
-    generated: Tensor,
-    train: ImageSet,
-    held_out: ImageSet,
-    extractor: FeatureExtractor,
-    *,
-    protocol: dict[str, Any] | None = None,
-) -> Record:
-    """Frechet distance of generated uint8 images (N, C, H, W) to the held-out real ones, with its record.
-
-    The floor is the distance of N random training images to the same held-out images: what a model that drew real
-    images would get at this N.
-    """
-    return Panel(extractor, train, held_out, metrics=("FD",)).measure(generated, protocol=protocol)[0]
-
-
-def measure_against_statistics(
-    generated: Tensor,
-    real: ImageSet,
-    statistics: Path,
-    extractor: FeatureExtractor,
-    *,
-    resamples: int = 20,
-    protocol: dict[str, Any] | None = None,
-) -> Record:
-    """Frechet distance to a reference of which only mean and covariance are kept, e.g. ADM's files.
-
-    real: images for the floor; of those that the statistics are of, it would be too low.
-
-    Raises:
-        DataError: the file holds no statistics. ConfigError: they are of another extractor, by what the file says or,
-            where it says nothing, as ADM's, by their size.
-    """
-    reference, n = load_statistics(statistics, extractor.weights_sha256), len(generated)
-
-    def distance(features: Array) -> float:
-        moments = Moments.of(features)
-        return frechet_from_statistics(moments.mean, moments.covariance, *reference)
-
-    x = Features.of(extractor, generated).values
-    halves = np.array([distance(x[half]) for half in half_samples(n, resamples)])
-    others = draw_images(real, n)
-    floor = distance(Features.of(extractor, others.images).values)
-    card = {"data": statistics.stem, "split": None, "n": None, "sha256": file_sha256(statistics)}
-    card["extractor"] = stated_extractor(statistics) or "not stated in the file"
-    everything = shared_protocol(extractor, card, describe_set(others), resamples) | (protocol or {})
-    return _record("FD", distance(x), halves, floor, n, None, everything)
 
 
 def measure_memorisation(
@@ -237,11 +169,140 @@ def measure_memorisation(
     protocol: dict[str, Any] | None = None,
 ) -> tuple[Record, Memorisation]:
     """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
-    sets = (Features.of(extractor, images).values for images in (generated, held_out.images, train.images))
+    sets = (extractor(images) for images in (generated, held_out.images, train.images))
     found, n = memorisation(*sets, resamples=resamples), len(generated)
     card, floor = {**describe_set(train), "held_out": describe_set(held_out)}, describe_set(held_out)
-    everything = shared_protocol(extractor, card, floor, resamples) | {"copies": found.copies, **(protocol or {})}
-    name = naming.number_name("nearest-train", everything["extractor"], n, card)
-    ratio = found.ratio
-    record = Record(name, ratio.value, ratio.low, ratio.high, found.floor, n, len(train), everything, better="about 1")
-    return record, found
+    everything = _shared_protocol(extractor, card, floor, resamples) | {"copies": found.copies, **(protocol or {})}
+    name = number_name("nearest-train", everything["extractor"], n, card)
+    values = (found.ratio, found.low, found.high, found.floor)
+    return Record(name, *values, n, len(train), everything, better="about 1"), found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, against what, and how the samples of a run are drawn (an .npz has its own)."""
+
+    extractor: Extractors = "classifier"
+    """Feature space, which names the numbers; `inception` needs its weights in the data folder."""
+    metrics: Literal["panel", "FD", "FID", "IS"] = "panel"
+    """All metrics or one. FID and IS are refused unless their conditions hold."""
+    reference: Literal["test", "train"] = "test"
+    """Real images to compare with."""
+    num: int = 500
+    """Number of generated images, classes in turn; of an .npz with more, so many drawn at random."""
+    num_steps: int = 25
+    """Steps of the sampler that fits the run's objective."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Of the first image; image i has seed + i."""
+    weights: Literal["ema", "model"] = "ema"
+    """The average (ema), or the weights as last trained (model)."""
+    step: int | None = None
+    """A kept checkpoint of the run; the newest if not given."""
+    memorisation: bool = False
+    """Also compare distances to the nearest training image with those of held-out images."""
+    data: str | None = None
+    """Data set the samples of an .npz are compared with; a run knows its own."""
+    data_dir: str | None = None
+    """Folder in which mnist, cifar10 and the weights of inception lie."""
+    vae: str | None = None
+    """Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same."""
+
+    def __post_init__(self) -> None:
+        for name, low in {"num": 4, "num_steps": 1}.items():  # half-samples need two images each
+            if (value := getattr(self, name)) < low:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+
+
+OF_SAMPLING = ("num_steps", "cfg_scale", "seed", "weights", "step", "vae")
+
+
+def evaluate(source: Path, how: Evaluation) -> list[Record]:
+    """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
+
+    Raises:
+        CheckpointError: no run. DataError: data or samples cannot be read. ConfigError: options that do not fit, or
+            FID or IS asked of numbers that are not.
+    """
+    device = this_process().device
+    if source.suffix == ".npz":
+        images, protocol = _samples_of(source, how)
+        options: dict[str, Any] = {"data_dir": how.data_dir, "size": images.shape[-1]}
+        train, held_out = (load_images(str(how.data), split, **options) for split in ("train", "test"))
+    else:
+        model, card = load_run(run_folder(source), weights=how.weights, step=how.step)
+        config, decode = card["config"], decoder_of(card, device=device, path=how.vae)
+        places = {"data": how.data or config.data, "data_dir": how.data_dir or config.data_dir}
+        train, held_out = load_reference(config.changed(**places), decode)
+    extractor = make_extractor(how.extractor, train, held_out, data_dir=how.data_dir, device=device)
+    reference, others = (held_out, train) if how.reference == "test" else (train, held_out)
+    if how.metrics in WORDS.values():
+        refuse(how.metrics, extractor.card(), how.num, describe_set(reference))
+    if source.suffix != ".npz":
+        images, protocol = _drawn(model.to(device), card, decode, how)
+    if images.shape[1:] != train.images.shape[1:]:
+        raise ConfigError(f"the samples are {tuple(images.shape[1:])}, {train.name} is {tuple(train.images.shape[1:])}")
+    records = Panel(extractor, others, reference, metrics=METRICS_OF[how.metrics]).measure(images, protocol=protocol)
+    if how.memorisation:
+        records.append(measure_memorisation(images, train, held_out, extractor, protocol=protocol)[0])
+    return records
+
+
+def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
+    """`how.num` samples of an .npz, and what the record says of them."""
+    if how.data is None:
+        raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
+    if asked := [name for name in OF_SAMPLING if getattr(how, name) != getattr(Evaluation, name)]:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
+    images = _load_npz(file)
+    if len(images) < how.num:
+        raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
+    if len(images) > how.num:  # drawn: the file may be sorted by class
+        images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: how.num]]
+    return images, {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
+
+
+def _load_npz(file: Path) -> Tensor:
+    """The samples `arr_0` uint8 (N, H, W, C) of a file, the form of ADM's evaluation suite, as (N, C, H, W)."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images = arrays["arr_0"]
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise DataError(f"{file} holds no samples (an array arr_0): {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise DataError(f"{file}: arr_0 must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _drawn(model: Any, card: dict[str, Any], decode: Any, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
+    """`how.num` samples of a run, and what the record says of them."""
+    config, labels = card["config"], balanced_labels(how.num, model.num_classes)
+    settings: dict[str, Any] = {"num_steps": how.num_steps, "cfg_scale": how.cfg_scale, "first_seed": how.seed}
+    return generate(model, labels, objective=config.objective, decode=decode, **settings), {
+        "run": card["run"],
+        "step": card["step"],
+        "weights": card["weights"],
+        "checkpoint_sha256": weights_sha256(model.state_dict()),
+        "training_seed": config.seed,
+        "sampler": SAMPLER_NAMES[config.objective],
+        "labels": "classes in turn",
+        "autoencoder": card["data"].get("autoencoder"),
+        "device": this_process().device.type,
+        **settings,
+    }
+
+
+def record_folder(source: Path) -> Path:
+    """Where the records go unless told: beside the samples, in the run, or here for a shipped run."""
+    return Path() if run_folder(source) != source else source.parent if source.suffix == ".npz" else source
+
+
+def record_file(source: Path, how: Evaluation, record: Record) -> Path:
+    """The file of the records in `record_folder`; one file a setting, none overwritten."""
+    settings = {key: value for key, value in asdict(how).items() if key not in ("data_dir", "vae")}
+    settings["step"] = record.protocol.get("step")  # the newest is another one tomorrow
+    mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
+    name = f"{source.stem}-{how.metrics}-{how.extractor}-{how.reference}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
+    return record_folder(source) / f"evaluation-{name}.json"

@@ -1,17 +1,60 @@
-"""The record beside every number: what it was measured with, so that it can be measured again."""
+"""The record beside every number: what it was measured with, so that it can be measured again, and what it may be
+called. FID and IS are names of one protocol each, and everything else says what it is.
+"""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dispersive_kit.data import ImageSet
-from dispersive_kit.evaluation.features import FeatureExtractor
-from dispersive_kit.evaluation.naming import WORDS, refuse
-from dispersive_kit.evaluation.reference import Part
+from torch import Tensor
 
-UINT8_RULE = "round(127.5 x + 127.5), clamped to 0..255"
+from dispersive_kit.data import ImageSet
+from dispersive_kit.errors import ConfigError
+
+INCEPTION = "inception-pool3"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+PROTOCOL_N = 50_000
+WORDS = {"FD": "FID", "CS": "IS"}  # our name -> the published one; IS has no reference
+
+
+def _unmet(word: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
+    """The conditions of `word` (FID or IS) that do not hold, in words.
+
+    extractor, reference: as in a record, see `FeatureExtractor.card` and `describe_set`.
+    """
+    conditions = {
+        f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
+        "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
+        == INCEPTION_SHA256,
+        f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
+    }
+    if word == "FID" and (whole := reference.get("drawn_from")):
+        conditions[f"the reference is {reference['n']:,} of the {whole:,} images of {reference.get('data')}"] = False
+    if word == "FID":
+        conditions["the reference set has no name"] = bool(reference.get("data"))
+    return [fault for fault, holds in conditions.items() if not holds]
+
+
+def refuse(word: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> None:
+    """Raises ConfigError: the number may not be called `word`; the message names every condition that is not met."""
+    if faults := _unmet(word, extractor, n, reference):
+        ours = next(own for own, published in WORDS.items() if published == word)
+        raise ConfigError(f"this is not {word}: {'; '.join(faults)}. Call it {ours}[...], which names its extractor")
+
+
+def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> str:
+    """ "FD[digits-classifier48, N=500]"; FID and IS where, and only where, their conditions hold.
+
+    FID names the split of its reference too: to the training images and to the test images are two numbers.
+    """
+    word = WORDS.get(metric)
+    if not word or _unmet(word, extractor, n, reference):
+        return f"{metric}[{extractor['name']}, N={n}]"
+    of = " ".join(filter(None, (reference.get("data"), reference.get("split")))) if word == "FID" else ""
+    return f"{word}[{of + ', ' if of else ''}N={n}]"
 
 
 @dataclass(frozen=True)
@@ -33,7 +76,7 @@ class Record:
     high: float
     floor: float
     n: int
-    n_reference: int | None  # None: a file of statistics does not say
+    n_reference: int
     protocol: dict[str, Any] = field(default_factory=dict)
     better: Literal["lower", "higher", "about 1"] = "lower"
 
@@ -55,40 +98,40 @@ class Record:
         return _digits(self.floor) + (f" (N={of})" if of < self.n else "")
 
 
-def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
-    keys = ("name", "version", "dim", "weights_sha256", "preprocess", "note")
-    return {key: getattr(extractor, key) for key in keys}
+def _digits(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def describe_set(data: ImageSet) -> dict[str, Any]:
+    """Of a set of real images, for a record."""
     card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256, "resize": data.resize}
-    return {**card, "drawn_from": data.drawn_from} if isinstance(data, Part) else card
+    return card | ({"drawn_from": data.drawn_from} if data.drawn_from else {})
+
+
+def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names and values, in their order."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def table(records: Sequence[Record]) -> str:
     """One line a number: name, value, interval, what real images get, which way is better."""
     head = ("", "value", "95 % interval", "real", "better")
-    rows = [
+    rows = [head] + [
         (r.name, _digits(r.value), f"[{_digits(r.low)}, {_digits(r.high)}]", r.floor_in_words(), r.better)
         for r in records
     ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-             for row in (head, *rows)]  # fmt: skip
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [[row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def to_json(records: Sequence[Record]) -> str:
     """All numbers of one evaluation: the first one's protocol, and beside a number what is otherwise in its own."""
-    shared = records[0].protocol
-    return json.dumps({"protocol": shared, "numbers": [_without(shared, r) for r in records]}, indent=2)
-
-
-def _without(shared: Mapping[str, Any], record: Record) -> dict[str, Any]:
-    number = dataclasses.asdict(record)
-    own = {key: value for key, value in number.pop("protocol").items() if shared.get(key) != value}
-    return {**number, "protocol": own} if own else number
+    shared, numbers = records[0].protocol, []
+    for number in map(dataclasses.asdict, records):
+        own = {key: value for key, value in number.pop("protocol").items() if shared.get(key) != value}
+        numbers.append({**number, "protocol": own} if own else number)
+    return json.dumps({"protocol": shared, "numbers": numbers}, indent=2)

@@ -24,11 +24,8 @@ from dispersive_kit.analysis.features import LEVELS, extract, pooled
 from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, read_json, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
-from dispersive_kit.evaluation import balanced_labels, draw_images, generate
-from dispersive_kit.evaluation.features import make_extractor
-from dispersive_kit.evaluation.panel import Panel
-from dispersive_kit.evaluation.processes import this_process
-from dispersive_kit.evaluation.reference import load_reference
+from dispersive_kit.evaluation import Panel, balanced_labels, draw_images, generate, load_reference, make_extractor
+from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.arms import read_metrics
@@ -175,7 +172,7 @@ def _panel(data: str, data_dir: str | None, image_size: int, extractor: str) -> 
 
 
 def _record(number: Any, card: dict[str, Any], config: TrainConfig, how: Sampling) -> dict[str, Any]:
-    protocol = {k: v for k, v in number.protocol.items() if k not in ("neighbours", "projections", "rbf_bandwidth")}
+    protocol = {k: v for k, v in number.protocol.items() if k != "neighbours"}
     return {
         "name": number.name,
         "floor_value": number.floor,

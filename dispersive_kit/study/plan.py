@@ -64,7 +64,7 @@ class Sampling(_Form):
     a measure "frechet cfg w". probe: also fit linear probes.
     """
 
-    extractor: Literal["classifier", "random-conv", "pixels-pca32", "effnet-lite0-pca64"]
+    extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]
     num: int = Field(2000, ge=2)
     num_steps: int = Field(10, ge=1)
     cfg_scales: list[float] = Field([1.0], min_length=1)

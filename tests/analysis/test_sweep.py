@@ -23,7 +23,7 @@ from dispersive_kit.analysis.features import null_labels, tokens
 from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import GVPPath
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation.classifier import weights_sha256
+from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models import build_dit
 
 SMALL = (math.inf, 1.0, -3.0)

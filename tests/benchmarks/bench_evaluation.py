@@ -18,9 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import DataError
-from dispersive_kit.evaluation import Panel, frechet_distance
-from dispersive_kit.evaluation.features import make_extractor
-from dispersive_kit.evaluation.record import table
+from dispersive_kit.evaluation import Panel, frechet_distance, make_extractor, table
 
 WIDTH, ROWS = 512, 256
 

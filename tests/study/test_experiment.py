@@ -71,7 +71,7 @@ def test_every_run_carries_the_plans_hash_and_what_it_was_measured_with(finished
     for cell in plan.cells():
         run = result_of(out, cell)
         assert run["plan_sha256"] == plan.sha256 and run["environment"]["torch_threads"] == 1
-        assert run["record"]["name"] == "FD[random-conv64, N=40]" and run["record"]["step"] == 12
+        assert run["record"]["name"] == "FD[pixels/pca32, N=40]" and run["record"]["step"] == 12
         assert run["record"]["reference"]["sha256"] and run["record"]["versions"]["torch"]
         assert run["values"].keys() == {"frechet", "held_out"}
         assert run["described"]["feature_rms"] > 0 and run["described"]["gradient_ratio"] > 0

@@ -1,0 +1,93 @@
+"""Images drawn from runs and from sets: by their own seeds, in random order, whatever the number of processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.evaluation import draw_images, generate, pixel_gaussian
+from dispersive_kit.evaluation.generate import shared_out
+from dispersive_kit.evaluation.record import describe_set
+from dispersive_kit.training import load_run, shipped
+
+EVALUATE = ["evaluate", "digits-base", "--num", "300", "--num-steps", "2", "--extractor", "pixels-pca32"]
+module = sys.modules["dispersive_kit.evaluation.generate"]
+
+
+def run(launch, out):
+    command = [sys.executable, *launch, "-m", "dispersive_kit.cli", *EVALUATE, "--metrics", "FD", "--out", out]
+    if launch:  # torchrun takes --num for one of its own options without the mark that its own have ended
+        command.insert(command.index("evaluate"), "--")
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it
+    return subprocess.run(command, env=one_thread, check=True, capture_output=True, text=True).stdout
+
+
+def test_two_processes_write_the_file_of_one_and_print_it_once(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    printed = run(launch, tmp_path / "two.json")
+    run([], tmp_path / "one.json")
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert printed.count("FD[pixels/pca32, N=300]") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_batches_are_dealt_out_once_each_whatever_the_count(monkeypatch, count):
+    dealt = []
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "gathered", lambda own: own)
+    for rank in range(count):
+        state = type("State", (), {"process_index": rank, "num_processes": count})()
+        monkeypatch.setattr(module, "this_process", lambda state=state: state)
+        dealt += shared_out(lambda rows: (rows.start, rows.stop), 10)
+    assert sorted(dealt) == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
+    model, _ = load_run(shipped("digits-base"))
+    labels = torch.arange(6)
+    plain, nowhere, guided, part = (
+        generate(model, labels, num_steps=3, **options)
+        for options in (
+            {},
+            {"cfg_scale": 3.0, "guidance_low": 0.4, "guidance_high": 0.6},
+            {"cfg_scale": 3.0},
+            {"cfg_scale": 3.0, "guidance_low": 0.5},
+        )
+    )
+    assert torch.equal(plain, nowhere)  # none of the times 1, 2/3, 1/3 and 0 lies in there
+    assert not torch.equal(plain, guided) and not torch.equal(part, guided)
+    with pytest.raises(ConfigError, match=r"0\.\.9"):
+        generate(model, torch.tensor([10]))
+
+
+def test_a_model_that_draws_nan_is_an_error_and_not_a_black_image():
+    model, _ = load_run(shipped("digits-base"))
+    next(model.parameters()).data[0, 0] = float("nan")
+    with pytest.raises(KitError, match="drew NaN or infinity, among the images with seeds 4 to 5"):
+        generate(model, torch.arange(2), num_steps=2, first_seed=4)
+
+
+def test_a_part_is_drawn_from_all_classes_of_a_sorted_set_and_the_same_each_time(digits):
+    ordered = digits[1].subset(digits[1].labels.argsort())
+    drawn, again = (draw_images(ordered, 100) for _ in range(2))
+    assert torch.equal(drawn.images, again.images) and len(drawn.labels.unique()) == 10
+    assert len(drawn.images.flatten(1).unique(dim=0)) == 100
+    assert not torch.equal(draw_images(ordered, 100, seed=1).images, drawn.images)
+
+
+def test_the_record_tells_a_part_from_the_whole(digits):
+    part, whole = draw_images(digits[1], 100), draw_images(digits[1], 10**6)
+    assert describe_set(part)["drawn_from"] == 500 and describe_set(draw_images(part, 200))["drawn_from"] == 500
+    assert len(whole) == 500 and "drawn_from" not in describe_set(whole)
+    assert torch.equal(whole.labels.sort().values, digits[1].labels.sort().values)
+
+
+def test_the_gaussian_has_the_moments_of_the_pixels(digits):
+    train, _ = digits
+    drawn = pixel_gaussian(train, 4000, seed=1).float()
+    inner = train.images.float()[:, :, 2:6, 2:6]  # where clamping at 0 and 255 matters least
+    assert torch.allclose(drawn[:, :, 2:6, 2:6].mean(0), inner.mean(0), atol=15)
+    assert not torch.equal(pixel_gaussian(train, 5, seed=1), pixel_gaussian(train, 5, seed=2))

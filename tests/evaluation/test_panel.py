@@ -1,0 +1,187 @@
+"""The panel and a whole evaluation: value, interval, floor and record of every number; what moves one is recorded."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation import (
+    Evaluation,
+    Panel,
+    draw_images,
+    evaluate,
+    frechet_distance,
+    measure_memorisation,
+    pixel_gaussian,
+    table,
+    to_json,
+)
+from dispersive_kit.evaluation.panel import METRICS, record_file
+
+PANEL = {  # value, low, high, floor of 200 samples of the Gaussian, as ever
+    "FD": (1.3517773495585494, 1.195177144397292, 1.49491836931463, 0.8684839580903798),
+    "KID": (0.019638376101979826, 0.011690743166414653, 0.028110506866913347, 0.0028174608881670338),
+    "precision": (0.68, 0.6124810151086787, 0.7407346672904948, 0.975),
+    "recall": (0.638, 0.5865000000000001, 0.7019500000000001, 0.97),
+    "density": (0.305, 0.275, 0.33235, 0.999),
+    "coverage": (0.234, 0.21355000000000002, 0.24975, 0.806),
+}
+HOW = Evaluation(extractor="pixels-pca32", metrics="FD", num=60, num_steps=2, cfg_scale=2.0)
+CHANGES = {
+    "seed": 60,
+    "num_steps": 3,
+    "cfg_scale": 3.0,
+    "num": 50,
+    "reference": "train",
+}
+
+
+@pytest.fixture(scope="module")
+def panel(digits, space):
+    return Panel(space, *digits, resamples=20)
+
+
+@pytest.fixture(scope="module")
+def gaussian(digits, panel):
+    return panel.measure(pixel_gaussian(digits[0], 200), protocol={"sampler": "none", "seed": 3})
+
+
+def test_every_metric_has_its_value_interval_and_floor(gaussian):
+    found = {r.name.partition("[")[0]: (r.value, r.low, r.high, r.floor) for r in gaussian}
+    assert found.keys() == PANEL.keys() and gaussian[0].name == "FD[pixels/pca32, N=200]"
+    for name, values in PANEL.items():
+        assert found[name] == pytest.approx(values, rel=1e-5), name
+    for record in gaussian:
+        assert record.low <= record.value <= record.high and math.isfinite(record.floor)
+        worse = record.value < record.floor if record.better == "higher" else record.value > record.floor
+        assert worse, record.name
+
+
+def test_real_images_measure_as_their_own_floor(digits, panel):
+    for record in panel.measure(draw_images(digits[0], 200).images):
+        assert record.value == pytest.approx(record.floor)
+
+
+def test_the_floor_of_a_set_sorted_by_class_is_that_of_all_classes(digits, space, gaussian):
+    train, test = digits
+    ordered = train.subset(train.labels.argsort(stable=True))
+    (record,) = Panel(space, ordered, test, metrics=("FD",), resamples=0).measure(pixel_gaussian(train, 200))
+    one_class = frechet_distance(space(ordered.images[:120]), space(test.images))
+    assert record.floor == pytest.approx(gaussian[0].floor, rel=0.3) and record.floor < one_class / 5
+
+
+def test_fewer_real_images_than_generated_ones_are_said_beside_the_floor(digits, space, gaussian):
+    train, test = digits
+    (record,) = Panel(space, test, train, metrics=("FD",), resamples=5).measure(pixel_gaussian(train, 600))
+    assert record.protocol["floor"]["n"] == 500
+    assert str(record).endswith("(N=500)") and "(N=500)" in table([record])
+    assert "(N=" not in str(gaussian[0])
+
+
+def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, space):
+    protocol, floor = gaussian[0].protocol, draw_images(digits[0], 200)
+    assert protocol["reference"] == {
+        "data": "digits", "split": "test", "n": 500, "sha256": digits[1].sha256, "resize": "none",
+    }  # fmt: skip
+    assert protocol["floor"] == {
+        "data": "digits", "split": "train", "n": 200, "sha256": floor.sha256, "resize": "none", "drawn_from": 1297
+    }  # fmt: skip
+    assert protocol["extractor"]["name"] == space.name and "sha256" in protocol["extractor"]["note"]
+    assert protocol["uint8_rule"].startswith("round") and "20 half-samples" in protocol["interval"]
+    assert {"python", "torch", "numpy", "scipy", "dispersive-kit"} <= set(protocol["versions"])
+    assert protocol["sampler"] == "none"
+
+
+def test_the_classifier_score_is_there_where_the_extractor_classifies(digits, classifier, space):
+    (score,) = Panel(classifier, *digits, metrics=("CS",), resamples=5).measure(digits[1].images[:50])
+    assert score.name == "CS[digits-classifier48, N=50]" and score.better == "higher" and 1 < score.value < 10
+    assert Panel(space, *digits, metrics=("CS",), resamples=5).measure(digits[1].images[:50]) == []
+
+
+def test_an_unknown_metric_names_those_there_are(digits, space):
+    with pytest.raises(ConfigError, match=", ".join(METRICS)):
+        Panel(space, *digits, metrics=("FID",))
+
+
+def test_the_table_has_one_line_a_number(gaussian):
+    lines = table(gaussian).splitlines()
+    assert len(lines) == 1 + len(gaussian) and lines[0].split() == ["value", "95", "%", "interval", "real", "better"]
+    for line, record in zip(lines[1:], gaussian, strict=True):
+        assert line.startswith(record.name) and line.endswith(record.better) and f"{record.value:.4g}" in line
+
+
+def test_the_json_says_once_what_numbers_share_and_beside_a_number_what_is_its_own(gaussian, digits, space):
+    nearest, _ = measure_memorisation(digits[1].images[:100], *digits, space, resamples=5)
+    read = json.loads(to_json([*gaussian, nearest]))
+    assert read["protocol"]["seed"] == 3 and read["numbers"][0]["name"] == gaussian[0].name
+    *panel, own = read["numbers"]
+    assert all("protocol" not in number for number in panel) and own["protocol"]["reference"]["split"] == "train"
+    assert own["protocol"]["floor"]["n"] == 500 and "extractor" not in own["protocol"]
+
+
+def measured(source="digits-base", **changes):
+    return evaluate(Path(source), dataclasses.replace(HOW, **changes))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return measured(memorisation=True)
+
+
+def test_an_evaluation_is_the_same_number_when_it_is_measured_again(plain, classifier):
+    assert measured() == plain[:1] and plain[1].name == "nearest-train[pixels/pca32, N=60]"
+    records = measured(extractor="classifier", num_steps=3, cfg_scale=1.5, memorisation=True)
+    values = [(r.value, r.low, r.high, r.floor) for r in records]
+    assert records[0].protocol["extractor"] == classifier.card()  # trained twice
+    assert values[0] == pytest.approx((14.805401630, 7.679884135, 25.798333497, 11.246750110), rel=1e-3)
+    assert values[1] == pytest.approx((1.134692955, 1.082648297, 1.211797473, 0.988820911), rel=1e-3)
+
+
+@pytest.mark.parametrize("option", [*CHANGES, "arm"])
+def test_whatever_moves_the_number_stands_in_its_record_and_has_a_file_of_its_own(plain, option):
+    changes = {option: CHANGES[option]} if option in CHANGES else {"source": "digits-paper"}
+    (changed,) = measured(**changes)
+    assert changed.value != plain[0].value
+    assert (changed.name, changed.protocol) != (plain[0].name, plain[0].protocol)
+    source = Path(changes.pop("source", "digits-base"))
+    assert record_file(source, dataclasses.replace(HOW, **changes), changed) != record_file(
+        Path("digits-base"), HOW, plain[0]
+    )
+    assert changed.protocol["checkpoint_sha256"] and changed.protocol["device"] == "cpu"
+
+
+def test_where_files_lie_on_this_machine_names_no_other_file(plain):
+    elsewhere = dataclasses.replace(HOW, data_dir="/another/place")
+    assert record_file(Path("digits-base"), elsewhere, plain[0]) == record_file(Path("digits-base"), HOW, plain[0])
+
+
+def test_of_a_file_sorted_by_class_all_classes_are_measured(digits, tmp_path):
+    train, _ = digits
+    images = train.images[train.labels.argsort(stable=True)]
+    np.savez(tmp_path / "sorted.npz", images.permute(0, 2, 3, 1).numpy())
+    (record,) = evaluate(tmp_path / "sorted.npz", Evaluation("pixels-pca32", "FD", data="digits", num=100))
+    assert record.value == pytest.approx(record.floor, rel=0.4)  # real images, as far as the floor's
+    assert record.n == 100
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"\(2, 3, 4, 4\)"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "N, H, W, 1 or 3"),
+        ({"mu": np.zeros(3)}, "other.npz holds no samples"),
+        (None, "other.npz holds no samples"),
+    ],
+)
+def test_files_without_samples_are_refused_by_name(tmp_path, arrays, words):
+    if arrays:
+        np.savez(tmp_path / "other.npz", **arrays)
+    else:
+        (tmp_path / "other.npz").write_text("no archive")
+    with pytest.raises(DataError, match=words):
+        evaluate(tmp_path / "other.npz", Evaluation(data="digits"))

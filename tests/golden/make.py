@@ -1,0 +1,384 @@
+"""Writes the golden values and the files of 0.1: what later code is held to. `python tests/golden/make.py --again`.
+
+The values are of the code as it stands when this is run, so run it only where a change of behaviour is meant, and say
+so in the changelog. Without --again nothing that is there is overwritten.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import kit
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+FILES = HERE / "files"
+Values = dict[str, torch.Tensor]
+PLAN = """
+title: A small study
+question: Does everything run?
+train: {preset: smoke, steps: 12, preview_images: 0}
+arms: {base: {}, paper: {regularizer.preset: paper, regularizer.at: blocks.1}}
+reference: base
+conditions: {one: {learning_rate: 0.004}}
+seeds: [0, 1, 2, 3, 4, 5]
+evaluation: {extractor: random-conv, num: 40, num_steps: 2}
+primary: {arm: paper, measure: frechet}
+co_primary: {arm: paper, measure: held_out}
+secondaries: []
+margin: {frechet: 0.2, held_out: 0.05}
+margin_from: nothing, a trial
+tuning: {trials: {}, seeds: [], note: none}
+stop_rule: six pairs
+cpu_hours: 0.01
+"""
+NOTEBOOK = """
+import json
+import pathlib
+number = {"name": "drawn", "value": seed + value, "note": "", "record": {"low": 0.5, "high": 2.5, "n": 3}}
+check = {"promise": "it runs", "detail": ""}
+result = {"notebook": "quick", "mode": mode, "seconds": 0.1, "peak_gib": 0.25,
+          "checks": [check], "numbers": [number], "sentences": ["It ran."]}
+(pathlib.Path(out) / "result.json").write_text(json.dumps(result))
+"""
+
+
+def machine() -> dict[str, str]:
+    """Where the same code gives the same bits."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+    name = next((line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")), cpu)
+    return {"cpu": name, "torch": torch.__version__, "simd": torch.backends.cpu.get_cpu_capability()}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def seeded(build: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
+def loss_options(kind: str) -> list[dict[str, Any]]:
+    options: list[dict[str, Any]] = [{}, {"diagonal": True}, {"diagonal": False}, {"tau": 0.3}, {"tau": "auto"}]
+    options += [{"pool": "mean"}, {"pool": "tokens"}, {"normalize": "layer"}, {"normalize": "unit"}]
+    options += [{"norm_penalty": 0.1}, {"norm_penalty": 0.1, "diagonal": False}, {"t_window": 0.3}]
+    options += [{"ignore_same_class": True}, {"ignore_same_class": True, "t_window": 0.4, "pool": "tokens"}]
+    return [{"kind": kind, **one} for one in options]
+
+
+def losses() -> Values:
+    """Every kind with every option that fits it: (loss, gradient)."""
+    found: Values = {}
+    t, y = torch.linspace(0, 1, 6), torch.tensor([0, 1, 2, 0, 1, 1])
+    for options in (one for kind in kit.KINDS for one in loss_options(kind)):
+        for dtype in (torch.float64, torch.float32):
+            z = (0.7 * normal(6, 3, 4)).to(dtype).requires_grad_()
+            try:
+                loss = kit.dispersive_loss(z, **options, t=t, y=y)
+            except kit.DispersiveError:  # an option that this kind does not take
+                continue
+            (grad,) = torch.autograd.grad(loss, z)
+            found[f"{options} {dtype}"] = torch.cat([loss[None], grad.flatten()]).detach()
+    for kind in kit.KINDS:  # so large that float32 is computed in float32, and, once, in blocks of rows
+        for shape in [(512, 32)] + [(4200, 4)] * (kind == "infonce_l2"):
+            z = normal(*shape, dtype=torch.float32).requires_grad_()
+            loss = kit.dispersive_loss(z, kind=kind)
+            (grad,) = torch.autograd.grad(loss, z)
+            found[f"{kind} {shape}"] = torch.cat([loss[None], grad.norm()[None], grad[:2].flatten()]).detach()
+        for diagonal in (True, False):
+            floors = [kit.floor(kind, 16, diagonal=diagonal, dim=8), kit.floor(kind, 7, diagonal=diagonal, dropped=4)]
+            found[f"floor {kind} {diagonal}"] = torch.tensor(floors, dtype=torch.float64)
+    return found
+
+
+def plugged(reg: Any, model: Any, **given: Any) -> torch.Tensor:
+    """Loss of two micro-batches, the gradient of both in the first layer, and the statistics of the second."""
+    total: Any = 0.0
+    for i in range(2):
+        x, t = normal(6, 2, seed=i, dtype=torch.float32), torch.linspace(0.1, 0.9, 6)
+        with reg:
+            model(x, t, torch.arange(6) % 3)
+        arguments = [x] if isinstance(reg, kit.REPA) else []
+        total = total + reg.loss(*arguments, **given)
+    (grad,) = torch.autograd.grad(total, model.x_embedder.weight, allow_unused=True)
+    numbers = list(reg.stats.read().values()) if hasattr(reg, "stats") else []
+    reg.remove()
+    return torch.cat([total.detach()[None], grad.flatten(), torch.tensor(numbers)])
+
+
+def plug_ins() -> Values:
+    """The plug-in with its presets and options, and its rivals, on a small network."""
+    t, y = torch.linspace(0.1, 0.9, 6), torch.arange(6) % 3
+    shapes = [("warmup", 8), ("cosine-to-zero", 8), ("stop-at", 8), ("constant", 0)]
+    settings = [(preset, {}) for preset in kit.PRESETS] + [("paper", {"kind": kind}) for kind in kit.KINDS]
+    settings += [("paper", {"schedule": kit.Schedule(*shape)}) for shape in shapes]
+    settings += [("paper", {"at": "blocks.*"}), ("paper", {"memory": 4}), ("paper", {"weight": 0.0})]
+    found: Values = {}
+    for preset, options in settings:
+        model = seeded(lambda: kit.MLP(hidden_size=16, num_classes=3))
+        reg = kit.Dispersive.from_preset(model, preset, **options)
+        if options.get("weight") == 0:
+            with reg:
+                model(normal(6, 2, dtype=torch.float32), t, y)
+            reg.loss()
+            found["measured only"] = torch.tensor(list(reg.stats.read().values()))
+            continue
+        found[f"{preset} {options}"] = plugged(reg, model, t=t, y=y, step=3)
+    model = seeded(lambda: kit.MLP(hidden_size=16, num_classes=3))
+    projector = seeded(lambda: torch.nn.Linear(16, 5))
+    encoder = torch.tanh(normal(2, 5, dtype=torch.float32))
+    found["norm matched"] = plugged(kit.NormMatched(model, "blocks.1", rms=1.3), model, step=1)
+    found["layer sync"] = plugged(kit.LayerSync(model, "blocks.0", "blocks.2"), model, step=1)
+    repa = kit.REPA(model, "blocks.1", encoder=lambda x: x @ encoder, projector=projector)
+    found["repa"] = plugged(repa, model, step=1)
+    for kind in kit.KINDS:
+        z, positive = (normal(6, 8, seed=seed).requires_grad_() for seed in (0, 1))
+        loss = kit.contrastive_loss(z, positive, alpha=0.5, kind=kind)
+        grads = torch.autograd.grad(loss, [z, positive])
+        found[f"contrastive {kind}"] = torch.cat([loss[None], *[g.flatten() for g in grads]]).detach()
+    for view in ("noise", "time", "both"):
+        pair = kit.second_view(t, normal(6, 2), view, torch.Generator().manual_seed(1))
+        found[f"second view {view}"] = torch.cat([one.flatten().double() for one in pair])
+    return found
+
+
+def field(x: torch.Tensor, t: torch.Tensor, y: Any = None, *, r: Any = None, taps: Any = ()) -> Any:
+    """A model in closed form."""
+    t, y, r = (0.0 if v is None else v.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for v in (t, y, r))
+    return (0.8 - t) * x + 0.1 * torch.sin(3 * x) + 0.05 * y + 0.02 * r
+
+
+def twice(x: torch.Tensor, t: torch.Tensor, y: Any = None) -> torch.Tensor:
+    return torch.cat([field(x, t, y), torch.tanh(x)], dim=1)
+
+
+PATHS = {
+    "linear": kit.LinearPath(), "gvp": kit.GVPPath(), "vp": kit.VPPath(), "ddpm": kit.DDPMPath(),
+    "cosine": kit.DDPMPath("cosine"),
+}  # fmt: skip
+
+
+def sampled() -> Values:
+    """Every sampler, with what it takes, and every guidance."""
+    s, y, seeds = kit.samplers, torch.tensor([0, 1, 2]), [3, 4, 5]
+    x, short = s.initial_noise(seeds, (2, 2)), s.time_grid(6, 1e-3, 1 - 1e-3)
+    found: Values = {"noise": x, "grid": s.time_grid(5, 0.1, 0.9)}
+    for name in ("euler", "heun", "rk4", "dopri5", "meanflow"):
+        found[name] = getattr(s, name)(field, x, s.time_grid(5))
+        found[f"{name} double"] = getattr(s, name)(field, x.double(), s.time_grid(5))
+    found["dopri5 rtol"] = s.dopri5(field, x, [1.0, 0.0], rtol=1e-3, atol=1e-3)
+    for name, path in PATHS.items():
+        for prediction in ("x0", "eps", "v", "score"):
+            how = {"path": path, "prediction": prediction}
+            found[f"ddim {name} {prediction}"] = s.ddim(field, x, short, **how)
+            found[f"dpm {name} {prediction}"] = s.dpm_solver_2m(field, x, short, **how)
+            found[f"sde {name} {prediction}"] = s.euler_maruyama(field, x, short, seeds=seeds, **how)
+            found[f"ddpm {name} {prediction}"] = s.ddpm(field, x, short, seeds=seeds, **how)
+    for options in ({"variance": "step"}, {"variance": "learned"}, {"clip": 0.5}):
+        model = twice if "learned" in options.values() else field
+        found[f"ddpm {options}"] = s.ddpm(model, x, s.time_grid(6), seeds=seeds, **options)
+    found["ddim eta"] = s.ddim(twice, x, s.time_grid(6), eta=0.7, seeds=seeds)
+    found["sde churn"] = s.euler_maruyama(field, x, s.time_grid(6), churn=0.4, seeds=seeds)
+    guides = {
+        "cfg": kit.ClassifierFree(y, 3, scale=2.0), "interval": kit.ClassifierFree(y, 3, scale=2.0, low=0.2, high=0.7),
+        "one channel": kit.ClassifierFree(y, 3, scale=1.5, channels=1), "scale 1": kit.ClassifierFree(y, None),
+        "auto": kit.AutoGuidance(y, scale=1.7, weak_model=lambda x, t, y, **r: 0.5 * field(x, t, y, **r)),
+    }  # fmt: skip
+    for name, guidance in guides.items():
+        for sampler in ("heun", "dopri5", "meanflow", "ddim"):
+            found[f"{name} {sampler}"] = getattr(s, sampler)(field, x, s.time_grid(4, 0.01, 0.99), guidance=guidance)
+    return found
+
+
+def objectives() -> Values:
+    """Each objective's loss, draws and gradient, on the toy network and in closed form."""
+    found: Values = {}
+    kinds = {
+        f"flow {n} {p}": kit.FlowMatching(path, p) for n, path in PATHS.items() for p in ("v", "x0", "eps", "score")
+    }
+    kinds |= {
+        "flow logit": kit.FlowMatching(t_sampling="logit_normal", logit_mean=0.3), "ddpm": kit.DDPM(),
+        "ddpm cosine": kit.DDPM(PATHS["cosine"]), "meanflow": kit.MeanFlow(),
+        "meanflow r": kit.MeanFlow(equal_share=0.2),
+    }  # fmt: skip
+    x0, y = normal(6, 2, dtype=torch.float32), torch.arange(6) % 3
+    for name, objective in kinds.items():
+        model = seeded(lambda: kit.MLP(hidden_size=16, num_classes=3, interval=True))
+        taps = (1,) if "flow linear v" in name or "meanflow" in name else ()
+        loss, aux = objective(model, x0, y, generator=torch.Generator().manual_seed(2), taps=taps)
+        total = loss + sum(z.square().mean() for z in aux.taps)
+        (grad,) = torch.autograd.grad(total, model.x_embedder.weight)
+        found[name] = torch.cat([loss[None], aux.t, aux.per_sample, grad.flatten()]).detach()
+    images = normal(4, 1, 2, 2, dtype=torch.float32).clamp(-1, 1)
+    for path in (PATHS["ddpm"], PATHS["cosine"]):
+        objective = kit.DDPM(path, learn_sigma=True)
+        loss, aux = objective(twice, images, generator=torch.Generator().manual_seed(2))
+        found[f"learn_sigma {path.schedule}"] = torch.cat([loss[None], aux.per_sample])
+    return found
+
+
+def networks() -> Values:
+    """Initial weights and outputs of the networks; the keys of the public checkpoints."""
+    found: Values = {}
+    size = {"input_size": 4, "patch_size": 2, "in_channels": 2, "num_classes": 3, **kit.DIT_CONFIGS["DiT-tiny"]}
+    for options in ({}, {"learn_sigma": True}, {"interval": True}, {"time_scale": 1.0}, {"class_dropout_prob": 0.0}):
+        model = seeded(lambda options=options: kit.DiT(**size, **options))
+        with torch.no_grad():
+            for layer in (*model.blocks, model.final_layer):
+                layer.adaLN_modulation[-1].weight.fill_(0.02)
+            model.final_layer.linear.weight.fill_(0.1)
+        out, taps = model(
+            normal(3, 2, 4, 4, dtype=torch.float32), torch.tensor([0.0, 0.4, 1.0]), torch.arange(3), taps=(0,)
+        )
+        found[f"DiT {options}"] = torch.cat([out.flatten(), taps[0].flatten()]).detach()
+        found |= {f"DiT {options} {key}": norm for key, norm in norms(model.state_dict()).items()}
+    for options in ({}, {"interval": True}, {"num_classes": 3}):
+        model = seeded(lambda options=options: kit.MLP(hidden_size=16, **options))
+        y = torch.arange(3) if options.get("num_classes") else None
+        found[f"MLP {options}"] = model(normal(3, 2, dtype=torch.float32), torch.tensor([0.0, 0.4, 1.0]), y).detach()
+        found |= {f"MLP {options} {key}": norm for key, norm in norms(model.state_dict()).items()}
+    return found
+
+
+def norms(tensors: Values) -> Values:
+    return {key: torch.linalg.vector_norm(value.double()) for key, value in tensors.items()}
+
+
+def configurations() -> dict[str, Any]:
+    """Twenty steps each, of every objective, with and without the loss."""
+    short = {
+        "model": "DiT-short/2",
+        "batch_size": 16,
+        "preview_images": 0,
+        "eval_every": 20,
+        "checkpoint_every": 20,
+        "log_every": 10,
+    }
+    paper = {"regularizer.preset": "paper"}
+    changes: dict[str, dict[str, Any]] = {
+        f"{objective} {name}": {"objective": objective, **loss}
+        for objective in ("flow", "ddpm", "meanflow")
+        for name, loss in (("base", {}), ("paper", paper))
+    }
+    changes["accumulation"] = {**paper, "accumulation": 2}
+    changes["memory"] = {**paper, "accumulation": 2, "regularizer.memory": 8}
+    changes["placebo"] = {**paper, "regularizer.norm_matched": 1.5}
+    changes["averages"] = {"regularizer.preset": "small", "ema_widths": (0.1,), "warmup_steps": 0, "flip": True}
+    found = {name: kit.config("smoke", **short, **change) for name, change in changes.items()}
+    found["toy"] = kit.config(
+        "toy", **{**short, "model": "MLP", "steps": 20, "batch_size": 64, "regularizer.preset": "small"}
+    )
+    return found
+
+
+def two_process_configurations() -> dict[str, Any]:
+    made = configurations()
+    gathered = {"regularizer.gather": True}
+    return {"two local": made["flow paper"], "two gathered": kit.with_settings(made["accumulation"], gathered)}
+
+
+def trained(folder: Path) -> Values:
+    """Every parameter after twenty steps, by its norm and the sum of its bits, and what was logged."""
+    made = configurations()
+    kit.train_all(list(made.values()), folder / "one")
+    return {f"{n} {k}": v for i, n in enumerate(made) for k, v in summary(folder / "one" / str(i)).items()}
+
+
+def trained_by_two(folder: Path) -> Values:
+    made = two_process_configurations()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "configs.json").write_text(json.dumps([kit.all_settings(one) for one in made.values()]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(HERE / "kit.py"), str(folder / "configs.json"), str(folder / "two")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return {f"{n} {k}": v for i, n in enumerate(made) for k, v in summary(folder / "two" / str(i)).items()}
+
+
+def summary(run: Path) -> Values:
+    logged = [value for line in kit.metrics(run) for _, value in sorted(line.items())]
+    found = {"metrics": torch.tensor(logged, dtype=torch.float64)}
+    for name, tensors in kit.groups(run).items():
+        ordered = [tensors[key] for key in sorted(tensors)]
+        found[f"{name} norms"] = torch.stack([torch.linalg.vector_norm(one.double()) for one in ordered])
+        bits = [one.contiguous().view(torch.uint8).long() for one in ordered if one.ndim]
+        found[f"{name} bits"] = torch.stack(
+            [(one.flatten() * (torch.arange(one.numel()) % 9973 + 1)).sum() for one in bits]
+        )
+    return found
+
+
+def resumed(folder: Path) -> Values:
+    """The run of 0.1 that stopped after two steps of four, gone on with."""
+    shutil.copytree(FILES / "run", folder / "run")
+    kit.resume(folder / "run")
+    return {**summary(folder / "run"), "samples": kit.sample_run(folder / "run")}
+
+
+def shipped() -> Values:
+    return {name: kit.sample_run(name) for name in kit.shipped_names() if name.startswith("digits")}
+
+
+FAMILIES = {
+    "losses": losses, "plug_ins": plug_ins, "sampled": sampled, "objectives": objectives, "networks": networks,
+    "shipped": shipped, "trained": trained, "trained_by_two": trained_by_two, "resumed": resumed,
+}  # fmt: skip
+IN_A_FOLDER = ("trained", "trained_by_two", "resumed")
+
+
+def compute(family: str, folder: Path) -> Values:
+    with kit.one_thread():
+        made = FAMILIES[family](folder / family) if family in IN_A_FOLDER else FAMILIES[family]()
+    return {key: value.detach().clone().contiguous() for key, value in made.items()}
+
+
+def write_files(folder: Path) -> None:
+    """A run folder, a store, the configurations of all presets, a notebook's run and a plan, as 0.1 writes them."""
+    import nbformat
+
+    half = {"steps": 4, "checkpoint_every": 2, "preview_images": 0, "log_every": 1, "keep_last": 9, "batch_size": 8}
+    run = kit.config("smoke", **half, **{"model": "DiT-tiny/2", "regularizer.preset": "paper"})
+    kit.train_all([run], folder)
+    shutil.rmtree(folder / "0" / "checkpoints" / "step-00000004")
+    shutil.copytree(folder / "0", FILES / "run", ignore=shutil.ignore_patterns(".lock"))
+    shutil.copytree(kit.write_store(folder), FILES / "store", ignore=shutil.ignore_patterns(".*", "records"))
+    kit.forget_place(FILES / "store")
+    (FILES / "store.json").write_text(json.dumps(kit.store_bytes(FILES / "store"), indent=1))
+    configs = {
+        name: kit.all_settings(one)
+        for name, one in {"default": kit.config("digits"), **kit.preset_configs(), **configurations()}.items()
+    }
+    (FILES / "configs.json").write_text(json.dumps(configs, indent=0))
+    (FILES / "small.yaml").write_text(PLAN.lstrip())
+    (FILES / "plan.json").write_text(json.dumps(kit.describe_plan(FILES / "small.yaml"), indent=0))
+    parameters = nbformat.v4.new_code_cell('mode: str = "class"\nvalue: float = 1.5\nseed: int = 0\nout: str = ""')
+    parameters.metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(NOTEBOOK)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "quick.ipynb")
+    kit.run_notebook(str(folder / "quick.ipynb"), folder / "notebook-run", {"seed": 2})
+    shutil.copytree(folder / "notebook-run", FILES / "notebook-run", ignore=shutil.ignore_patterns("*.html", "*.ipynb"))
+
+
+def main() -> None:
+    if (HERE / "values.safetensors").exists() and "--again" not in sys.argv:
+        sys.exit(f"{HERE / 'values.safetensors'} is there: --again replaces what later code is held to")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not FILES.exists():  # these are kept for good: they are what people have
+            with kit.one_thread():
+                write_files(folder / "files")
+        values = {f"{family}/{k}": v for family in FAMILIES for k, v in compute(family, folder).items()}
+    save_file(values, HERE / "values.safetensors", metadata=machine())
+
+
+if __name__ == "__main__":
+    main()

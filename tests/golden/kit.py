@@ -24,7 +24,7 @@ from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import AutoGuidance, ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow
 from dispersive_kit.diffusion.paths import DDPMPath, GVPPath, LinearPath, VPPath
-from dispersive_kit.errors import DispersiveError
+from dispersive_kit.errors import DispersiveError, KitError
 from dispersive_kit.models.dit import DIT_CONFIGS, DiT
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive

@@ -272,7 +272,7 @@ def configurations() -> dict[str, Any]:
     changes["accumulation"] = {**paper, "accumulation": 2}
     changes["memory"] = {**paper, "accumulation": 2, "regularizer.memory": 8}
     changes["placebo"] = {**paper, "regularizer.norm_matched": 1.5}
-    changes["averages"] = {"regularizer.preset": "small", "ema_widths": (0.1,), "warmup_steps": 0, "flip": True}
+    changes["small"] = {"regularizer.preset": "small", "warmup_steps": 0, "flip": True}
     found = {name: kit.config("smoke", **short, **change) for name, change in changes.items()}
     found["toy"] = kit.config(
         "toy", **{**short, "model": "MLP", "steps": 20, "batch_size": 64, "regularizer.preset": "small"}

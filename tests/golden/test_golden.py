@@ -13,7 +13,7 @@ from make import FAMILIES, FILES, HERE, compute, machine
 from safetensors import safe_open
 
 TOLERANCE = {"trained": 2e-2, "trained_by_two": 2e-2, "resumed": 2e-2, "losses": 1e-5}  # elsewhere 1e-4, and no bits
-RETIRED = json.loads((FILES / "configs.json").read_text())["default"]  # every setting of 0.1 at its default
+DEFAULT = json.loads((FILES / "configs.json").read_text())["default"]  # every setting of 0.1 at its default
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,14 @@ def test_a_store_of_0_1_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", json.loads((FILES / "configs.json").read_text()))
-def test_a_config_of_0_1_is_read_without_the_settings_that_are_retired(tmp_path, name):
+def test_a_config_of_0_1_is_read_and_one_that_uses_a_retired_setting_is_refused_by_its_name(tmp_path, name):
     stored = json.loads((FILES / "configs.json").read_text())[name]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    same_settings(stored, kit.read_settings(tmp_path), RETIRED)
+    if used := [key for key in stored.keys() - kit.all_settings(kit.config("digits")) if stored[key] != DEFAULT[key]]:
+        with pytest.raises(kit.KitError, match=used[0]):
+            kit.read_settings(tmp_path)
+    else:
+        same_settings(stored, kit.read_settings(tmp_path), DEFAULT)
 
 
 def same_settings(stored, read, default):
@@ -88,7 +92,7 @@ def test_a_plan_of_0_1_has_the_hash_and_the_runs_it_had():
     assert (found["sha256"], found["contrasts"]) == (stored["sha256"], stored["contrasts"])
     assert found["cells"].keys() == stored["cells"].keys()
     for name, cell in found["cells"].items():
-        same_settings(stored["cells"][name], cell, RETIRED)
+        same_settings(stored["cells"][name], cell, DEFAULT)
 
 
 def test_the_folder_of_a_notebook_run_by_0_1_is_read(tmp_path):

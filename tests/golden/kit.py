@@ -33,8 +33,8 @@ from dispersive_kit.regularizers.losses import KINDS, PRESETS, dispersive_loss, 
 from dispersive_kit.regularizers.schedules import Schedule
 from dispersive_kit.study.execute import read_stage, run_notebook
 from dispersive_kit.study.plan import load_plan, shipped_plans
-from dispersive_kit.study.results import shipped_results, verdicts
 from dispersive_kit.study.schema import read_result
+from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TRAIN_PRESETS, TrainConfig, train_preset, with_settings
 from dispersive_kit.training.loop import train
@@ -117,7 +117,7 @@ def describe_plan(file: Path) -> dict[str, Any]:
     """Hash, contrasts and the training of each run."""
     plan = load_plan(str(file))
     cells = {cell.name: all_settings(plan.config(cell)) for cell in plan.cells()}
-    return {"sha256": plan.sha256, "contrasts": [dataclasses.asdict(c) for c in plan.contrasts], "cells": cells}
+    return {"sha256": plan.sha256, "contrasts": [dict(vars(c)) for c in plan.contrasts], "cells": cells}
 
 
 def notebook_run(folder: Path) -> dict[str, Any]:

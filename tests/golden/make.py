@@ -29,7 +29,7 @@ arms: {base: {}, paper: {regularizer.preset: paper, regularizer.at: blocks.1}}
 reference: base
 conditions: {one: {learning_rate: 0.004}}
 seeds: [0, 1, 2, 3, 4, 5]
-evaluation: {extractor: random-conv, num: 40, num_steps: 2}
+evaluation: {extractor: pixels-pca32, num: 40, num_steps: 2}
 primary: {arm: paper, measure: frechet}
 co_primary: {arm: paper, measure: held_out}
 secondaries: []

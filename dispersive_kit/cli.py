@@ -3,14 +3,12 @@
 Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
 """
 
-import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -195,9 +193,7 @@ def encode(
         strict: End at a file that cannot be read; otherwise it is left out, and listed in spec.json.
         plan_only: Print the size of the store, and end.
     """
-    from dispersive_kit.data.encode import EncodeProgress, encode
-    from dispersive_kit.data.encoder import EncodeConfig, Encoder
-    from dispersive_kit.data.store_plan import StorePlan, size_in_words
+    from dispersive_kit.data.encode import EncodeConfig, EncodeProgress, Encoder, encode, size_in_words
 
     for name, value in {"image-size": image_size, "shard-size": shard_size, "batch-size": batch_size}.items():
         if value < 1:
@@ -205,38 +201,21 @@ def encode(
     if processes < 0:
         raise ConfigError(f"--processes must be 0 or more, got {processes}")
     config = EncodeConfig(images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, device=_device())
-    first = os.environ.get("RANK", "0") == "0"
+    number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     encoder = Encoder(config)
-    plan = StorePlan(len(encoder.folder.files), encoder.shape, flip, shard_size=shard_size)
-    processes = min(processes or _processes(), plan.shards)
-    if first:
-        print(f"{plan}\n{_in_short(encoder.folder.classes)}; {processes} processes, each at a shard of its own")
-        print(f"{size_in_words(_room(out, plan.bytes))} free on the disk of {out}", flush=True)
+    processes = min(processes or _processes(), encoder.size.shards)
+    if number == 0:
+        print(f"{encoder.size}\n{_in_short(encoder.folder.classes)}; {processes} processes, each at a shard of its own")
+        print(f"{size_in_words(_room(out, encoder.size.bytes))} free on the disk of {out}", flush=True)
     if plan_only:
         return
-    progress = EncodeProgress() if first else None
     try:
-        with _ended_by_sigterm():
-            store = encode(encoder, processes=processes, on_batch=progress)
+        store = encode(encoder, processes=processes, part=(number, calls), progress=EncodeProgress())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
         raise SystemExit(130) from None
-    if first:
+    if store:
         _report_store(store)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Leave in order, so that the helping processes end too."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _in_short(classes: tuple[str, ...]) -> str:
@@ -262,8 +241,8 @@ def _processes() -> int:
 
 def _room(out: Path, wanted: int) -> int:
     """Bytes free where the store will lie, of which it may already have used some."""
+    from dispersive_kit.data.encode import size_in_words
     from dispersive_kit.data.files import free_bytes
-    from dispersive_kit.data.store_plan import size_in_words
     from dispersive_kit.errors import DataError
 
     used = sum(f.stat().st_size for f in out.glob("shard-*")) if out.is_dir() else 0
@@ -301,16 +280,15 @@ def check(store: Folder, vae: str | None = None) -> None:
     from dispersive_kit.data.autoencoders import load_named
     from dispersive_kit.data.files import require_writable
     from dispersive_kit.data.latents import LatentStore
-    from dispersive_kit.data.store_check import check_store, decoded_grid
 
     file = store.with_name(f"{store.name}-grid.png")
     require_writable(file)
     opened = LatentStore(store)
-    for line in check_store(opened):
+    for line in opened.check():
         print(f"ok  {line}", flush=True)
     autoencoder = load_named(opened.spec.autoencoder, path=vae)
     print(f"ok  autoencoder {autoencoder.card}")
-    images = decoded_grid(opened, autoencoder)
+    images = opened.decoded_grid(autoencoder)
     save_image(images.float() / 255, file, nrow=4, padding=1)
     print(f"look at {file}: {len(images)} images, decoded")
 

@@ -325,10 +325,6 @@ BROKEN = {
             "spread = float(posterior[:, 0].float().std() / spec.autoencoder.scale)"
         ),
         "no row comes twice in an epoch": "epoch = np.append(epoch[1:], epoch[1])",
-        "balanced classes come equally often": (
-            "plain = Selection(undisturbed, classes=few.classes)\n"
-            "drawn = np.bincount(plain.labels(plain.draw(seed, 0, 300)))"
-        ),
         "one flipped bit is refused, and the shard named": (
             "refusals = {**refusals, 'flip_one_bit': refusal(lambda folder: None)}"
         ),

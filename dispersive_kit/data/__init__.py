@@ -1,9 +1,8 @@
 """Data: generated 2-D sets and small image sets as plain tensors, and stores of latents.
 
-Sets     toy, images (the named sets, or a folder held in memory)
-Encode   image_folder (list, read, crop), autoencoders, encoder (one process at work), encode (several, and progress),
-         store_plan (size and hours beforehand), sample_photographs (a folder to practise on)
-Read     latents (the store and its spec), selection (classes, balance, order), permutation, store_check
+Sets     toy, images (the named sets, or a folder held in memory), folder (list, read, crop)
+Latents  autoencoders, encode (a folder into a store), latents (the store, its spec, the order of its rows)
+Files    files (whole or not there, one writer at a time; those that come with the package)
 """
 
 from dispersive_kit.data.images import ImageSet, data_folder, load_images, to_float, to_uint8

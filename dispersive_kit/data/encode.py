@@ -1,105 +1,383 @@
-"""Encode a folder of images once: a shard is a function of the plan, and any number of processes make them together.
+"""Encode a folder of images once: a shard is a function of the plan, so a kill or company changes no bit of a store.
 
-No process knows of the others. Each takes the next shard that is neither finished nor locked, writes it under another
-name, flushes it to disk and renames it, and then does the same with a record of it. A lock (flock) ends with its
-process, so what a killed one had begun is taken over by those that are left, or by the next command. Whoever sees the
-last record writes spec.json. The bytes do not depend on how many there were, nor on kills: a batch never crosses a
-shard, and on a CPU each process has one thread.
+Of W processes the r-th makes the shards r, r + W, ... that are not finished: each is written under another name,
+flushed to disk and renamed, and then so is a record of it. A batch never crosses a shard, and on a CPU each process
+has one thread. spec.json is put together from the records, and comes last.
 """
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import sys
+import hashlib
+import itertools
+import math
 import time
-import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save
+from torch import Tensor
 
-from dispersive_kit.data.encoder import EncodeConfig, Encoder
-from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.errors import KitError
+from dispersive_kit.data.autoencoders import load_autoencoder
+from dispersive_kit.data.files import atomic_write, lock, read_json, write_json
+from dispersive_kit.data.folder import ImageFile, list_images, read_image
+from dispersive_kit.data.images import to_float
+from dispersive_kit.data.latents import DTYPES, PLAN, RECORDS, SPEC, LatentStore, Moments, ShardCard, Spec
+from dispersive_kit.errors import ConfigError, DataError, form_error
+
+IMAGENET_IMAGES = 1_281_167
+READ_AHEAD = 64  # images that wait, cropped, for the autoencoder
+Progress = Callable[[int, int], None]  # of images done by all processes, and of all images
 
 
-def encode(encoder: Encoder, *, processes: int = 1, on_batch: Callable[[Encoder], None] | None = None) -> LatentStore:
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What is encoded, and how. All but `readers`, `strict` and the place decide the bytes of the store."""
+
+    images: Path
+    autoencoder: str
+    store: Path
+    image_size: int = 256  # side of ADM's centre crop
+    flip: bool = True  # store mirror images too
+    dtype: str = "float16"  # or bfloat16
+    shard_size: int = 4096  # images
+    batch_size: int = 32  # images through the autoencoder at once
+    strict: bool = False  # a file that cannot be read ends the command, and is not left out
+    readers: int = 4  # threads that read and crop images ahead of the autoencoder
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "shard_size", "batch_size", "readers"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}; there are: {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A finished shard, and what was met on the way."""
+
+    card: ShardCard
+    moments: Moments
+    class_counts: dict[str, int]
+    odd: dict[str, int]
+    left_out: list[dict[str, str]]
+
+
+def _read_record(file: Path) -> _Record:
+    try:
+        return TypeAdapter(_Record).validate_python(read_json(file))
+    except ValidationError as fault:
+        raise form_error(fault, f"{file} is damaged, delete it and give the command again", DataError) from fault
+
+
+class Encoder:
+    """One process at work on a store.
+
+    Raises:
+        DataError: no images, or the autoencoder is not there. ConfigError: a size that it cannot take.
+    """
+
+    def __init__(self, config: EncodeConfig) -> None:
+        self.config = config
+        self.folder = list_images(config.images)
+        self.autoencoder = load_autoencoder(config.autoencoder, device=config.device)
+        self.records = config.store / RECORDS
+        blank = torch.zeros(1, 3, config.image_size, config.image_size, device=config.device)
+        try:
+            self.shape: tuple[int, ...] = tuple(self.autoencoder.posterior(blank).shape[2:])  # (C, h, w)
+        except RuntimeError as error:
+            raise ConfigError(f"images of {config.image_size} pixels are too small for this autoencoder") from error
+        if config.image_size % self.shape[-1]:
+            raise ConfigError(
+                f"image_size {config.image_size} gives latents of {self.shape[-1]}, which is no whole part of it: take "
+                "a multiple of what the autoencoder divides by"
+            )
+        self.size = StorePlan(len(self.folder.files), self.shape, config.flip, config.shard_size)
+
+    @cached_property
+    def shards(self) -> list[str]:
+        return [f"shard-{i:05d}.safetensors" for i in range(self.size.shards)]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What decides the bytes; the head of spec.json."""
+        config, folder = self.config, self.folder
+        device = torch.device(config.device).type
+        return {
+            "autoencoder": asdict(self.autoencoder.card),
+            "images": {
+                "root": str(config.images.resolve()),
+                "files": len(folder.files),
+                "names_sha256": folder.sha256,
+            },
+            "image_size": config.image_size,
+            "flip": config.flip,
+            "shape": list(self.shape),
+            "dtype": config.dtype,
+            "encoding": {"shard_size": config.shard_size, "batch_size": config.batch_size, "device": device},
+            "classes": list(folder.classes),
+        }
+
+    def begin(self) -> None:
+        """Write the plan, or compare it with that of the process that was first."""
+        folder, file = self.config.store, self.records / PLAN
+        if folder.exists() and any(path != self.records for path in folder.iterdir()) and not file.exists():
+            raise ConfigError(f"{folder} is not empty and holds no store that was begun; choose another folder")
+        self.records.mkdir(parents=True, exist_ok=True)
+        with lock(self.records / "plan.lock"):
+            if not file.exists():  # of two that begin at once, one writes
+                write_json(file, self.plan)
+        begun = read_json(file)
+        if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in self.plan.items() if begun.get(k) != v]:
+            raise ConfigError(
+                f"{folder} was begun with other settings or images, and cannot be gone on with:\n  "
+                + "\n  ".join(changed)
+                + "\nchoose another folder, or go back to the old ones"
+            )
+
+    def finished(self, shard: str) -> bool:
+        """Whether any process has made it."""
+        return (self.records / f"{shard}.json").is_file() and (self.config.store / shard).is_file()
+
+    def done(self) -> int:
+        """Images in the shards that are finished."""
+        size, total = self.config.shard_size, len(self.folder.files)
+        return sum(min(size, total - i * size) for i, shard in enumerate(self.shards) if self.finished(shard))
+
+    def work(self, number: int, of: int, progress: Progress) -> None:
+        """Make what is not finished of the shards `number`, `number` + `of`, ..."""
+        pool = ThreadPoolExecutor(self.config.readers)
+        try:
+            with _one_way_of_adding():
+                for shard in self.shards[number::of]:
+                    if not self.finished(shard):
+                        self._make(shard, pool, progress)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
+
+    def _make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        """Encode one shard, and write it and its record."""
+        config, first, done = self.config, self.shards.index(shard) * self.config.shard_size, self.done()
+        labels: list[int] = []
+        odd: Counter[str] = Counter()
+        left_out: list[dict[str, str]] = []
+
+        def readable() -> Iterator[ImageFile]:
+            for image in self._read_ahead(pool, self.folder.files[first : first + config.shard_size]):
+                if image.pixels is None:
+                    left_out.append(self._leave_out(image.file, image.fault))
+                else:
+                    odd.update(image.oddities)
+                    labels.append(self.folder.label(image.file))
+                    yield image
+
+        images, number_type = readable(), getattr(torch, config.dtype)
+        parts = [torch.empty(0, 1 + config.flip, 2, *self.shape, dtype=number_type)]
+        while batch := list(itertools.islice(images, config.batch_size)):
+            parts.append(self._encode(batch, number_type))
+            progress(done + sum(map(len, parts)), self.size.images)
+        posterior = torch.cat(parts)
+        content = save({"posterior": posterior, "labels": torch.tensor(labels, dtype=torch.long)})
+        with atomic_write(config.store / shard) as partial:
+            partial.write_bytes(content)
+        card = ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())
+        counts = Counter(self.folder.classes[label] for label in labels)
+        record = _Record(card, Moments.of(posterior), dict(counts), dict(odd), left_out)
+        write_json(self.records / f"{shard}.json", asdict(record))
+
+    def _read_ahead(self, pool: ThreadPoolExecutor, files: tuple[str, ...]) -> Iterator[ImageFile]:
+        """Images in the order of `files`, with at most READ_AHEAD read and waiting."""
+        pending: deque[Future[ImageFile]] = deque()
+        for file in files:
+            pending.append(pool.submit(read_image, self.config.images, file, self.config.image_size))
+            if len(pending) >= READ_AHEAD:
+                yield pending.popleft().result()
+        yield from (one.result() for one in pending)
+
+    def _leave_out(self, file: str, fault: str) -> dict[str, str]:
+        if self.config.strict:
+            raise DataError(
+                f"{self.config.images / file} cannot be read ({fault}); repair or remove it, "
+                "or go on without --strict, which leaves it out and lists it"
+            )
+        return {"file": file, "fault": fault}
+
+    def _encode(self, batch: list[ImageFile], number_type: torch.dtype) -> Tensor:
+        """Posteriors (n, flips, 2, C, h, w) on the CPU, in the type of the store."""
+        x = to_float(torch.stack([image.pixels for image in batch if image.pixels is not None])).to(self.config.device)
+        ways = [x, x.flip(-1)] if self.config.flip else [x]
+        stored = torch.stack([self.autoencoder.posterior(way) for way in ways], dim=1).to(number_type).cpu()
+        if not stored.isfinite().all():
+            raise DataError(
+                f"the latents of {batch[0].file} .. {batch[-1].file} are not finite as {self.config.dtype}; "
+                "try --dtype bfloat16, which has the range of float32"
+            )
+        return stored
+
+    def finish(self) -> None:
+        """Write spec.json from the records of all shards, unless it says just that already.
+
+        Raises:
+            DataError: not one image could be read; with `strict`, an earlier command left one out.
+        """
+        records = [_read_record(self.records / f"{shard}.json") for shard in self.shards]
+        left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
+        moments = Moments.joined(record.moments for record in records)
+        if moments.count == 0:
+            raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
+        odd = sum((Counter(record.odd) for record in records), Counter[str]())
+        counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
+        plan = self.plan
+        plan["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
+        spec = TypeAdapter(Spec).validate_python(
+            {
+                **plan,
+                "class_counts": [counts[name] for name in self.folder.classes],
+                "channel_mean": moments.mean,
+                "channel_std": moments.std,
+                "shards": [record.card for record in records],
+            }
+        )
+        file = self.config.store / SPEC
+        if not file.is_file() or file.read_text() != spec.to_json():
+            with atomic_write(file) as partial:
+                partial.write_text(spec.to_json())
+        for leftover in self.config.store.rglob(".partial-*"):
+            leftover.unlink(missing_ok=True)
+
+
+def encode(
+    encoder: Encoder,
+    *,
+    processes: int = 1,
+    part: tuple[int, int] = (0, 1),
+    progress: Progress = lambda done, total: None,
+) -> LatentStore | None:
     """Encode a folder of images, or go on with it.
 
     Args:
-        processes: this one and as many more as are needed, on the GPUs in turn; a launcher such as torchrun may
-            start more. on_batch: called after each batch of this process.
+        processes: on this machine, on its GPUs in turn; one: this process. part: which of how many such calls this is,
+            where a launcher has started several, on one or more machines. progress: called after each batch of this
+            process, or each second.
+
+    Returns:
+        The store; None from all calls but the first, which waits for them.
 
     Raises:
         ConfigError: the store was begun with other settings. DataError: a damaged image with `strict`; no readable
-            image at all; latents that are not finite; a full disk.
+            image at all; latents that are not finite; a full disk; a process that failed.
     """
     encoder.begin()
-    encoder.on_batch = on_batch or encoder.on_batch
-    with helpers(encoder.config, processes - 1):
-        encoder.work()
+    (number, calls), total = part, encoder.size.images
+    if processes == 1:
+        encoder.work(number, calls, progress)
+    else:
+        _spawn(encoder, processes, number * processes, calls * processes, progress)
+    if number > 0:
+        return None
+    while calls > 1 and encoder.done() < total:
+        time.sleep(0.2)
+        progress(encoder.done(), total)
     encoder.finish()
     return LatentStore(encoder.config.store)
 
 
-@contextlib.contextmanager
-def helpers(config: EncodeConfig, number: int) -> Iterator[None]:
-    """More processes at the same store; one that fails leaves its part to the others, and is reported."""
-    context = multiprocessing.get_context("spawn")
-    devices = [device_in_turn(config.device, i + 1, torch.cuda.device_count()) for i in range(number)]
-    started = [context.Process(target=_help, args=(replace(config, device=d),), daemon=True) for d in devices]
-    for process in started:
-        process.start()
+def _spawn(encoder: Encoder, processes: int, first: int, of: int, progress: Progress) -> None:
+    from torch.multiprocessing.spawn import ProcessException, spawn
+
+    # torch has them end with this process, however it ends
+    workers = spawn(_work, (encoder.config, first, of), processes, join=False, daemon=True)
     try:
-        yield
-        for process in started:
-            process.join()
+        while not workers.join(timeout=1):
+            progress(encoder.done(), encoder.size.images)
+        progress(encoder.done(), encoder.size.images)
+    except ProcessException as error:
+        raise DataError(
+            f"one of {processes} processes failed: {str(error).strip().splitlines()[-1]}. What is finished stays: put "
+            "it right, and give the command again"
+        ) from error
     finally:
-        for process in started:
+        for process in workers.processes:
             process.terminate()
-    if failed := sum(process.exitcode != 0 for process in started):
-        warnings.warn(f"{failed} of {number} helping processes failed; the others did their part", stacklevel=2)
 
 
-def device_in_turn(first: str, turn: int, gpus: int) -> str:
-    """The device of the `turn`-th process after the first; where there are more processes than GPUs, they share."""
-    kind, _, index = first.partition(":")
-    return f"{kind}:{(int(index or 0) + turn) % gpus}" if kind == "cuda" else first
+def _work(turn: int, config: EncodeConfig, first: int, of: int) -> None:
+    """What each started process does."""
+    if config.device.startswith("cuda"):
+        config = replace(config, device=f"cuda:{turn % torch.cuda.device_count()}")
+    Encoder(config).work(first + turn, of, lambda done, total: None)
 
 
-def _help(config: EncodeConfig) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends its helpers
-    first = os.getppid()
-
-    def end_with_the_first(encoder: Encoder) -> None:
-        if os.getppid() != first:  # it was killed
-            raise SystemExit(1)
-
+@contextlib.contextmanager
+def _one_way_of_adding() -> Iterator[None]:
+    """Sums of a CPU may depend on the number of threads, and those of a GPU on which algorithm was fastest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        encode(Encoder(config), on_batch=end_with_the_first)
-    except KitError as error:
-        print(f"error in a helping process: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class EncodeProgress:
-    """Images done by all processes, rate and time left: a bar on a terminal, one line per tenth elsewhere."""
+    """Images done by all processes, rate and time left: a line per tenth, and per minute."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
-        self.began, self.done_before, self.tenths = time.monotonic(), -1, -1
+        self.began, self.before, self.said, self.tenths = time.monotonic(), -1, 0.0, 0
 
-    def __call__(self, encoder: Encoder) -> None:
-        done, total = encoder.done, len(encoder.folder.files)
-        if self.done_before < 0:  # what an earlier command did says nothing of the rate
-            self.done_before = done - encoder.in_hand
-            self.bar = tqdm(total=total, initial=self.done_before, unit="image") if sys.stderr.isatty() else None
-        if self.bar:
-            self.bar.update(done - self.bar.n)
-        elif done * 10 // total > self.tenths and done > self.done_before:
-            self.tenths = done * 10 // total
-            rate = (done - self.done_before) / (time.monotonic() - self.began)
-            left = tqdm.format_interval((total - done) / rate)
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.before < 0:  # what an earlier command did says nothing of the rate
+            self.began, self.before, self.said = now, done, now
+        elif done > self.before and (done * 10 // total > self.tenths or now - self.said > 60):
+            rate = (done - self.before) / (now - self.began)
+            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
             print(f"{done:,} of {total:,} images, {rate:.1f} a second, {left} left", flush=True)
+            self.said, self.tenths = now, done * 10 // total
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """How large a store of so many images will be, by arithmetic alone; shape is of one latent (C, h, w)."""
+
+    images: int
+    shape: tuple[int, ...]
+    flip: bool = True
+    shard_size: int = 4096
+
+    @property
+    def image_bytes(self) -> int:
+        """Mean and std, of the image and of its mirror image, in 16 bits each; and the label."""
+        return 2 * (1 + self.flip) * math.prod(self.shape) * 2 + 8
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.images / self.shard_size)
+
+    @property
+    def bytes(self) -> int:
+        return self.images * self.image_bytes + self.shards * 168  # of a safetensors header, to within a few
+
+    def __str__(self) -> str:
+        mirrored = "with mirror images" if self.flip else "without mirror images"
+        return (
+            f"{self.images:,} images {mirrored}, latents {'x'.join(map(str, self.shape))}: {self.image_bytes:,} bytes "
+            f"each, {size_in_words(self.bytes)} in {self.shards:,} shards of at most "
+            f"{size_in_words(self.shard_size * self.image_bytes)}"
+        )
+
+
+def size_in_words(count: int) -> str:
+    """1,234,567 -> 1.2 MB (powers of ten, as disks are sold)."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

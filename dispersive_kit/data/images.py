@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispersive_kit.data.image_folder import HELD_OUT_PARTS, list_images, read_image
+from dispersive_kit.data.folder import HELD_OUT_PARTS, list_images, read_image
 from dispersive_kit.errors import DataError
 
 PHOTO_CROPS = {"train": 1024, "test": 256}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
-from dispersive_kit.data.selection import Selection
+from dispersive_kit.data.latents import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.training.config import TrainConfig
@@ -148,8 +148,8 @@ def _decoded(data: Selection, decode: Decode, at_most: int) -> ImageSet:
     to_model = store.spec.autoencoder.to_model
     parts = np.array_split(rows, -(-len(rows) // 64))
     images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
-    labels = torch.from_numpy(data.labels(rows))
-    found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, data.classes, str(store.path))
+    labels = torch.from_numpy(store.labels(rows))
+    found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, store.spec.classes, str(store.path))
     return replace(found, drawn_from=len(data) if len(rows) < len(data) else None)
 
 

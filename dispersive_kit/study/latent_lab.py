@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dispersive_kit.data import to_uint8
-from dispersive_kit.data.encoder import EncodeConfig
+from dispersive_kit.data.encode import EncodeConfig
 from dispersive_kit.data.sample_photographs import write_photographs
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.config import IMAGENET_ARMS, TrainConfig, train_preset

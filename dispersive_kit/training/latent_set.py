@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dispersive_kit.data.autoencoders import load_autoencoder, refuse_other
-from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.data.selection import Selection
+from dispersive_kit.data.latents import LatentStore, Selection
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.draws import Batch, drop_labels, stream
@@ -44,7 +43,7 @@ class LatentSet:
         mirrored = torch.rand(size, generator=stream(seed, "flip", step)).numpy() < 0.5 if flip else None
         generator = stream(seed, "batch", step, self.device)
         x0 = self._sample(self.selection.store.read(rows, mirrored), generator)
-        labels = torch.from_numpy(self.selection.labels(rows)).to(self.device)
+        labels = torch.from_numpy(self.selection.store.labels(rows)).to(self.device)
         y = drop_labels(labels, null_label, drop_prob, generator)
         return Batch(x0, y, labels, objective.draw(x0, generator))
 
@@ -94,6 +93,6 @@ def describe_latents(data: Selection) -> dict[str, Any]:
         "sha256": spec.sha256,
         "samples": len(data),
         "shape": list(spec.shape),
-        "classes": list(data.classes),
+        "classes": list(spec.classes),
         "autoencoder": asdict(spec.autoencoder),
     }

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispersive_kit.data.image_folder import list_images, read_image
+from dispersive_kit.data.folder import list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.errors import DataError
 from dispersive_kit.training.draws import sample_index, stream

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from latent_stores import write_store
 
 from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.data.permutation import permute
 
 BATCH = 256
 
@@ -56,21 +55,21 @@ def main() -> None:
         path = write_store(Path(folder) / "store", rows=rows, shape=(4, 32, 32), shard_size=rows // 5, flip=False)
         store = LatentStore(path)
         arms = {"this store": store.read, "a file opened per item": open_per_item(store)}
-        first = permute(np.arange(BATCH), rows, 0)
+        first = np.random.default_rng(0).permutation(rows)[:BATCH]
         assert torch.equal(*(read(first) for read in arms.values()))
         for block in store.blocks():  # warms the page cache
             block.sum()
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         for repeat in range(repeats):
-            order = permute(np.arange(BATCH * per_arm) % rows, rows, repeat)
+            order = np.random.default_rng(repeat).integers(0, rows, BATCH * per_arm)
             for name, read in arms.items():
                 start = time.perf_counter()
                 for batch in np.split(order, per_arm):
                     read(batch)
                 seconds[name].append(time.perf_counter() - start)
         memory = anonymous_mb()
-        for start_row in range(0, rows - BATCH, BATCH):
-            store.read(permute(np.arange(start_row, start_row + BATCH), rows, 1))
+        for batch in np.array_split(np.random.default_rng(1).permutation(rows), rows // BATCH):
+            store.read(batch)
         grown = anonymous_mb() - memory
     print(f"{rows:,} latents of 4x32x32 (mean and std, float16), batches of {BATCH}, median of {repeats}")
     base = statistics.median(seconds["a file opened per item"])

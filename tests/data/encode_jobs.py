@@ -6,8 +6,7 @@ import numpy as np
 import small_autoencoders
 from PIL import Image
 
-from dispersive_kit.data.encode import encode
-from dispersive_kit.data.encoder import EncodeConfig, Encoder
+from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
 
 SMALL = {"image_size": 16, "shard_size": 7, "batch_size": 3, "readers": 2}
 CLEAN = multiprocessing.get_context("forkserver")
@@ -25,28 +24,22 @@ def write_photos(root, classes, count, *, size=(24, 20), seed=0):
     return root
 
 
-def make(photos, store, autoencoder="patches", *, drawn=None, **options):
-    """Encode `photos` with the small settings of these tests, but for `options`."""
+def make(photos, store, autoencoder="patches", *, drawn=None, parts=1, **options):
+    """Encode `photos` with the small settings of these tests, but for `options`, in so many parts, the first last."""
     if drawn:
         small_autoencoders.register_drawn(*drawn)
-    return encode(Encoder(EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})))
+    config = EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})
+    return [encode(Encoder(config), part=(number, parts)) for number in reversed(range(parts))][-1]
 
 
-def run(*args, **options):
-    """`make` for a process, which must not send the store back."""
-    make(*args, **options)
+def run(part, photos, store, autoencoder, **options):
+    """One part of `make`, for a process."""
+    encode(Encoder(EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})), part=part)
 
 
 def start(number, *args, **options):
-    """The same encoding in so many processes at once, of which none knows of the others."""
-    started = [CLEAN.Process(target=run, args=args, kwargs=options) for _ in range(number)]
+    """The parts of one encoding in so many processes, of which none knows of the others."""
+    started = [CLEAN.Process(target=run, args=((i, number), *args), kwargs=options) for i in range(number)]
     for process in started:
         process.start()
     return started
-
-
-def in_processes(number, *args, **options):
-    started = start(number, *args, **options)
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [0] * number

@@ -5,12 +5,10 @@ import textwrap
 
 import pytest
 import torch
-from encode_jobs import in_processes, make
+from encode_jobs import make, start
 
 from dispersive_kit.data import autoencoders
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named
-from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.data.store_check import decoded_grid
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 diffusers = pytest.importorskip("diffusers")
@@ -86,9 +84,10 @@ def test_the_posterior_and_the_images_are_those_of_diffusers(small):
 
 @pytest.mark.long
 def test_two_processes_with_one_of_diffusers_store_the_same_bytes_as_one(small, photos, tmp_path):
-    make(photos, tmp_path / "alone", str(small))
-    in_processes(2, photos, tmp_path / "store", str(small))
-    for shard in LatentStore(tmp_path / "alone").spec.shards:
+    alone = make(photos, tmp_path / "alone", str(small))
+    for process in start(2, photos, tmp_path / "store", str(small)):
+        process.join(120)
+    for shard in alone.spec.shards:
         assert (tmp_path / "store" / shard.file).read_bytes() == (tmp_path / "alone" / shard.file).read_bytes()
 
 
@@ -163,5 +162,5 @@ def test_the_ten_lines_of_the_docstring_make_an_autoencoder(photos, tmp_path):
     exec(code, {"register_autoencoder": autoencoders.register_autoencoder, "torch": torch})
     store = make(photos, tmp_path / "store", "mine")
     assert store.spec.autoencoder.kind == "Mine" and store.spec.autoencoder.scale == 0.5
-    grid = decoded_grid(store, load_named(store.spec.autoencoder))
+    grid = store.decoded_grid(load_named(store.spec.autoencoder))
     assert grid.shape == (16, 3, 16, 16) and grid.float().std() > 1

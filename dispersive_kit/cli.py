@@ -299,7 +299,7 @@ def run(
     mode: Literal["smoke", "class", "full"] | None = None,
     param: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=("-p",))] = (),
     resume: bool = False,
-    executor_kind: Annotated[Literal["pool", "slurm", "local"], tyro.conf.arg(name="executor")] = "pool",
+    executor: Literal["pool", "slurm", "local"] = "pool",
     workers: int | None = None,
 ) -> None:
     """Run one notebook ("06", or a path) or a pipeline ("demo", or a YAML file) headlessly, and write a report.
@@ -313,21 +313,19 @@ def run(
         mode: smoke (seconds), class (minutes on a laptop) or full (a GPU); a pipeline's own, or class, if not given.
         param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
         resume: Go on in a folder that holds this run already; what is unchanged is not run again.
-        executor_kind: Where a pipeline runs: processes here (pool), Slurm jobs, or a trial of such jobs here (local).
+        executor: Where a pipeline runs: processes here (pool), Slurm jobs, or a trial of such jobs here (local).
         workers: At most so many runs of a sweep at once; one per GPU if not given, and all of them on a cluster.
     """
-    from dispersive_kit.study.commands import run as run_headlessly
-    from dispersive_kit.study.sweep import Executor
+    from dispersive_kit.study.run import run as run_headlessly
 
-    executor = Executor(kind=executor_kind, workers=workers)
-    run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, executor=executor)
+    run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, executor=executor, workers=workers)
 
 
 def list_runs() -> None:
     """List the runs of notebooks and pipelines in the runs folder ($DISPERSIVE_KIT_RUNS, else runs/)."""
-    from dispersive_kit.study.commands import show_runs
+    from dispersive_kit.study.run import runs_table
 
-    print(show_runs())
+    print(runs_table())
 
 
 def export(run: Folder, out: Path, step: int | None = None) -> None:
@@ -385,7 +383,7 @@ def study_report(plan: Name, out: Path | None = None) -> None:
 
 
 def _report_study(plan: Any, results: dict[str, Any], folder: Path) -> None:
-    from dispersive_kit.study.registry import as_table
+    from dispersive_kit.study.report import as_table
     from dispersive_kit.study.study_report import verdict_rows, write_study_report
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -416,7 +414,7 @@ def study_list() -> None:
     from dispersive_kit.errors import DataError
     from dispersive_kit.study.experiment import load_results
     from dispersive_kit.study.plan import load_plan, shipped_plans
-    from dispersive_kit.study.registry import as_table
+    from dispersive_kit.study.report import as_table
 
     rows = [["plan", "runs", "CPU hours", "primary", "title"]]
     for opened in map(load_plan, shipped_plans()):
@@ -435,7 +433,7 @@ def study_table(write: bool = False) -> None:
     Args:
         write: Put them into the README of this checkout, and draw notebooks/figures/verdicts.png.
     """
-    from dispersive_kit.study.lookup import PACKAGE
+    from dispersive_kit.study.notebook import PACKAGE
     from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_hash, evidence_markdown
     from dispersive_kit.views.plots import style
     from dispersive_kit.views.study_plots import verdict_forest

@@ -56,8 +56,6 @@ def _packages() -> Finding:
         return Finding("packages", False, "dispersive-kit itself is not installed", fix)
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
     faults = [fault for requirement in needed if (fault := _shortfall(requirement))]
-    if sys.version_info < (3, 11):
-        faults.append(f"Python 3.11 or newer wanted, found {sys.version.split()[0]}")
     detail = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
     return Finding("packages", not faults, "; ".join(faults) or detail, fix)
 

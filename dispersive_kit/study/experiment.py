@@ -29,11 +29,9 @@ from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.arms import read_metrics
-from dispersive_kit.study.environment import describe_environment
-from dispersive_kit.study.execute import lock_of
+from dispersive_kit.study.machine import describe_environment, in_pool, visible_gpus
 from dispersive_kit.study.notebook import runs_folder
 from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
-from dispersive_kit.study.sweep import in_pool, visible_gpus
 from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, train
 from dispersive_kit.training.run import build_objective
@@ -88,7 +86,7 @@ def run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
     """
     folder = out / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock(lock_of(folder)):
+    with lock(folder.with_name(f".{folder.name}.lock")):
         if _is_done(plan, cell, out):
             return read_json(_file(cell, out), default={})
         torch.set_num_threads(1)

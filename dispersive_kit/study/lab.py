@@ -13,7 +13,7 @@ from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import Type, default
 
-from dispersive_kit.study.lookup import notebooks_folder
+from dispersive_kit.study.notebook import notebooks_folder
 
 LAB = "lab"
 CONSOLE = "voila/render/90_lecture_console.ipynb"

@@ -33,7 +33,9 @@ def describe_environment() -> dict[str, Any]:
     root = PACKAGE.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout if (root / ".git").exists() else ""
+        found = (
+            subprocess.run(git, capture_output=True, text=True, check=True).stdout if (root / ".git").exists() else ""
+        )
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout that it trusts
         found = ""
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

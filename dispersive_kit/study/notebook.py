@@ -11,11 +11,19 @@
 import os
 import re
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    PositiveFloat,
+    PrivateAttr,
+    ValidationError,
+)
 
 from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError, DataError, form_error
@@ -56,25 +64,19 @@ class Result(_Form):
 
     notebook: _Text
     mode: Mode
-    seconds: NonNegativeFloat
-    peak_gib: PositiveFloat | None
-    checks: list[Check]
-    numbers: list[Number]
-    sentences: list[str]
+    seconds: NonNegativeFloat = 0.0
+    peak_gib: PositiveFloat | None = None
+    checks: list[Check] = []
+    numbers: list[Number] = []
+    sentences: list[str] = []
 
 
-@dataclass
-class NotebookRun:
-    """One execution of a notebook. `settings` holds its preset numbers for the mode."""
+class NotebookRun(Result):
+    """One execution of a notebook, in the folder `out`. `settings` holds its preset numbers for the mode."""
 
-    name: str
-    mode: str
-    out: Path
-    settings: Any
-    started: float = field(default_factory=time.perf_counter)
-    checks: list[Check] = field(default_factory=list)
-    numbers: list[Number] = field(default_factory=list)
-    sentences: list[str] = field(default_factory=list)
+    out: Path = Field(exclude=True)
+    settings: Any = Field(exclude=True)
+    _started: float = PrivateAttr(default_factory=time.perf_counter)
 
     def check(self, promise: str, holds: bool, detail: str = "") -> None:
         """Print and keep a check.
@@ -98,11 +100,9 @@ class NotebookRun:
 
     def finish(self) -> None:
         """Write result.json into the run folder."""
-        seconds = round(time.perf_counter() - self.started, 1)
-        told = {"checks": self.checks, "numbers": self.numbers, "sentences": self.sentences}
-        result = Result(notebook=self.name, mode=self.mode, seconds=seconds, peak_gib=_peak_memory_gib(), **told)
-        write_json(self.out / "result.json", result.model_dump())
-        print(f"done in {seconds:.0f} s; written to {self.out}")
+        self.seconds, self.peak_gib = round(time.perf_counter() - self._started, 1), _peak_memory_gib()
+        write_json(self.out / "result.json", self.model_dump())
+        print(f"done in {self.seconds:.0f} s; written to {self.out}")
 
 
 def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
@@ -115,13 +115,16 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     if forced and forced != mode:
         print(f"{MODE_VARIABLE}={forced} replaces mode={mode!r}")
     mode = forced or mode
-    if mode not in get_args(Mode):
-        raise ConfigError(f"unknown mode {mode!r}; there are: {', '.join(get_args(Mode))}")
     folder = Path(out) if out else runs_folder() / name / time.strftime("%Y%m%d-%H%M%S")
     if not out and folder.exists():
         folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+    try:
+        run = NotebookRun.model_validate({"notebook": name, "mode": mode, "out": folder, "settings": {}})
+    except ValidationError as fault:
+        raise form_error(fault, name) from None
     folder.mkdir(parents=True, exist_ok=True)
-    return NotebookRun(name, mode, folder, settings_of(name, mode))
+    run.settings = settings_of(name, mode)
+    return run
 
 
 def read_result(folder: Path) -> Result:

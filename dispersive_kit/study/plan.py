@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, Val
 
 from dispersive_kit.data import TOY_SETS
 from dispersive_kit.errors import ConfigError, form_error
-from dispersive_kit.study.lookup import notebooks_folder, safe_name
+from dispersive_kit.study.notebook import notebooks_folder, safe_name
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEVEL = 0.05

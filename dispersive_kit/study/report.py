@@ -15,26 +15,20 @@ from dispersive_kit.errors import DataError
 from dispersive_kit.study.notebook import Result, read_result
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
-_OFFLINE = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:\">"
-)
+OFFLINE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
+_POLICY = f'<meta http-equiv="Content-Security-Policy" content="{OFFLINE}">'
 _STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; color: #1b1b1b; }
 h2 { margin-top: 2.4rem; border-top: 1px solid #ccc; padding-top: 1rem; } figure { margin: 1.3rem 0 !important; }
+.anchor-link, .prompt { display: none; }
 table { border-collapse: collapse; margin: 1rem 0; } img { max-width: 100%; height: auto; }
 th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } .quiet, figcaption { color: #555; font-size: .92rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+.quiet, figcaption { color: #555; font-size: .92rem; }
 .failed { color: #a3000b; font-weight: 600; } .better { color: #00694c; font-weight: 700; }
 .worse { color: #a34700; font-weight: 700; } .equivalent { color: #005a8d; font-weight: 700; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } details { margin: .6rem 0; }
 """
-# Of nbconvert's page without its scripts, which would be fetched.
-_NOTEBOOK = (
-    "{%- extends 'lab/index.html.j2' -%}{%- block html_head_js -%}{%- endblock -%}"
-    f"{{%- block html_head_js_mathjax -%}}{{%- endblock -%}}{{%- block html_head -%}}{_OFFLINE}{{{{ super() }}}}"
-    "{%- endblock -%}{%- block footer_js -%}{%- endblock -%}"
-)
 
 Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
 
@@ -86,7 +80,7 @@ def quoted(text: str, kind: str = "pre") -> str:
 
 def write_page(file: Path, title: str, *parts: str) -> Path:
     """Write a page of parts, which are HTML; returns `file`."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_OFFLINE}'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_POLICY}'
     head += f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
     body = "\n".join([quoted(title, "h1"), *filter(None, parts)])
     file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', "utf-8")
@@ -101,26 +95,24 @@ def write_notebook_page(notebook: Path) -> None:
     from nbconvert import HTMLExporter
 
     document = nbformat.read(notebook, as_version=4)
-    document.metadata.pop("widgets", None)
     for cell in document.cells:  # of a widget there is nothing to see without a kernel; the figure before it stays
         widgets = [o for o in cell.get("outputs", []) if any("jupyter.widget" in kind for kind in o.get("data", {}))]
         cell.outputs = [output for output in cell.get("outputs", []) if output not in widgets]
-    page, _ = HTMLExporter(raw_template=_NOTEBOOK).from_notebook_node(document)
-    notebook.with_suffix(".html").write_text(page, encoding="utf-8")
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
+    write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
 
 
 def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> Path:
     """Write `out/report.html` from the runs' folders; returns its path. The runs of a grid share one section."""
     stages = _by_stage(results)
-    overview = [("stage", "status", "time", "memory", "")]
+    overview: list[Row] = [("stage", "status", "time", "memory", "")]
     for name, runs in stages.items():
         seconds = sum(run.seconds or read_json(run.folder / "stage.json", default={}).get("seconds", 0) for run in runs)
         peak = max((result.peak_gib or 0 for run in runs if (result := _result(run))), default=0)
-        status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
-        overview.append((
-            (f"#{name}", name), status if len(runs) > 1 else runs[0].status, f"{seconds:.0f} s",
-            f"{peak:.1f} GiB" if peak else "", _link(runs[0], out, "executed notebook") if len(runs) == 1 else "",
-        ))  # fmt: skip
+        counts = Counter(run.status for run in runs)
+        status = ", ".join(f"{n} {kind}" if len(runs) > 1 else kind for kind, n in counts.items())
+        link = _link(runs[0], out, "executed notebook") if len(runs) == 1 else ""
+        overview.append(((f"#{name}", name), status, f"{seconds:.0f} s", f"{peak:.1f} GiB" if peak else "", link))
     parts = [part for name, runs in stages.items() for part in _section(name, runs, out)]
     where = _environment(results[0].folder) if results else ""
     return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts, where)

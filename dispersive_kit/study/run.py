@@ -17,37 +17,33 @@ A run whose inputs (notebook, parameters, package) are unchanged since it ended 
 killed goes on: its folder is left as it is, so that a training in it resumes from its checkpoint.
 """
 
-import ast
 import functools
-import hashlib
 import itertools
-import json
 import logging
-import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from dispersive_kit.data.files import lock, read_json, versions, write_json
-from dispersive_kit.errors import ConfigError, DataError, KitError, form_error
-from dispersive_kit.study.notebook import MODE_VARIABLE, PACKAGE, Mode, find_notebook, read_result, runs_folder
-from dispersive_kit.study.pool import in_pool, on_cluster, visible_gpus
+from dispersive_kit.data.files import lock, read_json, write_json
+from dispersive_kit.errors import ConfigError, DataError, KitError
+from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, visible_gpus
+from dispersive_kit.study.notebook import find_notebook, read_result, runs_folder
+from dispersive_kit.study.pipeline import (
+    Pipeline,
+    Stage,
+    Task,
+    check_parameters,
+    load_pipeline,
+    plan,
+    shipped_pipelines,
+)
 from dispersive_kit.study.report import Ended, as_table, measured, write_notebook_page, write_report
 
 Executor = Literal["pool", "slurm", "local"]  # local: a trial of Slurm jobs here
-_Name = Annotated[str, Field(pattern=r"^([A-Za-z0-9][\w.=,+-]*)?$")]  # of a folder, which leads nowhere else
-_SHIPPED = PACKAGE / "study" / "pipelines"
 _CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -131,7 +127,7 @@ def run_pipeline(
     executor: Executor = "pool",
     workers: int | None = None,
 ) -> Iterator[Ended]:
-    """Run the stages in order, yielding each run as it ends; runs of a grid go on beside a failed one, and then it ends.
+    """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
 
     workers: at most so many runs at once; None: one for each GPU, or one, in a pool, and all on a cluster.
 
@@ -179,7 +175,7 @@ def _run_task(task: Task, out: Path) -> Ended:
 
 
 def _result_of(task: Task, folder: Path) -> Ended | None:
-    stage = _read_stage(folder)
+    stage = read_stage(folder)
     if stage.get("key") != task.key() or stage["status"] == "running":
         return None
     return Ended(task.name, stage["status"], stage["seconds"], folder, stage["error"])
@@ -204,7 +200,7 @@ def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None =
     with lock(_lock_of(folder)):
         if _ended_well(task, folder):
             return Ended(task.name, "skipped", 0.0, folder)
-        stage = _read_stage(folder)
+        stage = read_stage(folder)
         if not stage and folder.exists() and any(folder.iterdir()):
             raise KitError(f"{folder} holds no run of a notebook, and is not empty: name another folder with --out")
         if stage.get("key", task.key()) != task.key():
@@ -222,8 +218,13 @@ def _run(task: Task, folder: Path) -> Ended:
     write_json(folder / "environment.json", describe_environment())
     started, log = time.perf_counter(), folder / "log.txt"
     error, traceback = _execute(task, folder, log)
-    error = error or _hidden_fault(folder)
-    lines = _ANSI.sub("", log.read_text(encoding="utf-8")).replace("\r\n", "\n").split("\n")
+    error = error or next(_hidden_faults(folder / "notebook.ipynb"), "")
+    if not error:
+        try:
+            read_result(folder)
+        except DataError as fault:
+            error = str(fault)
+    lines = _ANSI.sub("", log.read_bytes().decode()).replace("\r\n", "\n").split("\n")
     said = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # the last state of each progress bar
     log.write_text(f"{said}\n{traceback or error}\n", encoding="utf-8")
     write_notebook_page(folder / "notebook.ipynb")
@@ -264,30 +265,25 @@ def _execute(task: Task, folder: Path, log: Path) -> tuple[str, str]:
     return "", ""
 
 
-def _hidden_fault(folder: Path) -> str:
-    """What did not stop the notebook but fails the run: a result of the wrong form, or an error in a thread, an
-    observer or a widget, which stands on the stderr of a cell or in the saved state of an Output widget.
+def _hidden_faults(notebook: Path) -> Iterator[str]:
+    """Errors that stopped no cell, in a thread, an observer or a widget: on the stderr of a cell, or in the saved state
+    of an Output widget.
     """
     import nbformat
 
-    document = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    document = nbformat.read(notebook, as_version=4)
     outputs = [output for cell in document.cells for output in cell.get("outputs", [])]
     widgets = document.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
     outputs += [o for model in widgets.get("state", {}).values() for o in model["state"].get("outputs") or ()]
     for output in outputs:
         text = "".join(output.get("text", ""))
         if output["output_type"] == "error":
-            return f"an error was hidden from the run: {output['ename']}: {output['evalue']}"
-        if "Traceback (most recent call last)" in text:
-            return f"an error was hidden from the run: {text.strip().splitlines()[-1]}"
-    try:
-        read_result(folder)
-    except DataError as fault:
-        return str(fault)
-    return ""
+            yield f"an error was hidden from the run: {output['ename']}: {output['evalue']}"
+        elif "Traceback (most recent call last)" in text:
+            yield f"an error was hidden from the run: {text.strip().splitlines()[-1]}"
 
 
-def _read_stage(folder: Path) -> dict[str, Any]:
+def read_stage(folder: Path) -> dict[str, Any]:
     return read_json(folder / "stage.json", default={})
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import jinja2
 
 from dispersive_kit.study.plan import Plan
-from dispersive_kit.study.registry import Row
-from dispersive_kit.study.webpage import OFFLINE
+from dispersive_kit.study.report import OFFLINE, Row
 
 PAGE = jinja2.Template(Path(__file__).with_name("study.html.j2").read_text(encoding="utf-8"), autoescape=True)
 

@@ -10,9 +10,11 @@ out: str = ""  # folder"""
 BEGIN = "from dispersive_kit.study import begin\nnb = begin('made', mode=mode, out=out)"
 
 
-@pytest.fixture
-def write_notebook(tmp_path):
+@pytest.fixture(scope="module")
+def write_notebook(tmp_path_factory):
     """A function that writes a notebook with parameters, the cells given and, unless they are `bare`, nb = begin()."""
+
+    folder = tmp_path_factory.mktemp("notebooks")
 
     def write(name: str, *cells: str, bare: bool = False) -> Path:
         notebook = nbformat.v4.new_notebook()
@@ -20,7 +22,7 @@ def write_notebook(tmp_path):
         first = nbformat.v4.new_code_cell(PARAMETERS)
         first.metadata["tags"] = ["parameters"]
         notebook.cells = [first, *map(nbformat.v4.new_code_cell, cells if bare else (BEGIN, *cells))]
-        file = tmp_path / f"{name}.ipynb"
+        file = folder / f"{name}.ipynb"
         nbformat.write(notebook, file)
         return file
 
@@ -38,10 +40,16 @@ result = {"notebook": "quick", "mode": mode, "seconds": 0.1, "peak_gib": None,
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def write_quick(write_notebook):
     """A function that writes a notebook which records one number, drawn from its seed; with cells before that."""
     return lambda name, *cells: write_notebook(name, *cells, QUICK, bare=True)
+
+
+@pytest.fixture(scope="module")
+def quick(write_quick):
+    """Such a notebook, called quick.ipynb."""
+    return write_quick("quick")
 
 
 @pytest.fixture(scope="session")

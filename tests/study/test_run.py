@@ -1,0 +1,361 @@
+"""Notebooks run headlessly: their folders, what is refused, what is run again, and what fails a run."""
+
+import ast
+import json
+import re
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from dispersive_kit.cli import main
+from dispersive_kit.data.files import lock, write_json
+from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result, safe_name
+from dispersive_kit.study.pipeline import (
+    Pipeline,
+    Stage,
+    Task,
+    check_parameters,
+    load_pipeline,
+    plan,
+    shipped_pipelines,
+)
+from dispersive_kit.study.report import Ended, write_report
+from dispersive_kit.study.run import _hidden_faults, run_notebook, run_pipeline
+
+FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
+RECORD = "dict(name='FD', value=3.0, low=2.5, high=3.5, floor=1.0)"
+WHOLE = (  # what a notebook may do, in few cells
+    "import sys\nprint('\\x1b[31mred\\x1b[0m')\nsys.stderr.write('10%\\r20%\\r100%\\n')",
+    "nb.record('half', value / 2, note='of value')\nnb.check('positive', value > 0)\nnb.say('It is so.')",
+    f"nb.record('FD', 3.0, record={RECORD})",
+    f"from IPython.display import HTML, display\ndisplay(HTML('''{FIGURE}'''))",
+    "import ipykernel.connect as c\nprint(c.get_connection_info(unpack=True))",
+)
+
+
+def number_of(folder):
+    return read_result(folder).numbers[0].value
+
+
+def pipeline(*stages):
+    return Pipeline(title="A & B", stages=stages)
+
+
+# ---- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def ended(write_notebook, write_quick, tmp_path_factory):
+    """Folder of a pipeline: a notebook that uses all there is, then three seeds of which one fails."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    made = write_notebook("made", "pass", *WHOLE, "nb.finish()")
+    document = nbformat.read(made, 4)
+    document.cells[2] = nbformat.v4.new_markdown_cell(r"Below $-\log B$ it cannot sink.")
+    nbformat.write(document, made)
+    broken = write_quick("broken", "assert seed != 1, 'one is not enough'")
+    stages = (
+        Stage(notebook=str(made), parameters={"value": 3.0}),
+        Stage(notebook=str(broken), name="seeds", grid={"seed": [0, 1, 2]}),
+    )
+    results = list(run_pipeline(pipeline(*stages), out))
+    write_report(results, out, title="A & B", subtitle="made")
+    return out, results
+
+
+def test_a_run_folder_keeps_everything_of_the_run(ended):
+    folder = ended[0] / "made"
+    result, stage = read_result(folder), json.loads((folder / "stage.json").read_text())
+    assert number_of(folder) == 1.5 and result.mode == "class" and 0.05 < result.peak_gib < 20
+    assert stage["parameters"] == {"value": 3.0} and stage["status"] == "ok"
+    assert (folder / "log.txt").read_text().splitlines()[:2] == ["red", "100%"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
+    page = (folder / "notebook.html").read_text()
+    assert "positive" in page and r"-\log B" in page and 'alt="a dot"' in page
+    assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
+
+
+def test_a_kernel_asks_for_no_port_and_leaves_no_file(ended):
+    """A free port may be taken before the kernel binds it."""
+    info = ast.literal_eval(re.search(r"^\{.*\}$", (ended[0] / "made" / "log.txt").read_text(), re.MULTILINE)[0])
+    assert info["transport"] == "ipc" and info["ip"].startswith("/tmp/kernel-") and not Path(info["ip"]).parent.exists()
+
+
+def test_the_report_shows_everything_in_one_offline_file(ended):
+    page = (ended[0] / "report.html").read_text()
+    assert "A &amp; B" in page and "It is so." in page and 'alt="a dot"' in page and "1 checks passed" in page
+    assert "half" in page and "1.5" in page and "2.50 to 3.50" in page and "torch 2" in page
+    assert '<td class="failed">failed</td>' in page and "one is not enough" in page and "2 ok, 1 failed" in page
+    assert "Mean of 2 runs" in page and "left out: seeds/seed=1: failed" in page
+    assert page.count("floor</th>") == 1 < page.count("95 % interval</th>")  # no column in which nothing stands
+    assert "://" not in page and "<script" not in page and "<link" not in page
+    assert "default-src 'none'" in page.partition("<body>")[0]
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', page))
+
+
+def test_a_failed_notebook_is_kept_and_named(ended):
+    out, results = ended
+    assert [r.status for r in results] == ["ok", "ok", "failed", "ok"]
+    folder = out / "seeds" / "seed=1"
+    stage, log = json.loads((folder / "stage.json").read_text()), (folder / "log.txt").read_text()
+    assert results[2].error == stage["error"] == "cell 3: AssertionError: one is not enough"
+    assert "assert seed != 1" in stage["traceback"] and "one is not enough" in (folder / "notebook.html").read_text()
+    assert log.rstrip().endswith("AssertionError: one is not enough") and "\x1b" not in log
+
+
+def test_runs_are_listed(ended, capsys, monkeypatch):
+    killed = ended[0].parent / "killed"
+    killed.mkdir()
+    write_json(killed / "stage.json", {"name": "killed", "status": "running", "parameters": {"seed": 7}})
+    monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(ended[0].parent))
+    main(["runs", "list"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "status", "mode", "time"]
+    seeds = {f"out/seeds/seed={seed}": "failed" if seed == 1 else "ok" for seed in range(3)}
+    assert {row.split()[0]: row.split()[1] for row in rows} == {"killed": "killed", "out/made": "ok", **seeds}
+
+
+def test_a_smoke_or_failed_run_never_enters_an_aggregate(tmp_path):
+    def run(name, value, parameters, mode="class", error=""):
+        folder = tmp_path / "sweep" / name
+        folder.mkdir(parents=True)
+        write_json(folder / "stage.json", {"parameters": parameters})
+        number = {"name": "FD", "value": value, "note": "", "record": None}
+        result = {"notebook": "n", "mode": mode, "seconds": 1, "peak_gib": 1, "numbers": [number]}
+        write_json(folder / "result.json", {**result, "checks": [], "sentences": []})
+        return Ended(f"sweep/{name}", "failed" if error else "ok", 1.0, folder, error)
+
+    runs = [run(f"a{k}", value, {"at": "a", "seed": k}) for k, value in enumerate([3.0, 4.0, 8.0])]
+    runs += [run("b", 7.0, {"at": "b", "seed": 0}), run("smoke", 1e9, {"at": "a", "seed": 4}, mode="smoke")]
+    write_report(
+        [*runs, run("broken", 1e9, {"at": "a", "seed": 5}, error="it broke")], tmp_path, title="t", subtitle=""
+    )
+    found = json.loads((tmp_path / "sweep" / "aggregate.json").read_text())
+    a, b = found["groups"]
+    half = 4.302653 * 2.645751 / 3**0.5  # Student's t for two degrees of freedom, times the standard error
+    assert a["point"] == {"at": "a"} and len(a["runs"]) == 3
+    assert a["numbers"] == [pytest.approx({"name": "FD", "mean": 5.0, "n": 3, "low": 5 - half, "high": 5 + half})]
+    assert b["numbers"] == [{"name": "FD", "mean": 7.0, "n": 1}]  # one run has no interval
+    assert [one["why"] for one in found["left_out"]] == ["failed: it broke", "smoke mode"]
+
+
+# ---- what fails a run without stopping a cell
+
+
+PLANTED = {
+    "interact callback": "import ipywidgets as w\nw.interact(lambda x: 1 / {x}, x=w.IntSlider(0, 0, 3));",
+    "output context": "import ipywidgets as w\no = w.Output()\ndisplay(o)\nwith o:\n    2 / {x}",
+    "observer": (
+        "import ipywidgets as w\ns = w.IntSlider()\no = w.Output()\ndisplay(s, o)\n"
+        "@o.capture()\ndef look(change):\n    3 / {x}\ns.observe(look, 'value')\ns.value = 3"
+    ),
+    "thread": "import threading\nt = threading.Thread(target=lambda: 4 / {x})\nt.start()\nt.join()",
+    "late thread": (
+        "import threading, time\ndef late():\n    time.sleep(0.5)\n    5 / {x}\n"
+        "t = threading.Thread(target=late)\nt.start()"
+    ),
+}
+
+
+@pytest.mark.parametrize("x", [0, 1])
+def test_an_error_that_stops_no_cell_fails_the_run(write_quick, tmp_path, x):
+    cells = [cell.format(x=x) for cell in PLANTED.values()]
+    result = run_notebook(str(write_quick("made", *cells, "t.join()")), tmp_path / "run")
+    assert result.status == ("ok" if x else "failed") and ("ZeroDivisionError" in result.error) == (not x)
+    found = list(_hidden_faults(tmp_path / "run" / "notebook.ipynb"))
+    assert len(found) == (0 if x else len(PLANTED))
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("1 + 1", r"nb.finish\(\)"),
+        ("import os\nos._exit(1)", "DeadKernelError"),
+        ("open(out + '/result.json', 'w').write('{}')", "notebook: Field required"),
+        (
+            'open(out + \'/result.json\', \'w\').write(\'{"notebook": "n", "mode": "full", "seconds": NaN}\')',
+            "result.json: seconds",
+        ),
+    ],
+)
+def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_path, cell, words):
+    result = run_notebook(str(write_notebook("made", cell, bare=True)), tmp_path / "run")
+    assert result.status == "failed" and re.search(words, result.error), result.error
+
+
+def test_a_kernel_that_does_not_begin_with_a_cell_has_failed(write_quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("dispersive_kit.study.lab._BEGIN_S", 3)
+    deaf = "get_ipython().kernel.shell_stream.stop_on_recv()"
+    result = run_notebook(str(write_quick("made", deaf)), tmp_path / "run")
+    assert result.status == "failed" and "DeadKernelError" in result.error and result.seconds < 60
+
+
+# ---- what is run again, and what is never written over
+
+
+def test_a_run_is_skipped_when_unchanged_and_what_it_replaces_is_kept(write_quick, tmp_path, monkeypatch):
+    """Also in a folder named relative to where one stands: while a notebook runs, its own is the current one."""
+    monkeypatch.chdir(tmp_path)
+    notebook, folder = write_quick("made", "print('seen')"), Path("runs/relative")
+    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "ok"
+    assert "seen" in (folder / "log.txt").read_text() and (folder / "notebook.ipynb").is_file()
+    (folder / "mine.txt").write_text("keep")
+    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "skipped"
+    first = number_of(folder)
+    write_quick("made", "changed = True")
+    assert run_notebook(str(notebook), folder, {"value": 4.0}).status == "ok"
+    assert number_of(folder) == first + 1 and number_of(Path("runs/relative.earlier-1")) == first
+    assert Path("runs/relative.earlier-1/mine.txt").is_file() and not (folder / "mine.txt").exists()
+
+
+def test_a_used_folder_is_never_written_into_unless_asked(write_quick, tmp_path):
+    """mutation: the check is left out; the training's only log is then deleted as a leftover"""
+    (tmp_path / "training").mkdir()
+    log = tmp_path / "training" / "metrics.jsonl"
+    log.write_text("{}")
+    with pytest.raises(KitError, match="holds no run of a notebook"):
+        run_notebook(str(write_quick("one")), tmp_path / "training")
+    with pytest.raises(KitError, match="--resume"):
+        list(run_pipeline(pipeline(Stage(notebook=str(write_quick("one")))), tmp_path / "training"))
+    assert log.read_text() == "{}"
+
+
+def test_a_failed_stage_ends_the_pipeline_which_goes_on_once_it_is_mended(write_quick, tmp_path):
+    bad, good = write_quick("bad", "assert 1 > 2"), write_quick("good")
+    both = pipeline(Stage(notebook=str(bad)), Stage(notebook=str(good)))
+    assert [r.status for r in run_pipeline(both, tmp_path / "out")] == ["failed"]
+    write_quick("bad")
+    assert [r.status for r in run_pipeline(both, tmp_path / "out", resume=True)] == ["ok", "ok"]
+
+
+def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_quick, tmp_path):
+    notebook, folder, results = write_quick("made"), tmp_path / "run", []
+    with lock(tmp_path / ".run.lock"):
+        waiting = threading.Thread(target=lambda: results.append(run_notebook(str(notebook), folder)))
+        waiting.start()
+        waiting.join(1.0)
+        assert waiting.is_alive() and not folder.exists()
+        folder.mkdir()
+        told = {"status": "ok", "seconds": 1.0, "error": ""}
+        write_json(folder / "stage.json", {"key": Task("made", notebook, {}).key(), **told})
+        write_json(folder / "result.json", {})
+    waiting.join()
+    assert [result.status for result in results] == ["skipped"]
+
+
+# ---- what is refused before a kernel starts
+
+
+@pytest.mark.parametrize("good", [{}, {"value": 2}, {"value": 2.5}, {"seed": -1}, {"mode": "full"}])
+def test_right_parameters_pass_and_an_integer_will_do_for_a_float(quick, good):
+    assert check_parameters(quick, good) == good
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"values": 1.0}, "no parameter 'values'; it has: mode, value, seed"),
+        ({"value": "much"}, "value is float, got 'much'"),
+        ({"seed": 1.0}, "seed is int"),
+        ({"seed": True}, r"seed is int, got True \(bool\)"),
+        ({"seed": None}, "seed is int"),
+        ({"mode": 3}, "mode is str"),
+        ({"out": "/tmp/elsewhere"}, "--out"),
+    ],
+)
+def test_a_wrong_name_or_type_is_refused(quick, wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        check_parameters(quick, wrong)
+
+
+def test_what_is_typed_is_read_as_the_notebook_declares_it(quick):
+    typed = check_parameters(quick, {"seed": "3", "value": "1e-3", "mode": "3"}, typed=True)
+    assert typed == {"seed": 3, "value": 0.001, "mode": "3"}
+    with pytest.raises(ConfigError, match="seed is int, got 'three'"):
+        check_parameters(quick, {"seed": "three"}, typed=True)
+
+
+def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(quick, tmp_path):
+    good = str(quick)
+    for words, wrong in {
+        "no parameter 'x'": Stage(notebook=good, parameters={"x": 1}, name="b"),
+        "seed is int, got 0.5": Stage(notebook=good, name="b", grid={"seed": [0, 0.5]}),
+        "'99' names 0 notebooks": Stage(notebook="99"),
+        "two stages are called 'quick'": Stage(notebook=good),
+        "would share the folder 'mode=a-b'": Stage(notebook=good, name="b", grid={"mode": ["a/b", "a-b"]}),
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            list(run_pipeline(pipeline(Stage(notebook=good), wrong), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("typed", "words", "starts"), [("sed=3", "no parameter", False), ("seed=3", "failed", True)])
+def test_the_command_ends_with_status_2_before_a_kernel_starts(
+    quick, tmp_path, monkeypatch, capsys, typed, words, starts
+):
+    """The kernel is none: it leaves a file behind when it is started, and ends."""
+    spec, started = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / "kernel-started"
+    spec.mkdir(parents=True)
+    argv = [sys.executable, "-c", f"open({str(started)!r}, 'w')", "{connection_file}"]
+    write_json(spec / "kernel.json", {"argv": argv, "display_name": "Python 3", "language": "python"})
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(quick), "--out", str(tmp_path / "run"), "-p", typed])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+    assert started.exists() == starts == (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/etc", "a\\b", ".hidden", "-p", "a b", "a\n", "~"])
+def test_a_name_that_could_leave_its_folder_is_refused(name):
+    with pytest.raises(ConfigError, match="letters"):
+        safe_name(name)
+    with pytest.raises(ValueError, match="name"):
+        Stage(notebook="06", name=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: [{notebook: '06'}]", "title: Field required"),
+        ("title: t\nstages: [{notebook: 6}]", "stages.0.notebook = 6"),
+        ("title: t\nstages: [{notebook: '06', params: {}}]", "stages.0.params"),
+        ("title: t\nmode: fast\nstages: [{notebook: '06'}]", "mode = 'fast'"),
+        ("title: t\nstages: [{notebook: '06', grid: {seed: []}}]", "stages.0.grid.seed"),
+        ("title: [", "not YAML"),
+        ("title: !!python/object/apply:os.system ['touch owned']\nstages: [{notebook: '06'}]", "not YAML of plain"),
+    ],
+)
+def test_a_pipeline_of_another_form_is_refused_and_the_place_named(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_pipeline("p.yaml")
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(ConfigError, match="demo, digits"):
+        load_pipeline("demos.yaml")
+
+
+def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have():
+    assert {"demo", "quick", "digits", "cifar10", "imagenet", "analysis"} <= set(shipped_pipelines())
+    for pipeline in map(load_pipeline, shipped_pipelines()):
+        assert all(task.notebook.is_file() for tasks in plan(pipeline, mode=pipeline.mode) for task in tasks)
+        assert not any(stage.notebook.endswith(".ipynb") for stage in pipeline.stages)  # by number: from a wheel too
+    quick = load_pipeline("quick")
+    (*tasks,) = (task for tasks in plan(quick, mode=quick.mode) for task in tasks)
+    assert [task.notebook for task in tasks] == sorted(notebooks_folder().glob("*.ipynb"))
+    assert all(task.parameters == {"mode": "smoke"} for task in tasks)
+
+
+def test_notebooks_are_found_by_number_name_or_path_also_beside_a_pipeline(quick, monkeypatch):
+    assert find_notebook("06").stem == "06_does_it_help" == find_notebook("06_does_it_help").stem
+    assert find_notebook(str(quick)) == quick
+    for wrong in ("77", "0", "", "nothing.ipynb"):
+        with pytest.raises(ConfigError, match="06_does_it_help"):
+            find_notebook(wrong)
+    (quick.parent / "p.yaml").write_text("title: t\nstages: [{notebook: quick.ipynb}]")
+    monkeypatch.chdir("/")
+    assert plan(load_pipeline(str(quick.parent / "p.yaml")))[0][0].notebook == quick

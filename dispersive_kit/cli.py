@@ -394,8 +394,7 @@ def _report_study(plan: Any, results: dict[str, Any], folder: Path) -> None:
 
 def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
     """A slope graph for each measure that has a verdict, as HTML elements and as FOLDER/MEASURE.png."""
-    from dispersive_kit.views.plots import figure_html, style
-    from dispersive_kit.views.study_plots import slope_graph
+    from dispersive_kit.views.figures import figure_html, slope_graph, style
 
     style()
     elements = []
@@ -435,8 +434,7 @@ def study_table(write: bool = False) -> None:
     """
     from dispersive_kit.study.notebook import PACKAGE
     from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_hash, evidence_markdown
-    from dispersive_kit.views.plots import style
-    from dispersive_kit.views.study_plots import verdict_forest
+    from dispersive_kit.views.figures import style, verdict_forest
 
     if not write:
         print(evidence_markdown())

@@ -19,11 +19,9 @@ from dispersive_kit.analysis.features import LEVELS
 from dispersive_kit.data import load_images
 from dispersive_kit.data.toy import sample_toy
 from dispersive_kit.training.shipped import shipped
-from dispersive_kit.views.analysis_plots import level_names
-from dispersive_kit.views.noise_plots import PATHS
-from dispersive_kit.views.sampler_plots import SAMPLERS, SHOWN, trajectory
+from dispersive_kit.views.figures import BLUE, GREEN, RED, level_names
+from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, trajectory
 from dispersive_kit.views.svg import HEIGHT, Panel, bitmap, image_grid, picture, text
-from dispersive_kit.views.toy_plots import BLUE, GREEN, RED
 
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
 SQUARE = (44, 420)  # top and size of a square panel
@@ -58,7 +56,7 @@ def noise(data: str = "eight-gaussians", path: str = "linear", t: float = 0.5) -
     )
 
 
-def sampler(sampler: str = "euler", steps: int = 4, part: float = 1.0) -> str:
+def sampler(sampler: str = "Euler", steps: int = 4, part: float = 1.0) -> str:
     """Samples after a part of the steps, the way some took, and where the exact ODE carries the same noise."""
     ways, done = trajectory(sampler, steps), int(part * steps)
     calls = SAMPLERS[sampler][1] * done
@@ -68,7 +66,7 @@ def sampler(sampler: str = "euler", steps: int = 4, part: float = 1.0) -> str:
         *(left.line(ways[: done + 1, i], "#9a9a9a", 1.5) for i in range(SHOWN)),
         left.dots(ways[done, :SAMPLES], RED, 6),
         right.frame("the same noise, carried exactly"),
-        right.dots(trajectory("rk4", 128)[-1, :SAMPLES], BLUE, 6),
+        right.dots(trajectory("RK4", 128)[-1, :SAMPLES], BLUE, 6),
         alt=f"{SAMPLES} samples after step {done} of {steps} of {sampler}, {calls} evaluations of the velocity, beside "
         "the same noise carried exactly to eight Gaussians.",
     )

@@ -10,14 +10,27 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.regularizers.losses import LossOptions
+from dispersive_kit.views.figures import BLUE, RED
+from dispersive_kit.views.lessons import cloud
 from dispersive_kit.views.svg import GREY, SIZE, Panel, picture, text
-from dispersive_kit.views.toy_plots import ARROW, BLUE, CLOUD_EXTENT, GRID, RED, VARIANTS, arrows, cloud
 from dispersive_kit.views.widgets import control, display_box
 
+CLOUD_EXTENT = 7.8  # half side of its picture: the largest scale, and its arrows
+ARROW = 1.3  # length of an arrow for a gradient of 1 or more; none below 1e-3, logarithmic between
+# What the playground offers: name -> (options of the loss, y axis)
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "l2": ({"kind": "infonce_l2"}, (-5.0, 0.6)),
+    "l2, no diagonal": ({"kind": "infonce_l2", "diagonal": False}, (-5.0, 0.6)),
+    "cosine": ({"kind": "infonce_cosine"}, (-1.2, 4.3)),
+    "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
+    "covariance": ({"kind": "covariance"}, (0.4, 1.05)),
+}
+GRID = np.geomspace(0.1, 6.0, 15)  # scales of the curve beside the cloud
 TAUS = (0.25, 0.5, 1.0, 2.0)
 BATCHES = (2, 4, 8, 16, 32)
 SCALES = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
@@ -25,6 +38,13 @@ REACH, STEP = 1.5, 0.05  # of the sliders that move a point at scale 1
 PLANE = Panel((20, 44, 420, 420), (-CLOUD_EXTENT, CLOUD_EXTENT), (-CLOUD_EXTENT, CLOUD_EXTENT))
 CURVE_BOX, GAUGE_BOX = (560, 44, 400, 340), (1030, 44, 50, 340)
 Moved = Mapping[int, Sequence[float]]  # point -> its place at scale 1
+
+
+def arrows(gradient: Tensor) -> NDArray[np.float64]:
+    """Downhill arrows (B, 2), log in length: ARROW for B |g| >= 1, none for B |g| <= 1e-3."""
+    norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    length = (1 + (len(gradient) * norm).log10() / 3).clamp(0, 1)
+    return (-gradient / norm * length * ARROW).numpy()
 
 
 def points(B: int, moved: Moved) -> Tensor:

@@ -17,7 +17,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from dispersive_kit.views.plots import figure_html
+from dispersive_kit.views.figures import figure_html
 
 IDLE_S = 0.05  # pause before each neighbour is drawn, in which the next key press is served first
 PINGS = 20

@@ -10,8 +10,7 @@ from playwright.sync_api import Browser, Page
 from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.views.console import write_console
 from dispersive_kit.views.demos import ARMS, DEMOS
-from dispersive_kit.views.playground import TAUS
-from dispersive_kit.views.toy_plots import VARIANTS
+from dispersive_kit.views.playground import TAUS, VARIANTS
 
 PAGES = ["playground", *DEMOS, "quiz"]
 # The key that moves a control, which may stand at its end.

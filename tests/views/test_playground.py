@@ -12,7 +12,7 @@ import torch
 
 from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.views import playground as p
-from dispersive_kit.views.toy_plots import ARROW, CLOUD_EXTENT, VARIANTS
+from dispersive_kit.views.playground import ARROW, CLOUD_EXTENT, VARIANTS
 
 ENDS = [(values[0], values[-1]) for values in (p.TAUS, p.BATCHES, p.SCALES)]
 CORNERS = [{"variant": v, "tau": tau, "B": B, "s": s} for v, tau, B, s in itertools.product(VARIANTS, *ENDS)]

@@ -1,0 +1,317 @@
+"""What one or two lessons need beside the figures: exact fields, a look inside a model, and frames for their sliders.
+
+A frame is a function of its state alone and keeps its axes whatever the state, so that a slider moves what is drawn
+and nothing else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from dispersive_kit.data.toy import GaussianMixture, eight_gaussians, sample_toy
+from dispersive_kit.diffusion.guidance import ClassifierFree
+from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath, Path, VPPath
+from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, initial_noise, rk4, time_grid
+from dispersive_kit.models.dit import DiT
+from dispersive_kit.regularizers import Dispersive
+from dispersive_kit.views.figures import BLUE, GREEN, GREY, RED, forest, pairwise_distances, scatter
+
+Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, 2), t (B,)) -> (B, 2)
+
+# ---- noise and fields in the plane
+
+PATHS: dict[str, Path] = {
+    "linear": LinearPath(),
+    "GVP": GVPPath(),
+    "VP": VPPath(),
+    "DDPM linear": DDPMPath(),
+    "DDPM cosine": DDPMPath("cosine"),
+}
+TIMES = tuple(round(0.05 * k, 2) for k in range(21))
+LINE = torch.linspace(2e-3, 1 - 2e-3, 250, dtype=torch.float64)  # away from the ends, where log-SNR is infinite
+EXTENT = 2.8  # half side of a picture of fields
+
+
+def noise_frame(data: str = "eight-gaussians", path: str = "linear", t: float = 0.5) -> Figure:
+    """Left: points of a 2-D set at time t of a path, always the same points and noise. Right: where on the path."""
+    x0, _ = sample_toy(data, 1500)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    time, p = torch.tensor(t, dtype=torch.float64), PATHS[path]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.45), layout="constrained")
+    left.plot(*p.x_t(x0, eps, time).T, ".", color=BLUE, markersize=2, alpha=0.6)
+    left.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title=f"{data}, t = {t:g}")
+    for name, curve, color, dash in (("α", p.alpha, BLUE, "-"), ("σ", p.sigma, RED, "--")):
+        right.plot(LINE, curve(LINE), color=color, linestyle=dash, label=name)
+        right.plot(t, curve(time), "D", color=color, markersize=9, clip_on=False)
+    right.axvline(t, color=GREY, linewidth=1)
+    title = f"{path}: α = {p.alpha(time):.2f}, σ = {p.sigma(time):.2f}, log-SNR = {p.log_snr(time):.1f}"
+    right.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="t", title=title)
+    right.legend(loc="center right")
+    return figure
+
+
+@torch.no_grad()
+def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figure:
+    """Two velocity fields at time t as arrows, and how far apart they are, over points x_t (n, 2) in grey.
+
+    Arrows have one scale in both panels and at every t; the difference |v_1 - v_2| is cut off at 2.
+    """
+    x, fine = (torch.cartesian_prod(*[torch.linspace(-end, end, n)] * 2) for end, n in ((2.5, 15), (EXTENT, 57)))
+    first, second = (v(fine, torch.full((len(fine),), t)) for v in fields.values())
+    figure, axes = plt.subplots(1, 3, figsize=(10.6, 3.6), layout="constrained")
+    for axis, (name, v), color in zip(axes, fields.items(), (BLUE, RED), strict=False):
+        axis.plot(*points.T, ".", color="0.75", markersize=1.5, zorder=0)
+        axis.quiver(*x.T, *v(x, torch.full((len(x),), t)).T, color=color, scale=55, width=0.005)
+        axis.set_title(f"{name}, t = {t:g}")
+    apart = (first - second).norm(dim=1).reshape(57, 57).T
+    image = axes[2].imshow(apart.numpy(), origin="lower", extent=[-EXTENT, EXTENT] * 2, vmin=0, vmax=2)
+    axes[2].plot(*points.T, ".", color="white", markersize=0.8, alpha=0.5)
+    axes[2].set_title("distance between them")
+    axes[2].grid(False)
+    for axis in axes:
+        axis.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal")
+    figure.colorbar(image, ax=axes[2], extend="max", shrink=0.8)
+    return figure
+
+
+@cache
+def cloud(B: int) -> Tensor:
+    """B points of a disc of radius 1.3 (B, 2), float64, each as far as it can be from those before it: a larger batch
+    has the points of a smaller one, and they are nearer to each other.
+    """
+    rng = torch.Generator().manual_seed(3)
+    radius, turn = torch.rand(2, 800, generator=rng, dtype=torch.float64)
+    angle = 2 * math.pi * turn
+    disc = 1.3 * radius.sqrt()[:, None] * torch.stack([angle.cos(), angle.sin()], 1)  # (800, 2)
+    chosen = [0]
+    for _ in range(B - 1):
+        chosen.append(int(torch.cdist(disc, disc[chosen]).amin(1).argmax()))
+    return disc[chosen]
+
+
+# ---- sampling with the exact velocity of eight Gaussians
+
+T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
+POINTS, SHOWN = 300, 24
+SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # with the evaluations of a step
+    "Euler": (euler, 1),
+    "Heun": (heun, 2),
+    "RK4": (rk4, 4),
+    "SDE": (euler_maruyama, 1),
+}
+INTERVALS = {"always": (0.0, 1.0), "only t < 0.5": (0.0, 0.5), "only t > 0.5": (0.5, 1.0)}
+DATA = eight_gaussians()
+CLASSES = [GaussianMixture(DATA.means[rows], DATA.std) for rows in ([0, 1, 7], [2, 3, 4, 5, 6])] + [DATA]
+NULL = 2  # the last of `CLASSES`: all eight
+
+
+def exact_velocity(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    """E[eps - x0 | x_t = x, y] (B, 2) of eight Gaussians on the linear path; class 0 is the three on the right,
+    1 the other five, and `NULL`, or no y, all eight.
+    """
+    if y is None:
+        return LINEAR.convert(DATA.posterior_mean(x, 1 - t, t), x, t, "x0", "v")
+    of_class = torch.stack([c.posterior_mean(x, 1 - t, t) for c in CLASSES])  # (3, B, 2)
+    return LINEAR.convert(of_class[y, torch.arange(len(x))], x, t, "x0", "v")
+
+
+@cache
+def trajectory(sampler: str, num_steps: int) -> Tensor:
+    """Where each step of `SAMPLERS[sampler]` leads: (num_steps + 1, POINTS, 2), from the same noise each time."""
+    visited = [initial_noise(range(POINTS), (2,), dtype=torch.float64)]
+    SAMPLERS[sampler][0](
+        exact_velocity, visited[0], time_grid(num_steps, t_min=T_END), seeds=range(POINTS),
+        callback=lambda _i, _t, x: visited.append(x),
+    )  # fmt: skip
+    return torch.stack(visited)
+
+
+def stepper(sampler: str = "Euler", num_steps: int = 4, part: float = 1.0) -> Figure:
+    """Left: samples after a part of the steps, and the way some of them took. Right: where the exact ODE takes them."""
+    ways, done = trajectory(sampler, num_steps), int(part * num_steps)
+    here = f"{sampler}: step {done} of {num_steps}, {done * SAMPLERS[sampler][1]} evaluations"
+    ends = {here: ways[done], "the same noise, carried exactly": trajectory("RK4", 128)[-1]}
+    figure = scatter(ends, extent=3.2, size=4.4)
+    figure.axes[0].plot(*ways[: done + 1, :SHOWN].unbind(2), color=GREY, linewidth=0.8, marker=".", markersize=3)
+    for axis in figure.axes:
+        axis.plot(*DATA.means.T, "+", color="black", markersize=9)
+    return figure
+
+
+@cache
+def guided(cfg_scale: float, interval: str) -> Tensor:
+    """Samples (POINTS, 2) of class 0 with the exact velocities and classifier-free guidance."""
+    low, high = INTERVALS[interval]
+    guidance = ClassifierFree(torch.zeros(POINTS, dtype=torch.long), NULL, cfg_scale, low=low, high=high)
+    x = initial_noise(range(POINTS), (2,), dtype=torch.float64)
+    return heun(exact_velocity, x, time_grid(32, t_min=T_END), guidance=guidance)
+
+
+def guidance_frame(cfg_scale: float = 3.0, interval: str = "always") -> Figure:
+    """Samples of one class as it is, and guided; crosses are the centres of its three spots."""
+    now = f"scale {cfg_scale:g}, {interval}"
+    panels = {"scale 1: the class as it is": guided(1.0, "always"), f"guided: {now}": guided(cfg_scale, interval)}
+    figure = scatter(panels, extent=2.6, size=4.2)
+    for axis in figure.axes:
+        axis.plot(*CLASSES[0].means.T, "+", color=RED, markersize=12)
+    return figure
+
+
+# ---- inside a model
+
+
+class BlockViews:
+    """What goes on in each block of a DiT at several times.
+
+    Args:
+        model: without rope and without normalised queries.
+        inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
+
+    Attributes, each t -> tensor: attention (depth, B, N, N), mean over heads; gates (depth, 2), the RMS of those of
+    attention and MLP; rms and change (depth,), of the block's output and of what the block added to it.
+    """
+
+    def __init__(self, model: DiT, inputs: Mapping[float, Tensor], y: Tensor) -> None:
+        self.inputs, self.patch = inputs, model.patch_size
+        self.attention: dict[float, Tensor] = {}
+        self.gates: dict[float, Tensor] = {}
+        self.rms: dict[float, Tensor] = {}
+        self.change: dict[float, Tensor] = {}
+        for t in inputs:
+            self._look(model, t, y)
+
+    @torch.no_grad()
+    def _look(self, model: DiT, t: float, y: Tensor) -> None:
+        x, time = self.inputs[t], torch.full((len(y),), t)
+        qkv: list[Tensor] = []
+        blocks: list[Any] = list(model.blocks)
+        hooks = [block.attn.qkv.register_forward_hook(lambda _m, _a, out: qkv.append(out)) for block in blocks]
+        _, after = model(x, time, y, taps=range(len(blocks)))
+        for hook in hooks:
+            hook.remove()
+        q, k, _ = torch.stack(qkv).unflatten(-1, (3, model.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        stream = torch.stack([model.x_embedder(x) + model.pos_embed, *after])  # (depth + 1, B, N, D)
+        c = model.condition(time, y, None)
+        gates = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, -1))[:, 2::3] for block in blocks])
+        self.attention[t] = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(2)
+        self.gates[t] = gates.square().mean((1, 3)).sqrt()
+        self.rms[t] = stream[1:].square().mean((1, 2, 3)).sqrt()
+        self.change[t] = stream.diff(dim=0).square().mean((1, 2, 3)).sqrt()
+
+    def frame(self, block: int, t: float, *, token: int = 5) -> Figure:
+        """One block at one time: the first image, whom the token with the star looks at, the gates over time, and the
+        size of the features along the blocks.
+        """
+        side = int(self.attention[t].shape[-1] ** 0.5)
+        at, down = token % side, token // side
+        figure, (image, shares, gates, sizes) = plt.subplots(1, 4, figsize=(12.6, 3.3), layout="constrained")
+        cut(image, self.inputs[t][0], self.patch, f"input at t = {t:g}")
+        image.plot((at + 0.5) * self.patch, (down + 0.5) * self.patch, "*", color=RED, markersize=14)
+        drawn = shares.imshow(self.attention[t][block, 0, token].view(side, side).numpy(), vmin=0, vmax=0.3)
+        shares.plot(at, down, "*", color=RED, markersize=14)
+        shares.set(xticks=[], yticks=[], title=f"block {block}: the star attends to")
+        figure.colorbar(drawn, ax=shares, extend="max", shrink=0.7)
+        over_time = torch.stack([one[block] for one in self.gates.values()])  # (times, 2)
+        gates.plot(list(self.gates), over_time[:, 0], "o-", color=BLUE, markersize=4, label="attention")
+        gates.plot(list(self.gates), over_time[:, 1], "s--", color=GREEN, markersize=4, label="MLP")
+        gates.axvline(t, color=GREY)
+        gates.set(xlabel="t", ylim=(0, _top(self.gates)), title=f"block {block}: size of its gates")
+        places = np.arange(len(self.rms[t]))
+        sizes.bar(places - 0.2, self.rms[t].tolist(), 0.4, color=BLUE, label="RMS of its output")
+        look: dict[str, Any] = {"color": "none", "edgecolor": GREEN, "hatch": "//", "label": "of what it added"}
+        sizes.bar(places + 0.2, self.change[t].tolist(), 0.4, **look)
+        sizes.plot(block - 0.2, self.rms[t][block] + 0.05 * _top(self.rms), "v", color=RED, markersize=9)
+        sizes.set(xticks=places, xlabel="block", ylim=(0, _top(self.rms)), title="features along the blocks")
+        for axis in (gates, sizes):
+            axis.legend(fontsize=8, loc="upper left")
+        return figure
+
+
+def _top(values: Mapping[float, Tensor]) -> float:
+    return max(1.4 * max(float(one.max()) for one in values.values()), 0.01)
+
+
+def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:
+    """An image (C, H, W) in [-1, 1], cut into patches of p x p pixels."""
+    size = image.shape[-1]
+    axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=-1, vmax=1, extent=(0, size, size, 0))
+    axis.set(xticks=range(0, size + 1, p), yticks=range(0, size + 1, p), xticklabels=[], yticklabels=[], title=title)
+    axis.grid(True, color=RED, alpha=0.8)
+
+
+class TapViews:
+    """What each candidate for a tap sees in one batch of B: shape of z, |z_i - z_j|^2 / dim of the pairs i < j, RMS.
+
+    `call()` runs the model in training mode on that batch; the paths are tapped in turn, without a gradient.
+    """
+
+    TAUS = np.geomspace(1e-3, 1e2, 61)
+
+    def __init__(self, model: nn.Module, call: Callable[[], Any], paths: Sequence[str]) -> None:
+        self.z = {path: self._tapped(model, call, path) for path in paths}
+        self.distances = {path: pairwise_distances(z) for path, z in self.z.items()}
+        self.rms = {path: float(z.double().square().mean().sqrt()) for path, z in self.z.items()}
+
+    @staticmethod
+    def _tapped(model: nn.Module, call: Callable[[], Any], path: str) -> Tensor:
+        reg = Dispersive(model, path, weight=0.0)
+        with reg:
+            call()
+        z = reg.captured[0].detach()
+        reg.remove()
+        return z
+
+    def frame(self, path: str, tau: float = 0.5) -> Figure:
+        """Size of the features along the model, pairs at this tap against tau, and the pull at every tau."""
+        figure, (sizes, pairs, pulls) = plt.subplots(1, 3, figsize=(12.4, 3.7), layout="constrained")
+        sizes.barh(list(self.z), list(self.rms.values()), color=[RED if one == path else GREY for one in self.z])
+        for i, (one, z) in enumerate(self.z.items()):
+            beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            sizes.annotate(f"{self.rms[one]:.2g}  {tuple(z.shape)}", (0, i), **beside)
+        sizes.set(title="RMS and shape of z")
+        sizes.invert_yaxis()
+        pairs.hist(np.clip(self.distances[path], 1e-3, 1e2), bins=self.TAUS[::2].tolist(), color=BLUE)
+        pairs.axvline(tau, color=RED, linestyle="--", label=f"tau = {tau:g}")
+        pairs.set(xscale="log", xlim=(1e-3, 1e2), yticks=[], xlabel="squared distance / dim", title=f"pairs at {path}")
+        pairs.legend()
+        for one, z in self.z.items():
+            chosen = {"color": RED, "linewidth": 2.5, "zorder": 3} if one == path else {"color": GREY, "linewidth": 1}
+            pulls.plot(self.TAUS, [pull_of(self.distances[one], len(z), x) for x in self.TAUS], **chosen)
+        pulls.plot(tau, pull_of(self.distances[path], len(self.z[path]), tau), "D", color=RED, markersize=9)
+        pulls.set(xscale="log", xlim=(1e-3, 1e2), ylim=(0, 5), xlabel="tau", title="pull of the l2 form")
+        return figure
+
+
+def pull_of(distances: Any, B: int, tau: float) -> float:
+    """-sum_i <z_i, dL/dz_i> = (2 / tau) sum_ij p_ij D_ij of the l2 form, the diagonal counted: how much the loss falls
+    when all features grow by a small share. Zero where pairs are too near, or too far, for tau.
+
+    distances: |z_i - z_j|^2 / dim of the pairs i < j of B rows.
+    """
+    kernel = np.exp(-distances / tau)
+    return float(2 / tau * 2 * (kernel * distances).sum() / (B + 2 * kernel.sum()))
+
+
+# ---- studies
+
+
+def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
+    """What each seed alone would have told of an arm: its ratio to the reference, and the interval of all together."""
+    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
+    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
+    values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
+    base = results["reference"]
+    seeds = sorted(seed for name, seed in values if name == arm and (base, seed) in values)
+    rows = {f"seed {seed} alone": (values[arm, seed] / values[base, seed],) * 3 for seed in seeds}
+    low, mid, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
+    label = f"ratio, {arm}"
+    return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})

@@ -1,0 +1,174 @@
+"""What the lessons show: true to the library, and drawn on axes that do not move with the sliders."""
+
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from dispersive_kit.data.toy import TOY_SETS
+from dispersive_kit.models.dit import build_dit
+from dispersive_kit.regularizers import dispersive_loss
+from dispersive_kit.views import lessons, style
+from dispersive_kit.views.figures import pairwise_distances
+
+
+@pytest.fixture(autouse=True)
+def clean_figures():
+    plt.switch_backend("Agg")
+    style()
+    yield
+    plt.close("all")
+
+
+def points(n=50, seed=0):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def limits(figure):
+    figure.canvas.draw()
+    return [(axis.get_xlim(), axis.get_ylim()) for axis in figure.axes]
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_dit("DiT-T/2", input_size=8, in_channels=1, num_classes=3).eval()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inside(model):
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return lessons.BlockViews(model, dict.fromkeys((0.02, 0.5, 0.98), x), torch.tensor([0, 2]))
+
+
+@pytest.fixture(scope="module")
+def taps():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 6))
+        x = torch.randn(16, 4)
+    views = lessons.TapViews(model, lambda: model(x), ["0", "2"])
+    assert not any(module._forward_hooks for module in model)
+    return views
+
+
+# ---- frames
+
+
+def fields(t):
+    zero = torch.zeros_like
+    return lessons.field_panels({"exact": lessons.exact_velocity, "zero": lambda x, _t: zero(x)}, points(), t)
+
+
+FRAMES = {
+    "noise": (lessons.noise_frame, product(TOY_SETS, ("linear", "DDPM cosine"), (0.0, 1.0))),
+    "fields": (fields, [(0.1,), (0.9,)]),
+    "stepper": (lessons.stepper, product(lessons.SAMPLERS, (1, 32), (0.0, 1.0))),
+    "guidance": (lessons.guidance_frame, product((1.0, 8.0), lessons.INTERVALS)),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_keeps_its_axes_at_every_corner_of_its_sliders(name):
+    frame, corners = FRAMES[name]
+    first, *others = (limits(frame(*corner)) for corner in corners)
+    assert others and all(other == first for other in others)
+
+
+def test_inside_a_block_axes_stay_whatever_block_and_time(inside):
+    first, *others = (limits(inside.frame(*corner)) for corner in product((0, 3), (0.02, 0.98)))
+    assert all(other == first for other in others)
+
+
+def test_the_tap_chooser_keeps_its_axes_whatever_tap_and_tau(taps):
+    first, *others = (limits(taps.frame(*corner)) for corner in product(("0", "2"), (1e-3, 20.0)))
+    assert all(other[0::2] == first[0::2] and other[1][0] == first[1][0] for other in others)  # counts are of the tap
+
+
+def test_noise_begins_at_the_data_and_ends_at_the_same_noise_on_every_path():
+    def drawn(data, path, t):
+        return np.array(lessons.noise_frame(data, path, t).axes[0].lines[0].get_data())
+
+    for path in lessons.PATHS:
+        assert np.allclose(drawn("spirals", path, 0.0), drawn("spirals", "linear", 0.0), atol=1e-3)
+        assert np.allclose(drawn("spirals", path, 1.0), drawn("checkerboard", path, 1.0), atol=0.1)
+
+
+# ---- sampling
+
+
+def test_a_trajectory_begins_at_the_same_noise_and_ends_on_the_data():
+    ways = [lessons.trajectory(name, 32) for name in lessons.SAMPLERS]
+    assert all(len(way) == 33 and torch.equal(way[0], ways[0][0]) for way in ways)
+    for way in ways:
+        assert torch.cdist(way[-1], lessons.DATA.means.double()).amin(1).mean() < 0.25
+    figure = lessons.stepper("Heun", 4, 0.5)
+    assert figure.axes[0].get_title() == "Heun: step 2 of 4, 4 evaluations"
+
+
+def test_the_conditional_velocity_is_that_of_the_class_and_the_null_class_is_all():
+    x, t = torch.randn(6, 2, dtype=torch.float64), torch.full((6,), 0.4, dtype=torch.float64)
+    y = torch.tensor([0, 0, 1, 1, lessons.NULL, lessons.NULL])
+    mixed = lessons.exact_velocity(x, t, y)
+    for k in range(3):
+        assert torch.allclose(mixed[y == k], lessons.exact_velocity(x, t, torch.full((6,), k))[y == k])
+    assert torch.allclose(mixed[4:], lessons.exact_velocity(x, t)[4:])
+
+
+def test_every_guided_sample_is_in_the_picture():
+    for corner in product((1.0, 8.0), lessons.INTERVALS):
+        assert lessons.guided(*corner).abs().max() < 2.6
+
+
+def test_a_larger_cloud_holds_the_smaller_one():
+    assert torch.equal(lessons.cloud(64)[:8], lessons.cloud(8))
+
+
+# ---- models
+
+
+def test_inside_is_what_the_library_computes(model, inside):
+    t = torch.full((2,), 0.5)
+    with torch.no_grad():
+        _, after = model(inside.inputs[0.5], t, torch.tensor([0, 2]), taps=range(4))
+    assert torch.allclose(inside.rms[0.5], torch.stack([z.square().mean().sqrt() for z in after]))
+    assert torch.allclose(inside.change[0.5][1], (after[1] - after[0]).square().mean().sqrt())
+    assert inside.attention[0.5].shape == (4, 2, 16, 16)
+    assert torch.allclose(inside.attention[0.5].sum(-1), torch.ones(4, 2, 16))
+    gate = model.blocks[1].adaLN_modulation(model.condition(t, torch.tensor([0, 2]), None)).chunk(6, 1)[5]
+    assert torch.allclose(inside.gates[0.5][1, 1], gate.square().mean().sqrt())
+    assert inside.gates[0.5].shape == (4, 2) and not any(block.attn.qkv._forward_hooks for block in model.blocks)
+
+
+def test_each_tap_is_seen_as_it_is(taps):
+    assert [tuple(z.shape) for z in taps.z.values()] == [(16, 8), (16, 6)]
+    assert len(taps.distances["0"]) == 120
+    assert taps.rms["2"] == pytest.approx(float(taps.z["2"].square().mean().sqrt()), rel=1e-5)
+
+
+def test_the_pull_is_the_gradient_along_the_features_and_dies_at_both_ends(taps):
+    z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(dispersive_loss(z, tau=0.7), z)
+    assert lessons.pull_of(pairwise_distances(z), 7, 0.7) == pytest.approx(-float((z * gradient).sum()))
+    distances = taps.distances["0"]
+    ends = [lessons.pull_of(distances, 16, tau) for tau in (1e-6, 1e6)]
+    assert max(ends) < 1e-3 < lessons.pull_of(distances, 16, float(np.median(distances)))
+
+
+# ---- studies
+
+
+def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():
+    values = {("base", 1): 2.0, ("paper", 1): 3.0, ("base", 2): 2.0, ("paper", 2): 1.0, ("base", 3): 2.0}
+    runs = [{"arm": a, "seed": s, "condition": "one", "values": {"frechet": v}} for (a, s), v in values.items()]
+    verdict = {"arm": "paper", "measure": "frechet", "condition": "one", "low": -0.5, "mean": 0.0, "high": 0.5}
+    figure = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper")
+    axis = figure.axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["seed 1 alone", "seed 2 alone", "all, 95 %"]
+    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [1.5, 0.5, 1.0]

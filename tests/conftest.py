@@ -5,12 +5,16 @@ may take from each other.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import jupyter_client
 import pytest
 import torch
 
 from dispersive_kit.study.lab import Kernel
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import warm`
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,8 @@ One of your own takes ten lines:
         def decode(self, z):  # (B, C, h, w) -> (B, 3, H, W)
             return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
-Its id is "mine", or "package.module:mine" where another process must import it first.
+Its id is "mine", or "package.module:mine" where another process must import it first. With a `state_dict` its weights
+are hashed too.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,17 +29,6 @@ from torch import Tensor
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny")
-
-
-class Network(Protocol):
-    """What an autoencoder must have. With a `state_dict` its weights are hashed too."""
-
-    scale: float
-    shift: float
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def decode(self, z: Tensor) -> Tensor: ...
 
 
 Factory = TypeVar("Factory", bound=Callable[[], Any])
@@ -94,7 +84,7 @@ class Autoencoder:
 
 
 class _Diffusers:
-    """An autoencoder of diffusers with the two methods of `Network`."""
+    """An autoencoder of diffusers with the methods of the ten lines above."""
 
     def __init__(self, network: Any) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -137,7 +127,7 @@ def load_autoencoder(
     name = str(Path(autoencoder_id).resolve()) if Path(autoencoder_id).is_dir() else autoencoder_id
     kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
     return Autoencoder(
-        AutoencoderCard(name, kind, weights_sha256(network), float(network.scale), float(network.shift)),
+        AutoencoderCard(name, kind, _weights_sha256(network), float(network.scale), float(network.shift)),
         network,
         device,
     )
@@ -168,7 +158,7 @@ def refuse_other(found: AutoencoderCard, wanted: AutoencoderCard) -> None:
         )
 
 
-def weights_sha256(network: Any) -> str:
+def _weights_sha256(network: Any) -> str:
     """Hash of names, types, shapes and values of the weights, whatever file they came from; on a network without
     weights, of its class's name."""
     state = network.state_dict() if hasattr(network, "state_dict") else {}

@@ -19,7 +19,12 @@ from dispersive_kit.data.folder import HELD_OUT_PARTS, list_images, read_image
 from dispersive_kit.errors import DataError
 
 PHOTO_CROPS = {"train": 1024, "test": 256}
+DIGITS = tuple(str(i) for i in range(10))
 DIGITS_HELD_OUT = 500  # of the 1,797 images; fixed, so that numbers from different runs can be compared
+TORCHVISION_SETS = {  # name -> its own files
+    "mnist": "MNIST/raw/ with the four *-ubyte files",
+    "cifar10": "cifar-10-batches-py/ (the unpacked cifar-10-python.tar.gz)",
+}
 
 
 @dataclass(frozen=True)
@@ -131,18 +136,22 @@ def load_images(
     raise DataError(f"unknown data set {name!r}: it is neither one of {known} nor a folder of images")
 
 
-def _digits(split: str) -> ImageSet:
+def _inside_scikit_learn(name: str) -> Any:
+    """What `sklearn.datasets.NAME()` gives."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn import datasets
     except ImportError as error:
-        raise DataError("'digits' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
-    bunch: Any = load_digits()
+        raise DataError(f"{name[5:]} lie inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
+    return getattr(datasets, name)()
+
+
+def _digits(split: str) -> ImageSet:
+    bunch = _inside_scikit_learn("load_digits")
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
-    labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     index = order[:DIGITS_HELD_OUT] if split == "test" else order[DIGITS_HELD_OUT:]
-    classes = tuple(str(i) for i in range(10))
-    return ImageSet("digits", split, images[index], labels[index], classes, "sklearn.datasets.load_digits")
+    labels = torch.from_numpy(bunch.target).long()[index]
+    return ImageSet("digits", split, images[index], labels, DIGITS, "sklearn.datasets.load_digits")
 
 
 def _photos(split: str) -> ImageSet:
@@ -150,13 +159,9 @@ def _photos(split: str) -> ImageSet:
 
     The shape of CIFAR-10 with nothing to download: to see that a pipeline runs, and for no measurement.
     """
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise DataError("'photos' lies inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
     rng, test = np.random.default_rng(split == "test"), split == "test"
     n, crops = PHOTO_CROPS[split], []
-    for photo in load_sample_images().images:
+    for photo in _inside_scikit_learn("load_sample_images").images:
         half = photo[::2, ::2]  # (213, 320, 3)
         border = half.shape[1] * 2 // 3
         part = half[:, border:] if test else half[:, :border]
@@ -185,78 +190,51 @@ def _packed(name: str, split: str, file: Path) -> ImageSet:
     return ImageSet(name, split, images, labels, classes, str(file))
 
 
-def _mnist(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
-    from torchvision.datasets import MNIST
-
-    data = MNIST(root, train=train, download=download)
-    return data.data[:, None], data.targets, [str(i) for i in range(10)]
-
-
-def _cifar10(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
-    from torchvision.datasets import CIFAR10
-
-    data = CIFAR10(root, train=train, download=download)  # md5-checked before it is unpickled
-    return (
-        torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(data.targets),
-        data.classes,
-    )
-
-
-TORCHVISION_SETS: dict[str, Callable[[Path, bool, bool], tuple[Tensor, Tensor, list[str]]]] = {
-    "mnist": _mnist,
-    "cifar10": _cifar10,
-}
-
-
 def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSet:
-    load = TORCHVISION_SETS[name]
+    from torchvision import datasets
+
+    make = getattr(datasets, name.upper())  # which checks the md5 of what it unpickles
     try:
-        images, labels, classes = load(folder, split == "train", False)
+        found = make(folder, train=split == "train", download=False)
     except RuntimeError as missing:
         if not download:
             raise DataError(_where_to_put(name, folder, "downloading was switched off")) from missing
         try:
-            images, labels, classes = load(folder, split == "train", True)
+            found = make(folder, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(_where_to_put(name, folder, f"the download failed: {error}")) from error
-    return ImageSet(name, split, images, labels.long(), tuple(classes), f"torchvision in {folder}")
+    images = torch.as_tensor(found.data)  # (N, H, W), or (N, H, W, C)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    classes = DIGITS if name == "mnist" else tuple(found.classes)
+    return ImageSet(name, split, images, torch.as_tensor(found.targets).long(), classes, f"torchvision in {folder}")
 
 
 def _where_to_put(name: str, folder: Path, why: str) -> str:
-    own = {
-        "mnist": "MNIST/raw/ with the four *-ubyte files",
-        "cifar10": "cifar-10-batches-py/ (the unpacked cifar-10-python.tar.gz)",
-    }
     return (
-        f"{name} is not in {folder}, and {why}. Put there either {own[name]}, or {name}.npz with arrays images "
-        "(N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder with "
-        "the setting data_dir or the variable DISPERSIVE_KIT_DATA"
+        f"{name} is not in {folder}, and {why}. Put there either {TORCHVISION_SETS[name]}, or {name}.npz with arrays "
+        "images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder with "
+        "--data-dir or the variable DISPERSIVE_KIT_DATA"
     )
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
     held_out = next((name for name in HELD_OUT_PARTS if (folder / name).is_dir()), None)
-    has_splits = (folder / "train").is_dir() and held_out is not None
-    part = "train" if split == "train" else held_out
-    listed = list_images(folder / str(part) if has_splits else folder)
-    if has_splits and split == "test":
+    has_parts = (folder / "train").is_dir() and held_out is not None
+    listed = list_images(folder / ("train" if split == "train" else str(held_out)) if has_parts else folder)
+    if has_parts and split == "test":
         classes = list_images(folder / "train").classes
         if unknown := sorted(set(listed.classes) - set(classes)):
             raise DataError(f"{listed.root} has a class {unknown[0]!r}, and {folder / 'train'} has not")
         listed = replace(listed, classes=classes)
-    number = len(listed.files)
-    index = [i for i in range(number) if has_splits or (i % 10 == 9) == (split == "test")]
-    if not index:
-        raise DataError(f"{folder} holds {number} images: too few to hold out every tenth; add train/ and test/")
-    files = [listed.files[i] for i in index]
-    images = torch.stack([_read_square(listed.root, file, size) for file in files])
-    labels = torch.tensor([listed.label(file) for file in files])
-    return ImageSet(folder.name, split, images, labels, listed.classes, str(listed.root), f"ADM centre crop to {size}")
-
-
-def _read_square(root: Path, file: str, size: int) -> Tensor:
-    read = read_image(root, file, size)
-    if read.pixels is None:
-        raise DataError(f"{root / file} is not a readable image ({read.fault}); repair or remove it")
-    return read.pixels
+    files = [file for i, file in enumerate(listed.files) if has_parts or (i % 10 == 9) == (split == "test")]
+    if not files:
+        raise DataError(
+            f"{folder} holds {len(listed.files)} images: too few to hold out every tenth; add train/ and test/"
+        )
+    images = []
+    for read in (read_image(listed.root, file, size) for file in files):
+        if read.pixels is None:
+            raise DataError(f"{listed.root / read.file} is not a readable image ({read.fault}); repair or remove it")
+        images.append(read.pixels)
+    labels, how = torch.tensor([listed.label(file) for file in files]), f"ADM centre crop to {size}"
+    return ImageSet(folder.name, split, torch.stack(images), labels, listed.classes, str(listed.root), how)

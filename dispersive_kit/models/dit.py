@@ -59,7 +59,7 @@ class Conditioned(nn.Module):
         rows = num_classes + (null_label is not None)
         self.y_embedder = _LabelEmbedder(rows, hidden_size) if num_classes else None
 
-    def _condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
+    def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
         """c (B, D) of t and r (B,) and y (B,)."""
         if t.ndim != 1:
             raise ConfigError(f"t is {tuple(t.shape)}: give one time for each image, (B,)")
@@ -230,7 +230,7 @@ class DiT(Conditioned):
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.checkpointing = checkpointing
+        self.num_heads, self.checkpointing = num_heads, checkpointing
         self.x_embedder = _PatchEmbed(patch_size, in_channels, hidden_size)
         null_label = num_classes if num_classes and class_dropout_prob > 0 else None
         self._embed(hidden_size, num_classes, null_label, time_scale, interval=interval)
@@ -269,7 +269,7 @@ class DiT(Conditioned):
             shape = ", ".join(map(str, self.sample_shape))
             raise ConfigError(f"the model was built for images (B, {shape}), not {tuple(x.shape)}")
         self._check_taps(taps, len(self.blocks))
-        c = self._condition(t, y, r)  # (B, D)
+        c = self.condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)
         kept = {}
         for i, block in enumerate(self.blocks):

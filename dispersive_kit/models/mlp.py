@@ -55,7 +55,7 @@ class MLP(Conditioned):
         if x.shape[1:] != self.sample_shape:
             raise ConfigError(f"the network was built for points (B, {self.dim}), not {tuple(x.shape)}")
         self._check_taps(taps, len(self.blocks))
-        c = self._condition(t, y, r)  # (B, D)
+        c = self.condition(t, y, r)  # (B, D)
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         kept = {}
         for i, block in enumerate(self.blocks):

@@ -2,18 +2,19 @@
 
 from dispersive_kit.analysis.features import (
     LEVELS,
+    encoder,
     extract,
     noisy,
-    pooled,
+    patch_pca,
     random_network,
+    raw_pixels,
     time_of,
     tokens,
 )
-from dispersive_kit.analysis.gradients import Pull, gradient_pull
-from dispersive_kit.analysis.moments import Moments
+from dispersive_kit.analysis.geometry import Moments, Pull, gradient_pull
 from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and_test, mcnemar, shuffled
-from dispersive_kit.analysis.similarity import cka_matrix, linear_cka, mutual_knn
-from dispersive_kit.analysis.sweep import Sweep, sweep
+from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
+from dispersive_kit.analysis.sweep import Sweep, stored, sweep
 from dispersive_kit.evaluation import draw_images
 
 __all__ = [
@@ -27,15 +28,17 @@ __all__ = [
     "choose_and_test",
     "cka_matrix",
     "draw_images",
+    "encoder",
     "extract",
     "gradient_pull",
-    "linear_cka",
     "mcnemar",
     "mutual_knn",
     "noisy",
-    "pooled",
+    "patch_pca",
     "random_network",
+    "raw_pixels",
     "shuffled",
+    "stored",
     "sweep",
     "time_of",
     "tokens",

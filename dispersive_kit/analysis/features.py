@@ -1,7 +1,7 @@
 """Features of images at a level of noise: the same images and the same noise for every network, block and level.
 
 Always of the null class: a label given to the network would be read back from its features (notebook 10 shows it). The
-residual stream after each block, mean over tokens: that is the pooling rule of all stored features.
+residual stream after each block, and of it, in all that is stored, the mean over tokens.
 """
 
 import copy
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dispersive_kit.data import to_float
@@ -19,9 +20,9 @@ from dispersive_kit.models.dit import DiT
 from dispersive_kit.training.draws import stream
 
 LEVELS = (math.inf, 4.0, 2.0, 0.0, -2.0, -4.0)  # log-SNR: the clean image and five levels of noise
-POOLING = "residual stream after each block, mean over tokens"
+POOLS = {"mean": lambda z: z.mean(1), "none": lambda z: z}  # of the tokens (B, N, D) of a block
 
-# x_t (B, C, H, W), t (B,), which of the images these are -> features (blocks, B, D)
+# x_t (B, C, H, W), t (B,), which of the images these are -> features (blocks, B, D), or with tokens (blocks, B, N, D)
 Encoder = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -35,17 +36,6 @@ def time_of(log_snr: float, path: Path = LINEAR) -> float:
         above = float(path.log_snr(torch.tensor(middle, dtype=torch.float64))) > log_snr
         low, high = (middle, high) if above else (low, middle)
     return (low + high) / 2
-
-
-def null_labels(model: Any, n: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """The null class n times; None for a model without classes.
-
-    Raises:
-        ConfigError: the model has classes and no null class, so that any label would leak into its features.
-    """
-    if model.num_classes and model.null_label is None:
-        raise ConfigError("the model has no null class (class_dropout_prob was 0): its features would hold the label")
-    return torch.full((n,), model.null_label, device=device) if model.num_classes else None
 
 
 def noisy(
@@ -73,17 +63,57 @@ def noisy(
 
 
 def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-    """Output (B, N, D) of every block, in one forward pass without gradient; y: None is the null class."""
+    """Output (B, N, D) of every block, in one forward pass without gradient; y: None is the null class.
+
+    Raises:
+        ConfigError: the model has classes and no null class, so that any label would leak into its features.
+    """
+    if y is None and model.num_classes:
+        if model.null_label is None:
+            raise ConfigError(
+                "the model has no null class (class_dropout_prob was 0): its features would hold the label"
+            )
+        y = torch.full((len(x),), model.null_label, device=x.device)
     with torch.no_grad():
-        labels = null_labels(model, len(x), x.device) if y is None else y
-        return model(x, t, labels, taps=range(len(model.blocks)))[1]
+        return model(x, t, y, taps=range(len(model.blocks)))[1]
 
 
-def pooled(model: DiT, y: Tensor | None = None) -> Encoder:
-    """Mean over tokens after each block. y: labels (N,) of all images, for showing the leak and nothing else."""
+def encoder(model: DiT, *, pool: str = "mean", y: Tensor | None = None) -> Encoder:
+    """What `extract` applies: the residual stream after each block, pooled.
+
+    Args:
+        pool: "mean" over tokens, or "none" for tokens as they are.
+        y: labels (N,) of all images, for showing the leak and nothing else.
+    """
 
     def encode(x: Tensor, t: Tensor, where: slice) -> Tensor:
-        return torch.stack([z.mean(1) for z in tokens(model, x, t, None if y is None else y[where])])
+        return torch.stack([POOLS[pool](z) for z in tokens(model, x, t, None if y is None else y[where])])
+
+    return encode
+
+
+def raw_pixels(x: Tensor, t: Tensor, where: slice) -> Tensor:
+    """The control without any network, an encoder too: x_t flattened, (1, B, C H W)."""
+    return x.flatten(1)[None]
+
+
+def patch_pca(images: Tensor, patch_size: int, k: int) -> Encoder:
+    """Another: first k principal components of patches, and their squares, each as the mean over patches, (1, B, 2 k).
+
+    Fitted on clean uint8 training images (N, C, H, W). The means alone would tell the mean patch and no more; squares
+    are the simplest thing that does.
+    """
+
+    def cut(x: Tensor) -> Tensor:
+        return F.unfold(x, patch_size, stride=patch_size).mT.double()  # (B, patches, C p p)
+
+    patches = cut(to_float(images)).flatten(0, 1)  # (N patches, C p p)
+    mean = patches.mean(0)
+    basis = torch.linalg.eigh((patches - mean).T @ (patches - mean))[1][:, -k:]  # (C p p, k)
+
+    def encode(x: Tensor, t: Tensor, where: slice) -> Tensor:
+        found = (cut(x) - mean) @ basis  # (B, patches, k)
+        return torch.cat([found.mean(1), found.square().mean(1)], 1)[None]
 
     return encode
 
@@ -91,7 +121,7 @@ def pooled(model: DiT, y: Tensor | None = None) -> Encoder:
 def extract(
     encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, *, draws: int = 1, **how: Any
 ) -> list[Tensor]:
-    """For each level the features (draws, blocks, N, D) of uint8 images (N, C, H, W); `how` as of `noisy`.
+    """For each level the features (draws, blocks, N, ...) of uint8 images (N, C, H, W); `how` as of `noisy`.
 
     The clean image has one draw, there being no noise in it.
     """

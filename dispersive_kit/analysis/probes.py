@@ -19,9 +19,9 @@ from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation.distances import wilson
 
-# The strongest shrinkage first: of settings that are equal on validation, the first is taken.
-LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of the variance of a training feature
+LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of a feature's variance; strongest first
 C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
+Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
 K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978; as in DINO)
 
 
@@ -71,9 +71,6 @@ def candidates(
     }
 
 
-Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
-
-
 def standardise(train: Split) -> Callable[[Tensor], Tensor]:
     """Zero mean and unit variance by the training rows; a constant channel becomes zero."""
     mean, std = train.rows.mean(0), train.rows.std(0)
@@ -96,58 +93,29 @@ def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
     return lambda rows: ((scaled(rows) @ axes) @ shrunk + y.mean(0)).argmax(-1)
 
 
-def logistic(train: Split, grid: Sequence[float] = C_GRID) -> Predict:
+def _logistic(train: Split) -> Predict:
     """Multinomial logistic regression of scikit-learn, for each C."""
     from sklearn.linear_model import LogisticRegression
 
     scaled = standardise(train)
     x, y = scaled(train.rows).numpy(), train.row_labels.numpy()
-    fitted = [LogisticRegression(C=one, max_iter=500).fit(x, y) for one in grid]
+    fitted = [LogisticRegression(C=one, max_iter=500).fit(x, y) for one in C_GRID]
     return lambda rows: torch.stack([torch.from_numpy(one.predict(scaled(rows).numpy())) for one in fitted])
 
 
-def knn(train: Split, k: int = K, temperature: float = TEMPERATURE) -> Predict:
-    """Vote of the k nearest training rows by cosine s of standardised features, each with weight exp(s / T)."""
+def _knn(train: Split) -> Predict:
+    """Vote of the K nearest training rows by cosine s of standardised features, each with weight exp(s / T)."""
     scaled = standardise(train)
     x, hot = F.normalize(scaled(train.rows), dim=1), F.one_hot(train.row_labels).double()
 
     def predict(rows: Tensor) -> Tensor:
-        near = (F.normalize(scaled(rows), dim=1) @ x.T).topk(min(k, len(x)), dim=1)
-        return ((near.values / temperature).exp()[..., None] * hot[near.indices]).sum(1).argmax(-1)[None]
+        near = (F.normalize(scaled(rows), dim=1) @ x.T).topk(min(K, len(x)), dim=1)
+        return ((near.values / TEMPERATURE).exp()[..., None] * hot[near.indices]).sum(1).argmax(-1)[None]
 
     return predict
 
 
-PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": logistic, "knn": knn}
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A probe with the setting that is best on validation; the first of equals, so the strongest shrinkage."""
-
-    predict: Predict
-    setting: int
-    validation: float
-
-    def right(self, split: Split) -> Tensor:
-        """Whether each draw of each image is classified rightly, bool (draws, N)."""
-        return (self.predict(split.rows)[self.setting] == split.row_labels).unflatten(0, split.x.shape[:2])
-
-
-def fit(kind: str, train: Split, validation: Split) -> Fitted:
-    """Fit a probe of `PROBES`, and choose its setting on the validation images.
-
-    Raises:
-        ConfigError: no probe has this name. DataError: features that are not (draws, N, D) with N labels.
-    """
-    if kind not in PROBES:
-        raise ConfigError(f"unknown probe {kind!r}; there are: {', '.join(PROBES)}")
-    for split in (train, validation):
-        if split.x.ndim != 3 or split.x.shape[1] != len(split.y):
-            raise DataError(f"features {tuple(split.x.shape)} of {len(split.y)} labels: give (draws, N, D) and (N,)")
-    predict = PROBES[kind](train)
-    accuracy = (predict(validation.rows) == validation.row_labels).double().mean(1)  # (settings,)
-    return Fitted(predict, int(accuracy.argmax()), float(accuracy.max()))
+PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": _logistic, "knn": _knn}
 
 
 @dataclass(frozen=True)
@@ -168,15 +136,32 @@ class Result:
 def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result, dict[Any, float]]:
     """Fit a probe on each candidate (block, level, ...), choose by validation accuracy, and test that one alone.
 
-    Also returns every candidate's validation accuracy, which is what maps are drawn from.
+    Of settings that are equal on validation the first is taken, so the strongest shrinkage. Also returns every
+    candidate's validation accuracy, which is what maps are drawn from.
+
+    Raises:
+        ConfigError: no probe has this name. DataError: features that are not (draws, N, D) with N labels.
     """
-    fitted = {key: fit(kind, parts.train, parts.validation) for key, parts in candidates.items()}
-    best = max(fitted, key=lambda key: fitted[key].validation)
-    right = fitted[best].right(candidates[best].test).double()
+    if kind not in PROBES:
+        raise ConfigError(f"unknown probe {kind!r}; there are: {', '.join(PROBES)}")
+    predictors, accuracies = {}, {}
+    for key, parts in candidates.items():
+        for split in (parts.train, parts.validation):
+            if split.x.ndim != 3 or split.x.shape[1] != len(split.y):
+                shape = tuple(split.x.shape)
+                raise DataError(f"features {shape} of {len(split.y)} labels: give (draws, N, D) and (N,)")
+        predictors[key] = PROBES[kind](parts.train)
+        accuracies[key] = _right(predictors[key], parts.validation).flatten(1).double().mean(1)  # (settings,)
+    validation = {key: float(accuracy.max()) for key, accuracy in accuracies.items()}
+    best = max(validation, key=lambda key: validation[key])
+    right = _right(predictors[best], candidates[best].test)[int(accuracies[best].argmax())].double()  # (draws, N)
     low, high = wilson(float(right.mean()), right.shape[1])
-    majority = right.mean(0) > 0.5
-    result = Result(best, fitted[best].validation, float(right.mean()), low, high, majority)
-    return result, {key: one.validation for key, one in fitted.items()}
+    return Result(best, validation[best], float(right.mean()), low, high, right.mean(0) > 0.5), validation
+
+
+def _right(predict: Predict, split: Split) -> Tensor:
+    """Whether each draw of each image is classified rightly, bool (settings, draws, N)."""
+    return (predict(split.rows) == split.row_labels).unflatten(1, split.x.shape[:2])
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:

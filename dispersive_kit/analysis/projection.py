@@ -1,4 +1,4 @@
-"""Two dimensions of many: PCA, UMAP, densMAP, AlignedUMAP, and how far each may be trusted.
+"""Two dimensions of many: PCA, UMAP and how far it may be trusted, and tokens as colours.
 
 UMAP scales each point's neighbourhood to one size, so it is blind to dispersion (UMAP(X) = UMAP(8 X)): it shows who is
 near whom. Dispersion is shown by histograms, spectra and numbers. umap is imported when it is first used (8 to 50 s).
@@ -6,14 +6,14 @@ near whom. Dispersion is shown by histograms, spectra and numbers. umap is impor
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dispersive_kit.analysis.dispersion import centred
+from dispersive_kit.analysis.geometry import centred
 
 CAPTION = "Areas and distances carry no dispersion meaning; only who is near whom."
 Array = NDArray[np.float64]
@@ -27,6 +27,11 @@ def pca(x: Tensor, k: int = 2) -> Array:
     return (found * torch.where((found**3).sum(0) < 0, -1.0, 1.0)).numpy()
 
 
+def picture_name(arm: str, neighbours: int, min_dist: float, seed: int) -> str:
+    """Of a UMAP in a shipped file: of an arm, and at one setting."""
+    return f"{arm}/{neighbours}/{min_dist:g}/{seed}"
+
+
 def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0, dens: bool = False) -> Array:
     """UMAP (N, 2) of rows (N, D), or densMAP, which keeps some of the local density."""
     import umap
@@ -37,31 +42,11 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
         return np.asarray(reducer.fit_transform(x.double().numpy()), dtype=np.float64)
 
 
-def aligned_umap(
-    stages: Sequence[Tensor], *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0
-) -> list[Array]:
-    """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
-    import umap
-
-    same = {i: i for i in range(len(stages[0]))}
-    reducer = umap.AlignedUMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reducer.fit([x.double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
-    return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
-
-
 def trustworthiness(x: Tensor, embedding: Array, neighbours: int = 15) -> float:
     """1 if every neighbour in the picture is one in the features (Venna & Kaski, 2001), about .5 at random."""
     from sklearn.manifold import trustworthiness as measure
 
     return float(measure(x.double().numpy(), embedding, n_neighbors=neighbours))
-
-
-def class_radius(embedding: Array, labels: Tensor, label: int) -> float:
-    """RMS distance of a class to its centre, over that of all points to theirs."""
-    own, whole = (np.sqrt(part.var(0).sum()) for part in (embedding[labels.numpy() == label], embedding))
-    return float(own / whole)
 
 
 def token_maps(tokens: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -6,55 +6,34 @@ sets, so that arms, blocks and levels are compared on the same images and the sa
 order (`draw_images`), or the first are of one class.
 """
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dispersive_kit.analysis import dispersion
-from dispersive_kit.analysis.features import LEVELS, POOLING, noisy, tokens
-from dispersive_kit.analysis.moments import Moments
-from dispersive_kit.analysis.similarity import cka_matrix, shared_neighbours
+from dispersive_kit.analysis import geometry
+from dispersive_kit.analysis.features import LEVELS, noisy, tokens
+from dispersive_kit.analysis.geometry import Moments
+from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
 from dispersive_kit.data import ImageSet
+from dispersive_kit.data.artefacts import artefact
 from dispersive_kit.data.files import versions
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models.dit import DiT
+from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.draws import stream
 
 KEEP = 512  # rows for measures quadratic in their number
 LOCAL_BATCH = 64  # images for the saturation gap and the structure of the token grid
 UNIFORMITY_T = (0.5, 2.0, 8.0)
-UNIFORMITY = tuple(f"uniformity_t{t:g}" for t in UNIFORMITY_T)
-
-
-@dataclass
-class Level:
-    """What is kept of one level of noise, all blocks stacked: a few matrices, whatever the number of images."""
-
-    moments: Moments
-    square: Tensor | float = 0.0  # of each channel, summed over images and tokens (blocks, D)
-    tokens: int = 0
-    rows: list[Tensor] = field(default_factory=list)  # pooled, (blocks, B, D) each
-    local: list[dict[str, float]] = field(default_factory=list)  # one a block
-    local_null: list[dict[str, float]] = field(default_factory=list)
-
-    def update(self, taps: list[Tensor], labels: Tensor, keep: int, tau: float) -> None:
-        """Add what the blocks gave for one batch, each (B, N, D)."""
-        pooled = torch.stack([z.mean(1) for z in taps])  # (blocks, B, D)
-        if not self.moments.n:
-            self.local = [grid_measures(z[:LOCAL_BATCH], tau) for z in taps]
-            self.local_null = [grid_measures(gaussian_twin(z[:LOCAL_BATCH].flatten(1)).view_as(z[:LOCAL_BATCH]), tau)
-                               for z in taps]  # fmt: skip
-        if self.moments.n < keep:
-            self.rows.append(pooled[:, : keep - self.moments.n])
-        self.moments.update(pooled, labels)
-        self.square += torch.stack([torch.linalg.vector_norm(z, dim=1).double().square().sum(0) for z in taps])
-        self.tokens += len(taps[0]) * taps[0].shape[1]
 
 
 @dataclass(frozen=True)
@@ -78,6 +57,34 @@ class Sweep:
     protocol: dict[str, Any]
 
 
+class _Level:
+    """What is kept of one level of noise, all blocks stacked: a few matrices, whatever the number of images."""
+
+    def __init__(self, num_classes: int, keep: int, tau: float) -> None:
+        self.moments, self.keep, self.tau = Moments(num_classes), keep, tau
+        self.square: Tensor | float = 0.0  # of each channel, summed over images and tokens (blocks, D)
+        self.tokens = 0
+        self.rows: list[Tensor] = []  # pooled, (blocks, B, D) each
+
+    def update(self, taps: list[Tensor], labels: Tensor) -> None:
+        """Add what the blocks gave for one batch, each (B, N, D)."""
+        pooled = torch.stack([z.mean(1) for z in taps])  # (blocks, B, D)
+        if not self.moments.n:
+            local = [z[:LOCAL_BATCH] for z in taps]
+            twins = [_gaussian_twin(z.flatten(1)).view_as(z) for z in local]
+            self.local, self.local_null = (_grid_measures(grids, self.tau) for grids in (local, twins))
+        if self.moments.n < self.keep:
+            self.rows.append(pooled[:, : self.keep - self.moments.n])
+        self.moments.update(pooled, labels)
+        self.square += torch.stack([torch.linalg.vector_norm(z, dim=1).double().square().sum(0) for z in taps])
+        self.tokens += len(taps[0]) * taps[0].shape[1]
+
+    def scale(self) -> dict[str, Tensor]:
+        """Feature RMS and the largest channel's share, raw: the first confound, every distance grows with it."""
+        square = torch.as_tensor(self.square) / self.tokens
+        return {"feature_rms": square.mean(-1).sqrt(), "largest_channel": square.amax(-1) / square.sum(-1)}
+
+
 def sweep(
     model: DiT,
     data: ImageSet,
@@ -99,16 +106,16 @@ def sweep(
     """
     if min(batch_size, len(data)) < LOCAL_BATCH:
         raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
-    kept = [Level(Moments(len(data.classes))) for _ in levels]
+    kept = [_Level(len(data.classes), keep, tau) for _ in levels]
     for where, i, x, t in noisy(data.images, levels, seed=seed, path=path, batch_size=batch_size):
-        kept[i].update(tokens(model, x, t), data.labels[where], keep, tau)
+        kept[i].update(tokens(model, x, t), data.labels[where])
     D = kept[0].moments.mean.shape[-1]
     normal = torch.randn(len(data), D, generator=stream(seed, "gaussian"), dtype=torch.double)
     rows = torch.stack([torch.cat(level.rows, 1) for level in kept])
-    found = [measures(level.moments, own) for level, own in zip(kept, rows, strict=True)]
-    nulls = [measures(*gaussian_moments(level.moments, normal, data.labels, keep)) for level in kept]
-    values = [real | scale(level) | by_block(level.local) for level, (real, _) in zip(kept, found, strict=True)]
-    gaussian = [real | by_block(level.local_null) for level, (real, _) in zip(kept, nulls, strict=True)]
+    found = [_measures(level.moments, own) for level, own in zip(kept, rows, strict=True)]
+    nulls = [_measures(*_gaussian_moments(level.moments, normal, data.labels, keep)) for level in kept]
+    values = [real | level.scale() | level.local for level, (real, _) in zip(kept, found, strict=True)]
+    gaussian = [null | level.local_null for level, (null, _) in zip(kept, nulls, strict=True)]
     return Sweep(
         tuple(levels),
         {name: torch.stack([one[name] for one in values]) for name in values[0]},
@@ -116,62 +123,63 @@ def sweep(
         torch.stack([eigenvalues for _, eigenvalues in found]),
         torch.stack([eigenvalues for _, eigenvalues in nulls]),
         torch.stack([cka_matrix(own) for own in rows]),
-        torch.stack([shared_neighbours(own) for own in rows]),
+        torch.stack([mutual_knn(own) for own in rows]),
         rows,
         data.labels[:keep],
-        {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pooling": POOLING,
+        {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data),
+         "pooling": "residual stream after each block, mean over tokens",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
          "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": seed, "keep": keep,
          "local_batch": LOCAL_BATCH, "tau": tau, "path": repr(path), "versions": versions()},
     )  # fmt: skip
 
 
-def measures(moments: Moments, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _measures(moments: Moments, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Each measure (blocks,) of pooled features, and the covariance eigenvalues (blocks, D), falling."""
     eigenvalues = torch.linalg.eigvalsh(moments.covariance).flip(-1).clamp(min=0)
     values = {
         "pairwise": moments.mean_pairwise(),
         "cosine_raw": moments.mean_cosine(),
-        "cosine": dispersion.mean_cosine(rows),
-        "rankme": dispersion.rankme(eigenvalues),
-        "eigenvalue_rank": dispersion.eigenvalue_rank(eigenvalues),
+        "cosine": _mean_cosine(rows),
+        "rankme": geometry.rankme(eigenvalues),
+        "eigenvalue_rank": geometry.entropy_rank(eigenvalues),
         "participation_ratio": moments.participation_ratio(),
-        "stable_rank": dispersion.stable_rank(eigenvalues),
+        "stable_rank": eigenvalues.sum(-1) / eigenvalues.amax(-1),  # |X|_F^2 / |X|_2^2
         "fisher_ratio": moments.fisher_ratio(),
         "nc1": moments.nc1(),
-        "two_nn": torch.stack([dispersion.two_nn(x) for x in rows]),  # block by block: the pairs then fit the cache
+        "two_nn": torch.stack([geometry.two_nn(x) for x in rows]),  # block by block: the pairs then fit the cache
     }
-    uniform = torch.stack([dispersion.uniformity(x, UNIFORMITY_T) for x in rows])
-    return values | dict(zip(UNIFORMITY, uniform.unbind(-1), strict=True)), eigenvalues
+    uniform = torch.stack([geometry.uniformity(x, UNIFORMITY_T) for x in rows]).unbind(-1)
+    return values | {f"uniformity_t{t:g}": one for t, one in zip(UNIFORMITY_T, uniform, strict=True)}, eigenvalues
 
 
-def scale(level: Level) -> dict[str, Tensor]:
-    rms, share = dispersion.channel_scale(torch.as_tensor(level.square) / level.tokens)
-    return {"feature_rms": rms, "largest_channel": share}
+def _mean_cosine(x: Tensor) -> Tensor:
+    """Mean cosine over the pairs i != j of rows (..., N, D) about the mean row; orthonormal rows give -1 / (N - 1).
+
+    Raw cosines, `Moments.mean_cosine`, may be .99999 for one large mean channel and nothing else.
+    """
+    u, N = F.normalize(geometry.centred(x), dim=-1), x.shape[-2]
+    return (u.sum(-2).square().sum(-1) - N) / (N * (N - 1))
 
 
-def grid_measures(z: Tensor, tau: float) -> dict[str, float]:
-    """What needs whole token grids z (B, N, D) of a local batch, as the loss sees them."""
-    gap, mass = dispersion.saturation(z, tau)
+def _grid_measures(grids: list[Tensor], tau: float) -> dict[str, Tensor]:
+    """What needs whole token grids z (B, N, D) of a local batch, one a block, as the loss sees them (blocks,)."""
+    seen = [measure(z.double(), LossOptions("infonce_l2", tau)) for z in grids]
     return {
-        "saturation_gap": float(gap),
-        "off_diagonal_mass": float(mass),
-        "token_structure": float(dispersion.token_structure(z)),
+        "saturation_gap": torch.stack([one.loss + math.log(one.rows) for one in seen]),  # above the floor, - log B
+        "off_diagonal_mass": torch.stack([one.mass for one in seen]),
+        "token_structure": torch.stack([geometry.token_structure(z) for z in grids]),
     }
 
 
-def by_block(local: list[dict[str, float]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([one[name] for one in local], dtype=torch.double) for name in local[0]}
-
-
-def gaussian_twin(x: Tensor) -> Tensor:
+def _gaussian_twin(x: Tensor) -> Tensor:
     """As many rows (B, D) of the Gaussian with the mean and sample covariance of x, also where D is above B."""
     B = len(x)
     normal = torch.randn(B, B, generator=stream(0, "gaussian twin"), dtype=torch.double)
-    return x.double().mean(0) + normal @ dispersion.centred(x) / math.sqrt(B - 1)
+    return x.double().mean(0) + normal @ geometry.centred(x) / math.sqrt(B - 1)
 
 
-def gaussian_moments(moments: Moments, normal: Tensor, labels: Tensor, keep: int) -> tuple[Moments, Tensor]:
+def _gaussian_moments(moments: Moments, normal: Tensor, labels: Tensor, keep: int) -> tuple[Moments, Tensor]:
     """The second null: moments and first rows of a Gaussian sample of the same size, mean and covariance."""
     variances, axes = torch.linalg.eigh(moments.covariance)
     root = axes * variances.clamp(min=0).sqrt()[..., None, :]  # (blocks, D, D)
@@ -179,3 +187,19 @@ def gaussian_moments(moments: Moments, normal: Tensor, labels: Tensor, keep: int
     sample = moments.mean[..., None, :] + normal @ root.mT
     twin.update(sample, labels)
     return twin, sample[..., :keep, :]
+
+
+def stored(file: str) -> dict[str, Any]:
+    """A shipped file of numbers by name: tensors, fractions in double precision, and what is kept as JSON as it was.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    with np.load(artefact(file), allow_pickle=False) as arrays:
+        return {name: _as_stored(arrays[name]) for name in arrays.files}
+
+
+def _as_stored(value: np.ndarray) -> Any:
+    if value.dtype.kind == "U":
+        return json.loads(str(value))
+    return torch.from_numpy(value.astype(np.float64) if value.dtype.kind == "f" else value)

@@ -11,7 +11,7 @@ from dispersive_kit.errors import DataError
 
 FOLDER = Path(__file__).resolve().parents[1] / "artefacts"
 SUMS = "SHA256SUMS"
-CURE = "install the package again, or make the file anew with `dispersive-kit artefacts build`"
+CURE = "install the package again, or make the file anew with data/make_artefacts.py of a checkout"
 
 
 def artefact(name: str, folder: Path = FOLDER) -> Path:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from dispersive_kit.analysis.dispersion import rankme, spectrum
-from dispersive_kit.analysis.features import LEVELS, extract, pooled
+from dispersive_kit.analysis.features import LEVELS, encoder, extract
+from dispersive_kit.analysis.geometry import rankme, spectrum
 from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, read_json, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
@@ -189,7 +189,7 @@ def _pooled_rank(model: Any, config: TrainConfig) -> float:
     leaves. This one is of the same images, block and pooling whatever the arm, so that arms may be compared.
     """
     images = draw_images(load_reference(config)[1], TESTED).images
-    (features,) = extract(pooled(model), images, LEVELS[:1])  # (1, blocks, N, D)
+    (features,) = extract(encoder(model), images, LEVELS[:1])  # (1, blocks, N, D)
     tapped = block_at(dict(model.named_modules()), PRESETS["paper"]["depth"])
     return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
 
@@ -201,7 +201,7 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    cells = candidates(pooled(model), parts, draws=DRAWS, path=build_objective(config).path)
+    cells = candidates(encoder(model), parts, draws=DRAWS, path=build_objective(config).path)
     return choose_and_test("ridge", cells)[0].accuracy
 
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dispersive_kit.analysis import classroom, umap_grid
-from dispersive_kit.analysis.features import LEVELS
+from dispersive_kit.analysis import LEVELS
+from dispersive_kit.analysis.projection import picture_name
+from dispersive_kit.analysis.sweep import stored as load_stored
 from dispersive_kit.data import load_images
 from dispersive_kit.data.toy import sample_toy
 from dispersive_kit.training.shipped import shipped
@@ -90,7 +91,7 @@ def checkpoints(step: int = CHECKPOINTS[-1]) -> str:
 
 @cache
 def stored() -> dict[str, Tensor]:
-    return classroom.load()
+    return load_stored("classroom.npz")
 
 
 def guidance(data: str = "digits", scale: float = 1.0) -> str:
@@ -100,9 +101,7 @@ def guidance(data: str = "digits", scale: float = 1.0) -> str:
         for i, arm in enumerate(ARMS)
     }
     words = {arm: f"{name}, CFG scale {scale:g}" for arm, name in ARMS.items()}
-    return _two_rows(
-        rows, words, f"{classroom.SHOWN} {data} samples of each run at CFG scale {scale:g}, one class a column."
-    )
+    return _two_rows(rows, words, f"20 {data} samples of each run at CFG scale {scale:g}, one class a column.")
 
 
 def agreement(arm: str) -> Tensor:
@@ -132,12 +131,12 @@ def block_map(arm: str = "base", level: str = "2", block: int = 3) -> str:
 
 @cache
 def umap_pictures() -> dict[str, np.ndarray]:
-    return umap_grid.load()
+    return {name: one.numpy() for name, one in load_stored("umap-digits.npz").items()}
 
 
 @cache
 def digit_labels() -> Tensor:
-    return load_images("digits", "test").labels[: umap_grid.IMAGES]
+    return load_images("digits", "test").labels[:400]
 
 
 def umap(neighbours: int = 15, min_dist: float = 0.1, seed: int = 0) -> str:
@@ -145,7 +144,7 @@ def umap(neighbours: int = 15, min_dist: float = 0.1, seed: int = 0) -> str:
     parts, labels = [], digit_labels().numpy()
     colours = sns.color_palette("husl", 10).as_hex()
     for box, (arm, name) in zip((LEFT, RIGHT), ARMS.items(), strict=True):
-        x = umap_pictures()[umap_grid.name_of(arm, neighbours, min_dist, seed)]
+        x = umap_pictures()[picture_name(arm, neighbours, min_dist, seed)]
         middle, reach = x.mean(0), 1.05 * np.abs(x - x.mean(0)).max()
         panel = Panel(box, (middle[0] - reach, middle[0] + reach), (middle[1] - reach, middle[1] + reach))
         parts.append(panel.frame(name))
@@ -198,7 +197,7 @@ DEMOS = {
         "Guidance",
         "Same noise in each place. Raise the scale: what is gained, and what do all images of a class lose?",
         guidance,
-        {"data": tuple(classroom.SETS), "scale": classroom.SCALES},
+        {"data": ("digits", "CIFAR-10"), "scale": (1.0, 1.5, 2.0, 3.0, 5.0)},
         {"scale": 1.0},
     ),
     "map": Demo(
@@ -213,7 +212,7 @@ DEMOS = {
         "UMAP",
         "Does your impression survive another seed? Areas and distances carry no dispersion meaning.",
         umap,
-        {"neighbours": umap_grid.NEIGHBOURS, "min_dist": umap_grid.MIN_DIST, "seed": umap_grid.SEEDS},
+        {"neighbours": (5, 15, 50), "min_dist": (0.0, 0.1, 0.5), "seed": (0, 1)},
         {"neighbours": 15, "min_dist": 0.1},
     ),
 }

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from scipy.stats import binomtest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -14,17 +13,29 @@ from dispersive_kit.analysis import (
     Splits,
     candidates,
     choose_and_test,
+    encoder,
     extract,
     mcnemar,
-    pooled,
+    patch_pca,
     probes,
+    raw_pixels,
     shuffled,
 )
-from dispersive_kit.analysis.controls import patch_pca, raw_pixels
 from dispersive_kit.data import load_images
 from dispersive_kit.diffusion.paths import DDPMPath, LinearPath
 from dispersive_kit.errors import ConfigError, DataError
-from dispersive_kit.evaluation.distances import wilson
+
+EXPECTED = {  # chosen (level, block), test accuracy, sum of validation accuracies
+    ("network", "ridge"): ((0, 0), 0.72, 3.325),
+    ("network", "logistic"): ((0, 1), 0.6067, 2.865),
+    ("network", "knn"): ((0, 2), 0.4, 2.075),
+    ("pixels", "ridge"): ((0, 0), 0.86, 1.635),
+    ("pixels", "logistic"): ((0, 0), 0.86, 1.725),
+    ("pixels", "knn"): ((0, 0), 0.8933, 1.7),
+    ("patches", "ridge"): ((0, 0), 0.2933, 0.555),
+    ("patches", "logistic"): ((0, 0), 0.36, 0.565),
+    ("patches", "knn"): ((0, 0), 0.3267, 0.52),
+}
 
 
 def splits(noise: float = 1.0, draws: int = 2, classes: int = 4, seed: int = 0) -> Splits:
@@ -58,7 +69,7 @@ def test_the_neighbour_vote_is_scikit_learns():
     unit = [torch.nn.functional.normalize(scaled(p.rows), dim=1).numpy() for p in (parts.train, parts.test)]
     theirs = KNeighborsClassifier(20, weights=lambda d: torch.from_numpy((1 - d**2 / 2) / 0.07).exp().numpy())
     theirs.fit(unit[0], parts.train.y.numpy())
-    assert (probes.knn(parts.train)(parts.test.rows)[0].numpy() == theirs.predict(unit[1])).all()
+    assert (probes._knn(parts.train)(parts.test.rows)[0].numpy() == theirs.predict(unit[1])).all()
 
 
 def test_training_statistics_alone_standardise_and_a_dead_channel_becomes_zero():
@@ -90,8 +101,9 @@ def test_validation_chooses_and_the_test_set_has_no_say():
 
 def test_of_equal_settings_the_strongest_shrinkage_is_taken():
     parts = splits(noise=0.01)  # every lambda is right everywhere
-    found = probes.fit("ridge", parts.train, parts.validation)
-    assert found.validation == 1 and probes.LAMBDAS[found.setting] == max(probes.LAMBDAS)
+    result, validation = choose_and_test("ridge", {"all": parts})
+    strongest = (probes.ridge(parts.train, [max(probes.LAMBDAS)])(parts.test.rows)[0] == parts.test.row_labels).double()
+    assert validation == {"all": 1} and result.accuracy == float(strongest.mean())
 
 
 def test_no_training_image_is_seen_under_the_noise_of_a_test_image(digits):
@@ -104,16 +116,10 @@ def test_no_training_image_is_seen_under_the_noise_of_a_test_image(digits):
 
 def test_candidates_are_every_level_and_block_of_the_same_images(network, digits):
     parts = [digits.subset(torch.arange(i, i + 20)) for i in (0, 20, 40)]
-    cells = candidates(pooled(network), parts, (math.inf, 0.0), draws=2)
+    cells = candidates(encoder(network), parts, (math.inf, 0.0), draws=2)
     assert list(cells) == [(level, block) for level in range(2) for block in range(3)]
     assert cells[0, 0].train.x.shape == (1, 20, 24) and cells[1, 2].test.x.shape == (2, 20, 24)
     assert torch.equal(cells[1, 2].test.y, parts[2].labels)
-
-
-def test_wilsons_interval_is_scipys():
-    for right, n in ((0, 40), (31, 40), (40, 40)):
-        theirs = binomtest(right, n).proportion_ci(method="wilson")
-        assert wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
 
 
 def test_mcnemar_counts_only_where_two_arms_differ():
@@ -131,7 +137,7 @@ def test_a_label_given_to_the_network_leaks_into_its_features_and_the_null_class
     def accuracy(with_labels: bool) -> float:
         parts = []
         for data in (train, test):
-            encode = pooled(network, data.labels if with_labels else None)
+            encode = encoder(network, y=data.labels if with_labels else None)
             x = extract(encode, data.images, (-8.0,), seed=len(parts))[0][:, -1]  # next to pure noise
             parts.append(Split(x, data.labels))
         return choose_and_test("ridge", {0: Splits(parts[0], parts[1], parts[1])})[0].accuracy
@@ -151,9 +157,23 @@ def test_controls_without_a_network_are_encoders_too(digits):
 def test_what_does_not_fit_is_refused_by_name():
     parts = splits()
     with pytest.raises(ConfigError, match="ridge, logistic, knn"):
-        probes.fit("forest", parts.train, parts.validation)
+        choose_and_test("forest", {0: parts})
     with pytest.raises(DataError, match=r"\(draws, N, D\)"):
-        probes.fit("ridge", Split(parts.train.x[0], parts.train.y), parts.validation)
+        choose_and_test("ridge", {0: Splits(Split(parts.train.x[0], parts.train.y), parts.validation, parts.test)})
+
+
+def test_accuracies_on_fixed_digits_do_not_change(network):
+    parts = [load_images("digits").subset(torch.arange(a, b)) for a, b in ((0, 150), (150, 250), (250, 400))]
+    found = {}
+    encoders = {"network": encoder(network), "pixels": raw_pixels, "patches": patch_pca(parts[0].images, 2, 3)}
+    for name, encode in encoders.items():
+        cells = candidates(encode, parts, (math.inf, 1.0), draws=2)
+        for kind in probes.PROBES:
+            result, validation = choose_and_test(kind, cells)
+            found[name, kind] = (result.chosen, result.accuracy, sum(validation.values()))
+    for key, (chosen, accuracy, validation) in EXPECTED.items():
+        assert found[key][0] == chosen, key
+        assert found[key][1:] == pytest.approx((accuracy, validation), abs=0.015), key  # one image in a hundred
 
 
 def test_a_level_of_noise_is_at_another_time_on_another_path(network, digits):
@@ -162,7 +182,7 @@ def test_a_level_of_noise_is_at_another_time_on_another_path(network, digits):
 
     def encode(x, t, where):
         seen.append(t[0].item())
-        return pooled(network)(x, t, where)
+        return encoder(network)(x, t, where)
 
     for path in (LinearPath(), DDPMPath()):
         candidates(encode, parts, (0.0,), path=path)

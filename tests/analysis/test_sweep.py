@@ -9,24 +9,36 @@ import torch
 from dispersive_kit.analysis import (
     LEVELS,
     Moments,
-    dispersion,
+    cka_matrix,
+    encoder,
     extract,
-    linear_cka,
+    geometry,
+    gradient_pull,
     mutual_knn,
     noisy,
-    pooled,
     random_network,
     sweep,
     time_of,
+    tokens,
 )
-from dispersive_kit.analysis.features import null_labels, tokens
 from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import GVPPath
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models import build_dit
+from dispersive_kit.regularizers.losses import LossOptions, measure
 
 SMALL = (math.inf, 1.0, -3.0)
+VALUES = {
+    "pairwise": 0.0372758440, "cosine_raw": 0.9948602595, "cosine": -0.0068768741, "rankme": 11.6638709188,
+    "eigenvalue_rank": 4.8960954249, "participation_ratio": 3.6222980618, "stable_rank": 2.2521315106,
+    "fisher_ratio": 0.0929315512, "nc1": 16.8409770016, "two_nn": 7.2140229444, "uniformity_t0.5": -0.9044936368,
+    "uniformity_t2": -2.6561596654, "uniformity_t8": -5.4737372511, "feature_rms": 1.8773673812,
+    "largest_channel": 0.1641594254, "saturation_gap": 3.5484509502, "off_diagonal_mass": 0.9712308298,
+    "token_structure": -0.0169779237,
+}  # fmt: skip
+NULL = {"pairwise": 0.0371613845, "rankme": 11.5202261915, "nc1": 48.4534586, "two_nn": 7.2476557727,
+        "saturation_gap": 3.5424695910, "uniformity_t8": -5.3163800006}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +72,17 @@ def test_every_measure_and_its_null_stand_at_every_block_and_level(swept):
     assert swept.cka.shape == swept.neighbours.shape == (3, 3, 3)
 
 
+def test_numbers_of_a_fixed_network_do_not_change(swept, network, digits):
+    values = {name: float(value[1, 2]) for name, value in swept.values.items()}
+    assert values == pytest.approx(VALUES, rel=2e-3)  # of float32 features
+    null = {name: float(swept.gaussian[name][1, 2]) for name in NULL}
+    assert null == pytest.approx(NULL, rel=2e-3)
+    assert (float(swept.cka[1, 0, 2]), float(swept.neighbours[1, 0, 2])) == pytest.approx((0.9030922, 2 / 3), rel=1e-3)
+    pull = gradient_pull(network, digits, batches=2)
+    found = (float(pull.ratio[1, 2]), float(pull.cosine[1, 2]), float(pull.weights_cosine[2]))
+    assert found == pytest.approx((0.3003035, 0.0914262, 0.0517969), rel=2e-3)
+
+
 def test_the_map_does_not_depend_on_the_batch_size(swept, network, digits):
     other = sweep(network, digits, SMALL, batch_size=64, keep=120)
     for name, value in swept.values.items():
@@ -67,13 +90,13 @@ def test_the_map_does_not_depend_on_the_batch_size(swept, network, digits):
 
 
 def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network, digits):
-    level = extract(pooled(network), digits.images, SMALL)[1]  # (1, blocks, N, D)
+    level = extract(encoder(network), digits.images, SMALL)[1]  # (1, blocks, N, D)
     x, moments = level[0, 2], Moments(10)
     moments.update(x, digits.labels)
     expected = {
         "pairwise": 2 * x.double().var(0).mean(),
-        "rankme": dispersion.rankme(dispersion.spectrum(x)),
-        "two_nn": dispersion.two_nn(x[:120]),
+        "rankme": geometry.rankme(geometry.spectrum(x)),
+        "two_nn": geometry.two_nn(x[:120]),
         "fisher_ratio": moments.fisher_ratio(),
     }
     for name, value in expected.items():
@@ -81,9 +104,9 @@ def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network
     where, t = next((x, t) for _, i, x, t in noisy(digits.images, SMALL) if i == 1)
     z = tokens(network, where, t)[2]
     assert float(swept.values["feature_rms"][1, 2]) == pytest.approx(float(z.square().mean().sqrt()), rel=1e-5)
-    assert float(swept.cka[1, 0, 2]) == pytest.approx(linear_cka(level[0, 0, :120], x[:120]), rel=1e-4)
-    assert float(swept.neighbours[1, 0, 2]) == pytest.approx(mutual_knn(level[0, 0, :120], x[:120]), abs=0.01)
-    gap, _ = dispersion.saturation(z[:64])
+    assert float(swept.cka[1, 0, 2]) == pytest.approx(float(cka_matrix(level[0, :, :120])[0, 2]), rel=1e-4)
+    assert float(swept.neighbours[1, 0, 2]) == pytest.approx(float(mutual_knn(level[0, :, :120])[0, 2]), abs=0.01)
+    gap = measure(z[:64].double(), LossOptions("infonce_l2", 0.5)).loss + math.log(64)
     assert float(swept.values["saturation_gap"][1, 2]) == pytest.approx(float(gap), rel=1e-4)
 
 
@@ -95,15 +118,27 @@ def test_the_gaussian_null_has_the_covariance_and_knows_no_classes(swept, digits
     assert float(swept.values["fisher_ratio"][0, 0]) > 2 * chance  # clean pixels do
 
 
-def test_the_label_is_always_the_null_class(network):
-    assert null_labels(network, 3).tolist() == [10, 10, 10]
-    with pytest.raises(ConfigError, match="would hold the label"):
-        null_labels(build_dit("DiT-T/2", input_size=8, num_classes=10, class_dropout_prob=0.0), 3)
-    assert null_labels(build_dit("DiT-T/2", input_size=8, num_classes=0), 3) is None
+def test_the_label_is_always_the_null_class(network, digits):
+    _, _, x, t = next(noisy(digits.images[:3], (0.0,)))
+    given = tokens(network, x, t, torch.full((3,), 10))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tokens(network, x, t), given, strict=True))
+    for classes in (10, 0):
+        model = build_dit("DiT-T/2", input_size=8, in_channels=1, num_classes=classes, class_dropout_prob=0.0)
+        if classes:
+            with pytest.raises(ConfigError, match="would hold the label"):
+                tokens(model, x, t)
+        else:
+            assert len(tokens(model, x, t)) == len(model.blocks)
+
+
+def test_tokens_are_kept_or_pooled(network, digits):
+    whole, pooled = (extract(encoder(network, pool=pool), digits.images[:20], (0.0,)) for pool in ("none", "mean"))
+    assert whole[0].shape == (1, 3, 20, 16, 24)
+    assert torch.allclose(whole[0].mean(3), pooled[0], atol=1e-6)
 
 
 def test_the_clean_level_has_one_draw_and_the_others_differ_by_noise(network, digits):
-    clean, noised = extract(pooled(network), digits.images[:20], (math.inf, 0.0), draws=3)
+    clean, noised = extract(encoder(network), digits.images[:20], (math.inf, 0.0), draws=3)
     assert clean.shape == (1, 3, 20, 24) and noised.shape == (3, 3, 20, 24)
     assert not torch.allclose(noised[0], noised[2])
 

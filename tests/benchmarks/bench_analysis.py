@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 
 from dispersive_kit.analysis import LEVELS, noisy, random_network, sweep
-from dispersive_kit.analysis.features import null_labels
 from dispersive_kit.data import ImageSet
 from dispersive_kit.models import build_dit
 
@@ -35,7 +34,7 @@ def bench(what: str, model_name: str, data: ImageSet, repeats: int) -> None:
     channels, size = data.images.shape[1:3]
     model = build_dit(model_name, depth=12, input_size=size, in_channels=channels, num_classes=10)
     model = random_network(model).requires_grad_(False)
-    inputs = [(x, t, null_labels(model, len(x))) for _, _, x, t in noisy(data.images)]
+    inputs = [(x, t, torch.full((len(x),), model.null_label)) for _, _, x, t in noisy(data.images)]
 
     def bare() -> None:
         with torch.no_grad():

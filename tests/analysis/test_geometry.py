@@ -1,0 +1,267 @@
+"""Measures of one set of features: closed forms, invariances, and the traps they are known for."""
+
+import math
+from itertools import permutations
+
+import pytest
+import skdim
+import torch
+from scipy.special import hyp0f1
+from scipy.stats import f_oneway
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import nn
+
+from dispersive_kit.analysis import Moments, geometry, gradient_pull
+from dispersive_kit.analysis.sweep import _grid_measures, _mean_cosine
+from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.errors import DataError
+from dispersive_kit.regularizers import LossOptions
+from dispersive_kit.training.draws import DeviceSet
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def simplex(B: int) -> torch.Tensor:
+    return torch.eye(B, dtype=torch.float64)
+
+
+def test_one_large_mean_channel_makes_every_raw_cosine_one_and_no_centred_one():
+    x = normal(2000, 64)
+    x[:, 0] += 3000
+    raw = torch.nn.functional.normalize(x, dim=1)
+    raw = (raw.sum(0).square().sum() - 2000) / (2000 * 1999)
+    assert float(raw) > 0.9999
+    assert float(_mean_cosine(x)) == pytest.approx(-0.0005, abs=1e-4)
+
+
+def test_orthonormal_rows_have_the_simplex_cosine_about_their_mean():
+    assert float(_mean_cosine(simplex(9))) == pytest.approx(-1 / 8)
+
+
+def test_signal_to_noise_is_the_analysis_of_variance():
+    x = normal(3, 40, 1, seed=1) + 2 * normal(40, 1, seed=2)
+    expected = (f_oneway(*x[..., 0].T.numpy()).statistic - 1) / 3
+    assert float(geometry.signal_to_noise(x)) == pytest.approx(expected)
+
+
+def test_signal_to_noise_finds_the_truth_and_sees_no_scale():
+    x = normal(3, 3000, 8, seed=1) + 1.5 * normal(3000, 8, seed=2)
+    assert float(geometry.signal_to_noise(x)) == pytest.approx(1.5**2, rel=0.05)
+    assert float(geometry.signal_to_noise(40 * x + 9)) == pytest.approx(float(geometry.signal_to_noise(x)))
+    assert float(geometry.signal_to_noise(normal(3, 3000, 8))) == pytest.approx(0, abs=0.01)
+
+
+def test_rankme_is_31_at_most_with_32_rows_of_a_true_256():
+    assert 30 < float(geometry.rankme(geometry.spectrum(normal(32, 256)))) <= 31
+    assert float(geometry.rankme(geometry.spectrum(normal(10_000, 256)))) == pytest.approx(256, rel=0.01)
+
+
+def test_the_spectrum_is_the_same_through_either_product():
+    x = normal(30, 12)
+    wide = torch.cat([x, torch.zeros(30, 40)], 1)
+    assert torch.allclose(geometry.spectrum(wide)[:12], geometry.spectrum(x))
+
+
+@pytest.mark.parametrize(("dim", "embedded"), [(2, 10), (5, 40)])
+def test_two_nn_agrees_with_scikit_dimension(dim, embedded):
+    x = normal(800, dim, seed=dim) @ normal(dim, embedded, seed=9)
+    theirs = skdim.id.TwoNN(discard_fraction=geometry.TWONN_DISCARD).fit(x.numpy()).dimension_
+    assert float(geometry.two_nn(x)) == pytest.approx(theirs, rel=1e-6)
+    assert float(geometry.two_nn(1000 + x)) == pytest.approx(theirs, rel=1e-4)
+
+
+def test_tokens_of_two_halves_have_structure_and_independent_ones_none():
+    side = torch.arange(8).repeat(8) < 4  # left half of an 8 x 8 grid
+    z = torch.where(side[None, :, None], normal(50, 1, 32, seed=1), normal(50, 1, 32, seed=2))
+    assert float(geometry.token_structure(z)) > 0.4
+    assert float(geometry.token_structure(normal(50, 64, 32))) == pytest.approx(0, abs=0.01)
+
+
+def test_a_fixed_position_code_is_no_structure():
+    z = normal(50, 64, 32)
+    code = torch.linspace(-9, 9, 64, dtype=torch.float64)[:, None] * normal(1, 32)
+    assert float(geometry.token_structure(z + code)) == pytest.approx(float(geometry.token_structure(z)), abs=1e-9)
+
+
+@pytest.mark.parametrize(("dim", "value"), [(2, -1.57503), (768, -3.98958)])
+def test_a_uniform_cloud_is_at_the_floor_of_uniformity_which_sees_neither_scale_nor_mean(dim, value):
+    floors = [-2 * t + math.log(hyp0f1(dim / 2, t * t)) for t in (0.5, 2.0)]
+    x = normal(1000, dim)
+    assert floors[1] == pytest.approx(value, abs=2e-5)
+    assert geometry.uniformity(x, (0.5, 2.0)).tolist() == pytest.approx(floors, abs=0.03 if dim == 2 else 5e-3)
+    assert geometry.uniformity(7 * x + 100).tolist() == pytest.approx(geometry.uniformity(x).tolist(), abs=1e-9)
+
+
+def test_saturation_of_a_simplex_is_the_closed_form():
+    B, dim, tau = 16, 64, 0.5
+    z = torch.zeros(B, dim, dtype=torch.float64)
+    z[:, :B] = 6 * simplex(B)
+    found = _grid_measures([z.reshape(B, 16, 4)], tau)
+    gap, mass = float(found["saturation_gap"]), float(found["off_diagonal_mass"])
+    assert gap == pytest.approx(math.log(1 / B + (1 - 1 / B) * math.exp(-2 * 36 / dim / tau)) + math.log(B))
+    assert mass == pytest.approx(1 - math.exp(-gap))
+
+
+@pytest.mark.parametrize("rank", [geometry.rankme, geometry.entropy_rank])
+def test_a_flat_spectrum_of_rank_r_has_rank_r(rank):
+    x = torch.zeros(14, 20, dtype=torch.float64)
+    x[:7, :7], x[7:, :7] = simplex(7), -simplex(7)  # seven axes, both ways: mean zero
+    assert float(rank(geometry.spectrum(x))) == pytest.approx(7)
+    turned, _ = torch.linalg.qr(normal(20, 20))
+    assert float(rank(geometry.spectrum(3 * x @ turned + 5))) == pytest.approx(7)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(3, 90, 6, generator=GENERATOR, dtype=torch.float64) * torch.arange(1.0, 7) + 50
+LABELS = torch.arange(90) % 4
+
+
+def streamed(x: torch.Tensor, sizes: tuple[int, ...], labels: torch.Tensor = LABELS, classes: int = 4) -> Moments:
+    moments = Moments(classes)
+    for part, own in zip(x.split(sizes, -2), labels.split(sizes), strict=True):
+        moments.update(part, own)
+    return moments
+
+
+@pytest.mark.parametrize("sizes", [(90,), (1, 89), (40, 40, 10)])
+def test_batches_of_any_size_give_the_covariance_of_all_rows(sizes):
+    moments = streamed(X, sizes)
+    assert torch.allclose(moments.mean, X.mean(1))
+    assert torch.allclose(moments.covariance, torch.stack([torch.cov(x.T) for x in X]), rtol=1e-10)
+    k = (X - X.mean(1, keepdim=True)).square().sum(-1)
+    assert torch.allclose(torch.stack(moments.norms()), torch.stack([k.sum(1), k.square().sum(1)]), rtol=1e-10)
+    assert torch.allclose(moments.participation_ratio(), streamed(X, (90,)).participation_ratio(), rtol=1e-9)
+
+
+def test_the_mean_pairwise_distance_is_twice_the_trace_over_the_dimension():
+    apart = torch.stack([torch.pdist(x).square().mean() / 6 for x in X])
+    assert torch.allclose(streamed(X, (50, 40)).mean_pairwise(), apart)
+
+
+def test_a_large_mean_costs_float32_rows_their_digits_and_not_the_streamed_ones():
+    x = (X[0] / 100 + 3000).float()
+    exact = 2 * x.double().var(0).mean()
+    naive = 2 * (x.square().mean(0) - x.mean(0).square()).mean() * 90 / 89
+    assert abs(float(streamed(x, (45, 45)).mean_pairwise() / exact) - 1) < 1e-10
+    assert abs(float(naive / exact) - 1) > 1e-2
+    pairs = torch.cdist(x, x).square().sum() / (90 * 89 * 6)  # in float32, through the Gram matrix
+    assert abs(float(pairs / exact) - 1) > 1e-2
+
+
+def test_raw_cosine_of_orthonormal_rows_is_0_and_of_one_row_repeated_1():
+    assert float(streamed(torch.eye(8), (3, 5), LABELS[:8]).mean_cosine()) == pytest.approx(0)
+    assert float(streamed(torch.ones(8, 3), (3, 5), LABELS[:8]).mean_cosine()) == pytest.approx(1)
+
+
+def test_the_participation_ratio_is_the_mean_over_all_quadruples():
+    x = X[0, :6, :3]
+    products, squares = [], []
+    for a, b, c, e in permutations(x, 4):
+        squares.append((a - b).square().sum() * (c - e).square().sum())
+        products.append(((a - b) @ (c - e)).square())
+    expected = torch.stack(squares).mean() / torch.stack(products).mean()
+    assert float(streamed(x, (2, 4), LABELS[:6]).participation_ratio()) == pytest.approx(float(expected))
+
+
+def test_the_participation_ratio_of_few_rows_is_near_the_truth_where_the_plain_one_is_not():
+    x = torch.randn(200, 16, 64, generator=GENERATOR, dtype=torch.float64)
+    moments = streamed(x, (16,), LABELS[:16])
+    plain = moments.scatter.diagonal(dim1=-2, dim2=-1).sum(-1) ** 2 / moments.scatter.square().sum((-2, -1))
+    assert float(moments.participation_ratio().median()) == pytest.approx(64, rel=0.06)
+    assert float(plain.max()) < 15
+
+
+def test_class_scatter_is_that_of_discriminant_analysis():
+    between = streamed(X, (40, 50)).class_scatter()[1][0]
+    within = streamed(X, (40, 50)).class_scatter()[0][0]
+    lda = LinearDiscriminantAnalysis(solver="eigen", store_covariance=True).fit(X[0].numpy(), LABELS.numpy())
+    assert torch.allclose(within, torch.from_numpy(lda.covariance_))
+    assert torch.allclose(within + between, torch.cov(X[0].T, correction=0))
+
+
+def test_collapsed_classes_have_no_nc1_and_an_endless_fisher_ratio():
+    centres = torch.eye(4, dtype=torch.float64)
+    wide, narrow = (streamed(centres[LABELS] + s * X[0, :, :4] / 100, (90,)) for s in (1.0, 0.01))
+    assert float(narrow.nc1()) == pytest.approx(1e-4 * float(wide.nc1()), rel=0.1)
+    assert float(narrow.fisher_ratio()) > 1e3 * float(wide.fisher_ratio())
+
+
+def test_nc1_of_isotropic_noise_around_a_simplex_is_the_closed_form():
+    centres, s = torch.eye(4, dtype=torch.float64), 0.1
+    rows = torch.cat([centres + s * e for e in (*torch.eye(4), *-torch.eye(4))]).double()
+    moments = streamed(rows, (len(rows),), torch.arange(4).repeat(8))
+    # S_W = s^2 / 4 I on 4 axes, S_B = (I - 11^T / 4) / 4 of rank 3: tr(S_W S_B^+) = 3 s^2
+    assert float(moments.nc1()) == pytest.approx(3 * s**2 / 4)
+    assert float(moments.fisher_ratio()) == pytest.approx((3 / 4) / s**2)
+
+
+def test_one_row_has_no_covariance():
+    with pytest.raises(DataError, match="at least 2"):
+        streamed(X[0, :1], (1,), LABELS[:1]).covariance  # noqa: B018
+
+
+class Linear(nn.Module):
+    """v = W2 W1 x, tapped after each product."""
+
+    null_label = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2)).double()
+        for block in self.blocks:
+            block.weight.data.normal_(0, 0.2, generator=generator)
+
+    def forward(self, x, t, y=None, taps=()):
+        first = self.blocks[0](x.flatten(1).double())
+        second = self.blocks[1](first)
+        return second.view_as(x), [first, second]
+
+
+def closed_forms(model, batch, tau):
+    """(dispersive, denoising) gradients at both taps: facts of the l2 form, and of a mean square."""
+    x_t = FlowMatching().path.x_t(batch.x0, batch.draws.eps, batch.draws.t).flatten(1).double()
+    w1, w2 = (block.weight.detach() for block in model.blocks)
+    features = x_t @ w1.T, x_t @ w1.T @ w2.T
+    target = (batch.draws.eps - batch.x0).flatten(1).double()
+    at_end = 2 * (features[1] - target) / target.numel()
+    denoise = at_end @ w2, at_end
+    spread = []
+    for z in features:
+        p = torch.softmax(-torch.cdist(z, z).square().flatten() / 64 / tau, 0).view(len(z), -1)
+        spread.append(-4 / (tau * 64) * (p.sum(1, keepdim=True) * z - p @ z))
+    return spread, denoise
+
+
+def test_ratio_and_cosine_are_those_of_the_closed_forms(digits):
+    model, tau, bins = Linear(), 0.7, 2
+    pull = gradient_pull(model, digits, weight=0.3, options=LossOptions("infonce_l2", tau), bins=bins, batches=1)
+    batch = DeviceSet.of(digits, "cpu").batch(FlowMatching(), seed=0, step=0, size=64, null_label=None, drop_prob=0.1)
+    part = (batch.draws.t * bins).long()
+    for b, (d, g) in enumerate(zip(*closed_forms(model, batch, tau), strict=True)):
+        for k in range(bins):
+            dk, gk = 0.3 * d[part == k].flatten(), g[part == k].flatten()
+            assert float(pull.ratio[k, b]) == pytest.approx(float(dk.norm() / gk.norm()), rel=1e-5)
+            assert float(pull.cosine[k, b]) == pytest.approx(float(dk @ gk / dk.norm() / gk.norm()), abs=1e-6)
+        x = batch_input(model, batch, b)
+        dw, gw = (d.T @ x).flatten(), (g.T @ x).flatten()
+        assert float(pull.weights_cosine[b]) == pytest.approx(float(dw @ gw / dw.norm() / gw.norm()), abs=1e-6)
+
+
+def batch_input(model, batch, b):
+    x = FlowMatching().path.x_t(batch.x0, batch.draws.eps, batch.draws.t).flatten(1).double()
+    return x if b == 0 else model.blocks[0](x).detach()
+
+
+def test_the_weight_scales_the_ratio_and_turns_nothing(network, digits):
+    one, two = (gradient_pull(network, digits, weight=w, batches=2) for w in (0.1, 0.2))
+    assert torch.allclose(two.ratio, 2 * one.ratio, rtol=1e-4)
+    assert torch.allclose(two.cosine, one.cosine, atol=1e-6)
+    assert one.ratio.shape == (4, 3)
+
+
+def test_a_saturated_loss_does_not_pull(network, digits):
+    cold = gradient_pull(network, digits, options=LossOptions("infonce_l2", 1e-4), batches=1)
+    assert float(cold.ratio.max()) < 1e-6

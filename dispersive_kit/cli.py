@@ -193,7 +193,7 @@ def encode(
         strict: End at a file that cannot be read; otherwise it is left out, and listed in spec.json.
         plan_only: Print the size of the store, and end.
     """
-    from dispersive_kit.data.encode import EncodeConfig, EncodeProgress, Encoder, encode, size_in_words
+    from dispersive_kit.data.encode import EncodeConfig, Encoder, encode, size_in_words
 
     for name, value in {"image-size": image_size, "shard-size": shard_size, "batch-size": batch_size}.items():
         if value < 1:
@@ -210,7 +210,7 @@ def encode(
     if plan_only:
         return
     try:
-        store = encode(encoder, processes=processes, part=(number, calls), progress=EncodeProgress())
+        store = encode(encoder, processes=processes, part=(number, calls))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
         raise SystemExit(130) from None

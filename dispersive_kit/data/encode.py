@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -22,22 +23,23 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import load_autoencoder
 from dispersive_kit.data.files import atomic_write, lock, read_json, write_json
 from dispersive_kit.data.folder import ImageFile, list_images, read_image
 from dispersive_kit.data.images import to_float
-from dispersive_kit.data.latents import DTYPES, PLAN, RECORDS, SPEC, LatentStore, Moments, ShardCard, Spec
+from dispersive_kit.data.latents import DTYPES, PLAN, RECORDS, SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
 from dispersive_kit.errors import ConfigError, DataError, form_error
 
 IMAGENET_IMAGES = 1_281_167
-READ_AHEAD = 64  # images that wait, cropped, for the autoencoder
+READERS, READ_AHEAD = 4, 64  # threads that read and crop, and images that wait for the autoencoder
 Progress = Callable[[int, int], None]  # of images done by all processes, and of all images
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What is encoded, and how. All but `readers`, `strict` and the place decide the bytes of the store."""
+    """What is encoded, and how. All but `strict` and the place decide the bytes of the store."""
 
     images: Path
     autoencoder: str
@@ -48,11 +50,10 @@ class EncodeConfig:
     shard_size: int = 4096  # images
     batch_size: int = 32  # images through the autoencoder at once
     strict: bool = False  # a file that cannot be read ends the command, and is not left out
-    readers: int = 4  # threads that read and crop images ahead of the autoencoder
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shard_size", "batch_size", "readers"):
+        for name in ("image_size", "shard_size", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
@@ -64,7 +65,7 @@ class _Record:
     """A finished shard, and what was met on the way."""
 
     card: ShardCard
-    moments: Moments
+    moments: dict[str, Any]
     class_counts: dict[str, int]
     odd: dict[str, int]
     left_out: list[dict[str, str]]
@@ -108,15 +109,10 @@ class Encoder:
     @property
     def plan(self) -> dict[str, Any]:
         """What decides the bytes; the head of spec.json."""
-        config, folder = self.config, self.folder
-        device = torch.device(config.device).type
+        config, folder, device = self.config, self.folder, torch.device(self.config.device).type
         return {
             "autoencoder": asdict(self.autoencoder.card),
-            "images": {
-                "root": str(config.images.resolve()),
-                "files": len(folder.files),
-                "names_sha256": folder.sha256,
-            },
+            "images": {"root": str(config.images.resolve()), "files": len(folder.files), "names_sha256": folder.sha256},
             "image_size": config.image_size,
             "flip": config.flip,
             "shape": list(self.shape),
@@ -153,7 +149,7 @@ class Encoder:
 
     def work(self, number: int, of: int, progress: Progress) -> None:
         """Make what is not finished of the shards `number`, `number` + `of`, ..."""
-        pool = ThreadPoolExecutor(self.config.readers)
+        pool = ThreadPoolExecutor(READERS)
         try:
             with _one_way_of_adding():
                 for shard in self.shards[number::of]:
@@ -189,7 +185,7 @@ class Encoder:
             partial.write_bytes(content)
         card = ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())
         counts = Counter(self.folder.classes[label] for label in labels)
-        record = _Record(card, Moments.of(posterior), dict(counts), dict(odd), left_out)
+        record = _Record(card, moments(posterior), dict(counts), dict(odd), left_out)
         write_json(self.records / f"{shard}.json", asdict(record))
 
     def _read_ahead(self, pool: ThreadPoolExecutor, files: tuple[str, ...]) -> Iterator[ImageFile]:
@@ -229,19 +225,19 @@ class Encoder:
         """
         records = [_read_record(self.records / f"{shard}.json") for shard in self.shards]
         left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
-        moments = Moments.joined(record.moments for record in records)
-        if moments.count == 0:
+        if not any(record.card.rows for record in records):
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
+        mean, std = mean_and_std(record.moments for record in records)
         plan = self.plan
         plan["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         spec = TypeAdapter(Spec).validate_python(
             {
                 **plan,
                 "class_counts": [counts[name] for name in self.folder.classes],
-                "channel_mean": moments.mean,
-                "channel_std": moments.std,
+                "channel_mean": mean,
+                "channel_std": std,
                 "shards": [record.card for record in records],
             }
         )
@@ -258,14 +254,14 @@ def encode(
     *,
     processes: int = 1,
     part: tuple[int, int] = (0, 1),
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> LatentStore | None:
     """Encode a folder of images, or go on with it.
 
     Args:
         processes: on this machine, on its GPUs in turn; one: this process. part: which of how many such calls this is,
             where a launcher has started several, on one or more machines. progress: called after each batch of this
-            process, or each second.
+            process, or each second; a bar if not given.
 
     Returns:
         The store; None from all calls but the first, which waits for them.
@@ -276,6 +272,7 @@ def encode(
     """
     encoder.begin()
     (number, calls), total = part, encoder.size.images
+    progress = progress or _bar(total, encoder.done(), hidden=number > 0)
     if processes == 1:
         encoder.work(number, calls, progress)
     else:
@@ -327,21 +324,11 @@ def _one_way_of_adding() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class EncodeProgress:
-    """Images done by all processes, rate and time left: a line per tenth, and per minute."""
-
-    def __init__(self) -> None:
-        self.began, self.before, self.said, self.tenths = time.monotonic(), -1, 0.0, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.before < 0:  # what an earlier command did says nothing of the rate
-            self.began, self.before, self.said = now, done, now
-        elif done > self.before and (done * 10 // total > self.tenths or now - self.said > 60):
-            rate = (done - self.before) / (now - self.began)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-            print(f"{done:,} of {total:,} images, {rate:.1f} a second, {left} left", flush=True)
-            self.said, self.tenths = now, done * 10 // total
+def _bar(total: int, done: int, *, hidden: bool) -> Progress:
+    """Images done, rate and time left, in a file once a minute; what an earlier command did is not in the rate."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    bar = tqdm(total=total, initial=done, unit="image", mininterval=seconds, disable=hidden)
+    return lambda now, total: bar.update(now - bar.n) and None
 
 
 @dataclass(frozen=True)

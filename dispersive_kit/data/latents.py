@@ -12,7 +12,7 @@ the page cache, which all processes of a machine share, and nothing of the store
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -198,8 +198,8 @@ class LatentStore:
                 f"{self.path}: {spec.images['files']} files are not {len(self)} rows and {left_out} left out"
             )
         yield f"counts: {len(self):,} rows of {len(spec.classes)} classes, {left_out} files left out"
-        moments = Moments.joined(map(Moments.of, self.blocks()))
-        for name, now, stated in (("mean", moments.mean, spec.channel_mean), ("std", moments.std, spec.channel_std)):
+        mean, std = mean_and_std(map(moments, self.blocks()))
+        for name, now, stated in (("mean", mean, spec.channel_mean), ("std", std, spec.channel_std)):
             if not np.allclose(now, stated, rtol=1e-6, atol=1e-6):
                 raise DataError(f"{self.path}: the {name} by channel is {now}, and {SPEC} says {stated}")
         pairs = zip(spec.channel_mean, spec.channel_std, strict=True)
@@ -240,41 +240,29 @@ def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> tuple[NDArray[Any]
     return posterior, labels
 
 
-@dataclass(frozen=True, config=EXACT)
-class Moments:
-    """Sums over rows and places, by channel: enough for mean and std of draws from the posterior."""
-
-    count: int
-    total: Sequence[float]  # of the mean
-    square: Sequence[float]  # of mean^2 + std^2
-
-    @classmethod
-    def of(cls, posterior: Tensor) -> "Moments":
-        """Of posteriors (n, flips, 2, C, h, w), in float64, some rows at a time."""
-        if len(posterior) > ROWS_AT_ONCE:
-            return cls.joined(map(cls.of, posterior.split(ROWS_AT_ONCE)))
-        mean, std = posterior.double().unbind(2)  # (n, flips, C, h, w)
+def moments(posterior: Tensor) -> dict[str, Any]:
+    """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
+    parts = []
+    for part in posterior.split(ROWS_AT_ONCE):
+        mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
         total, square = (x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square()))
-        return cls(mean[:, :, 0].numel(), tuple(total), tuple(square))
+        parts.append({"count": mean[:, :, 0].numel(), "total": total, "square": square})
+    return _joined(parts)
 
-    @classmethod
-    def joined(cls, parts: Iterable["Moments"]) -> "Moments":
-        """Of all parts together; fsum does not depend on their order."""
-        parts = list(parts)
-        total, square = (
-            tuple(math.fsum(column) for column in zip(*(getattr(part, name) for part in parts), strict=True))
-            for name in ("total", "square")
-        )
-        return cls(sum(part.count for part in parts), total, square)
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        return tuple(total / self.count for total in self.total)
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {
+        name: [math.fsum(c) for c in zip(*(part[name] for part in parts), strict=True)] for name in ("total", "square")
+    }
+    return {"count": sum(part["count"] for part in parts), **sums}
 
-    @property
-    def std(self) -> tuple[float, ...]:
-        pairs = zip(self.square, self.mean, strict=True)
-        return tuple(math.sqrt(max(square / self.count - mean**2, 0.0)) for square, mean in pairs)
+
+def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """By channel, of draws from the posteriors whose `moments` these are; fsum does not depend on their order."""
+    whole = _joined(list(parts))
+    mean = [total / whole["count"] for total in whole["total"]]
+    pairs = zip(whole["square"], mean, strict=True)
+    return mean, [math.sqrt(max(square / whole["count"] - m**2, 0.0)) for square, m in pairs]
 
 
 class Selection:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
 
-SMALL = {"image_size": 16, "shard_size": 7, "batch_size": 3, "readers": 2}
+SMALL = {"image_size": 16, "shard_size": 7, "batch_size": 3}
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["encode_jobs", "torchvision.transforms.v2", "torchvision.datasets.folder"])
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dispersive_kit.data.autoencoders import AutoencoderCard
-from dispersive_kit.data.latents import SPEC, LatentStore, Moments, ShardCard, Spec
+from dispersive_kit.data.latents import SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
 
 CARD = AutoencoderCard("none", "None", "0" * 64, 0.18215, 0.0)
 
@@ -16,17 +16,17 @@ def write_store(folder, *, rows, shape=(4, 4, 4), classes=4, shard_size=100, fli
     """A store whose rows are standard normal with std 0.1, classes in turn; returns its folder."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    shards, moments = [], []
+    shards, sums = [], []
     for number, start in enumerate(range(0, rows, shard_size)):
         labels = torch.arange(start, min(start + shard_size, rows)) % classes
-        mean = torch.randn(len(labels), 1 + flip, *shape, generator=generator)
-        posterior = torch.stack([mean, torch.full_like(mean, 0.1)], dim=2).half()
+        x = torch.randn(len(labels), 1 + flip, *shape, generator=generator)
+        posterior = torch.stack([x, torch.full_like(x, 0.1)], dim=2).half()
         file = folder / f"shard-{number:05d}.safetensors"
         save_file({"posterior": posterior, "labels": labels}, file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         shards.append(ShardCard(file.name, len(labels), file.stat().st_size, digest))
-        moments.append(Moments.of(posterior))
-    total = Moments.joined(moments)
+        sums.append(moments(posterior))
+    mean, std = mean_and_std(sums)
     spec = Spec(
         autoencoder=card,
         images={"root": "none", "files": rows, "names_sha256": "", "odd": {}, "left_out": []},
@@ -37,8 +37,8 @@ def write_store(folder, *, rows, shape=(4, 4, 4), classes=4, shard_size=100, fli
         encoding={"shard_size": shard_size, "batch_size": shard_size, "device": "cpu"},
         classes=tuple(f"n{i:02d}" for i in range(classes)),
         class_counts=tuple(np.bincount(np.arange(rows) % classes, minlength=classes).tolist()),
-        channel_mean=total.mean,
-        channel_std=total.std,
+        channel_mean=mean,
+        channel_std=std,
         shards=tuple(shards),
     )
     (folder / SPEC).write_text(spec.to_json())

@@ -145,7 +145,7 @@ def write_store(folder: Path) -> Path:
         file = folder / "photos" / f"n0{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file)
-    how = {"image_size": 16, "shard_size": 4, "batch_size": 3, "readers": 1}
+    how = {"image_size": 16, "shard_size": 4, "batch_size": 3}
     return encode(Encoder(EncodeConfig(folder / "photos", "golden-patches", folder / "store", **how))).path
 
 

@@ -299,7 +299,7 @@ def run(
     mode: Literal["smoke", "class", "full"] | None = None,
     param: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=("-p",))] = (),
     resume: bool = False,
-    executor: Literal["pool", "slurm", "local"] = "pool",
+    executor: Literal["pool", "slurm", "local"] | None = None,
     workers: int | None = None,
 ) -> None:
     """Run one notebook ("06", or a path) or a pipeline ("demo", or a YAML file) headlessly, and write a report.
@@ -323,7 +323,7 @@ def run(
 
 def list_runs() -> None:
     """List the runs of notebooks and pipelines in the runs folder ($DISPERSIVE_KIT_RUNS, else runs/)."""
-    from dispersive_kit.study.run import runs_table
+    from dispersive_kit.study.report import runs_table
 
     print(runs_table())
 

@@ -29,7 +29,7 @@ from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.arms import read_metrics
-from dispersive_kit.study.machine import describe_environment, in_pool, visible_gpus
+from dispersive_kit.study.machine import describe_environment, in_pool
 from dispersive_kit.study.notebook import runs_folder
 from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
 from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
@@ -68,7 +68,7 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterat
     if not waiting:
         return
     call = partial(run_cell, plan, out=out)
-    for cell, future in in_pool(call, waiting, min(workers, len(waiting)), visible_gpus()):
+    for cell, future in in_pool(call, waiting, workers):
         try:
             yield cell, future.result(), False
         except (KitError, OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -61,24 +62,25 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-def visible_gpus() -> tuple[str, ...]:
+def _visible_gpus() -> tuple[str, ...]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name for name in given.split(",") if name] or [str(i) for i in range(torch.cuda.device_count())]
     return tuple(names[: torch.cuda.device_count()])
 
 
-def in_pool(
-    call: Callable[[T], R], items: Iterable[T], workers: int, gpus: tuple[str, ...] = ()
-) -> Iterator[tuple[T, Future[R]]]:
+def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[tuple[T, Future[R]]]:
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
-    A worker has one of `gpus` for good. The workers end with this process, also when it is killed. Where the caller
-    stops early (Ctrl-C, a failed run), what runs now ends and nothing more begins.
+    A worker has a GPU for good, where there are some; without a number, there is one worker for each, or one. Workers
+    end with this process, also when it is killed. Where the caller stops early (Ctrl-C, a failed run), what runs now
+    ends and nothing more begins.
 
     Raises:
         ConfigError: no worker, or more workers than GPUs.
     """
+    gpus = _visible_gpus()
+    workers = len(gpus) or 1 if workers is None else workers
     if workers < 1:
         raise ConfigError(f"{workers} workers cannot run anything: --workers takes 1 or more")
     if gpus and workers > len(gpus):
@@ -122,26 +124,27 @@ def _start_worker(free_gpus: Any) -> None:
 
 
 def on_cluster(
-    call: Callable[[T], Any], items: Iterable[T], workers: int, folder: Path, *, cluster: str, request: dict[str, Any]
+    call: Callable[[T], Any], items: Iterable[T], workers: int | None, out: Path, cluster: str, request: dict[str, Any]
 ) -> Iterator[tuple[T, str]]:
     """call(item) for each item as a job of its own; item and the last words of its job, as they end.
 
-    submitit hands a job over as a pickle of our own making in `folder`; what it gives back is not read. request: what
-    submitit asks of the cluster for a job.
+    submitit hands a job over as a pickle of our own making in OUT/.submitit; what it gives back is not read. request:
+    what submitit asks of the cluster for a job.
 
     Raises:
         ConfigError: the request holds what submitit does not know, or a value of the wrong type.
     """
     import submitit
 
-    submitter = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    submitter = submitit.AutoExecutor(folder=out / ".submitit", cluster=cluster)
     try:
-        submitter.update_parameters(name=folder.parent.name, **{**_REQUEST, **request})
+        submitter.update_parameters(name=out.name, **{**_REQUEST, **request})
     except (NameError, AssertionError) as fault:
         raise ConfigError(f"cluster: {fault}") from fault
     waiting, running = iter(items), dict[Any, T]()
     while True:
-        running |= {submitter.submit(call, item): item for item in islice(waiting, workers - len(running))}
+        room = sys.maxsize if workers is None else workers - len(running)
+        running |= {submitter.submit(call, item): item for item in islice(waiting, room)}
         if not running:
             return
         for job in [job for job in running if job.done()]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeFloat,
@@ -32,41 +32,38 @@ from dispersive_kit.study.modes import settings_of
 PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 Mode = Literal["smoke", "class", "full"]
-_Text = Annotated[str, Field(min_length=1)]
+
+
+def _safe(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+        raise ValueError(f"{name!r}: use letters, digits and . _ = , + - only, not first a sign")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_safe)]  # of a folder, which leads nowhere else
 
 
 class CheckError(AssertionError):
     """A check of a notebook did not hold."""
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Check(_Form):
-    """A promise that held, and what was seen."""
-
-    promise: _Text
-    detail: str
-
-
-class Number(_Form):
+class Number(BaseModel, extra="forbid"):
     """A measured number. record: how it was measured, with `low`, `high` and `floor` where it has them."""
 
-    name: _Text
+    name: str
     value: FiniteFloat
     note: str
     record: dict[str, Any] | None
 
 
-class Result(_Form):
+class Result(BaseModel, extra="forbid"):
     """result.json: what one run of a notebook measured."""
 
-    notebook: _Text
+    notebook: str
     mode: Mode
     seconds: NonNegativeFloat = 0.0
     peak_gib: PositiveFloat | None = None
-    checks: list[Check] = []
+    checks: list[dict[str, str]] = []
     numbers: list[Number] = []
     sentences: list[str] = []
 
@@ -86,7 +83,7 @@ class NotebookRun(Result):
         """
         if not holds:
             raise CheckError(f"{promise}: does not hold ({detail})")
-        self.checks.append(Check(promise=promise, detail=detail))
+        self.checks.append({"promise": promise, "detail": detail})
         print(f"✓ {promise}" + (f"  ({detail})" if detail else ""))
 
     def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
@@ -170,17 +167,6 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
     if not name or len(found) != 1:
         raise ConfigError(f"{name!r} names {len(found)} notebooks; there are: {', '.join(p.stem for p in known)}")
     return found[0]
-
-
-def safe_name(name: str, what: str = "run name") -> str:
-    """The name, if it is that of a single folder and cannot lead out of the one it lies in.
-
-    Raises:
-        ConfigError: it could.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
-        raise ConfigError(f"{what} {name!r}: use letters, digits and . _ = , + - only, not first a sign")
-    return name
 
 
 def _peak_memory_gib() -> float | None:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, Val
 
 from dispersive_kit.data import TOY_SETS
 from dispersive_kit.errors import ConfigError, form_error
-from dispersive_kit.study.notebook import notebooks_folder, safe_name
+from dispersive_kit.study.notebook import Name, notebooks_folder
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEVEL = 0.05
@@ -107,9 +107,9 @@ class Plan(_Form):
     question: _Text
     notes: str = ""
     train: _Settings
-    arms: dict[str, _Settings] = Field(min_length=2)
+    arms: dict[Name, _Settings] = Field(min_length=2)
     reference: str
-    conditions: dict[str, _Settings] = Field(min_length=1)
+    conditions: dict[Name, _Settings] = Field(min_length=1)
     seeds: _Seeds
     evaluation: Sampling
     primary: Contrast
@@ -210,15 +210,12 @@ def load_plan(name: str) -> Plan:
         raise ConfigError(f"{file} is not YAML of plain values: {error}") from error
     except ValidationError as error:
         raise form_error(error, str(file)) from error
-    safe_name(file.stem)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # canonical
     plan._file, plan._sha256 = file, hashlib.sha256(text.encode()).hexdigest()
     return plan
 
 
 def _check_names(plan: Plan) -> None:
-    for name in (*plan.arms, *plan.conditions):
-        safe_name(name, "arm or condition")
     if plan.reference not in plan.arms:
         raise ConfigError(f"reference {plan.reference!r} is no arm; there are: {', '.join(plan.arms)}")
     if unknown := set(plan.margin) - set(DIRECTION):

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dispersive_kit.data.files import read_json, write_json
-from dispersive_kit.errors import DataError
-from dispersive_kit.study.notebook import Result, read_result
+from dispersive_kit.data.files import lock, read_json, write_json
+from dispersive_kit.errors import DataError, KitError
+from dispersive_kit.study.notebook import Result, read_result, runs_folder
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
 OFFLINE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
@@ -30,6 +31,7 @@ th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0;
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } details { margin: .6rem 0; }
 """
 
+_NUMBERS = ("measured", "value", "95 % interval", "floor", "")
 Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
 
 
@@ -49,6 +51,30 @@ def as_table(rows: Sequence[Row]) -> str:
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = ("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def runs_table() -> str:
+    """All runs of notebooks in the runs folder. The folders are the registry: it is never out of date."""
+    place, rows = runs_folder(), [["run", "status", "mode", "time", "started", "code", "device"]]
+    for file in sorted(place.rglob("stage.json")):
+        stage, machine = read_json(file, default={}), read_json(file.with_name("environment.json"), default={})
+        status = stage.get("status", "killed")
+        if status == "running" and _is_free(file.parent.with_name(f".{file.parent.name}.lock")):
+            status = "killed"
+        mode = stage.get("parameters", {}).get("mode", "")
+        started = stage.get("started", "")[:16].replace("T", " ")
+        seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
+        name, code = file.parent.relative_to(place).as_posix(), (machine.get("commit") or "")[:9]
+        rows.append([name, status, mode, seconds, started, code, machine.get("device", "")])
+    return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
+
+
+def _is_free(file: Path) -> bool:
+    try:
+        with lock(file, busy="held"):
+            return True
+    except KitError:
+        return False
 
 
 def html_table(rows: Sequence[Row]) -> str:
@@ -102,83 +128,95 @@ def write_notebook_page(notebook: Path) -> None:
     write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
 
 
-def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> Path:
-    """Write `out/report.html` from the runs' folders; returns its path. The runs of a grid share one section."""
-    stages = _by_stage(results)
+def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
+    """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers."""
     overview: list[Row] = [("stage", "status", "time", "memory", "")]
-    for name, runs in stages.items():
-        seconds = sum(run.seconds or read_json(run.folder / "stage.json", default={}).get("seconds", 0) for run in runs)
-        peak = max((result.peak_gib or 0 for run in runs if (result := _result(run))), default=0)
+    parts: list[str] = []
+    told: list[Row] = [_NUMBERS]
+    for name, group in groupby(results, lambda run: run.name.partition("/")[0]):
+        runs = sorted(group, key=lambda run: run.name)
+        measured = [_result(run) for run in runs]
         counts = Counter(run.status for run in runs)
         status = ", ".join(f"{n} {kind}" if len(runs) > 1 else kind for kind, n in counts.items())
+        peak = max((result.peak_gib or 0.0 for result in measured if result), default=0.0)
+        took = sum(run.seconds or _stage(run).get("seconds", 0.0) for run in runs)
         link = _link(runs[0], out, "executed notebook") if len(runs) == 1 else ""
-        overview.append(((f"#{name}", name), status, f"{seconds:.0f} s", f"{peak:.1f} GiB" if peak else "", link))
-    parts = [part for name, runs in stages.items() for part in _section(name, runs, out)]
+        overview.append(((f"#{name}", name), status, f"{took:.0f} s", f"{peak:.1f} GiB" if peak else "", link))
+        parts += [f'<h2 id="{name}">{name}</h2>', *map(_fault, runs)]
+        if "/" in runs[0].name:  # of a grid
+            found = _aggregate(runs, measured)
+            write_json(out / name / "aggregate.json", found)
+            for one in found["groups"]:
+                point = ", ".join(f"{k} = {v}" for k, v in one["point"].items())
+                rows = [_number_row(number, f"mean of {number['n']}") for number in one["numbers"]]
+                parts += [quoted(point, "h3"), html_table([_NUMBERS, *rows])]
+                told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
+            parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
+            table = [
+                ("run", "status", "time"),
+                *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs),
+            ]
+            parts.append(
+                folded(
+                    f"the {len(runs)} runs; intervals: Student's t, over seeds",
+                    html_table([("run", "status", "time"), *table]),
+                )
+            )
+        elif result := measured[0]:
+            rows = [_number_row(one.model_dump(), one.note) for one in result.numbers]
+            parts += _of_one_run(result, rows, runs[0].folder / "notebook.ipynb")
+            told += rows
     where = _environment(results[0].folder) if results else ""
-    return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts, where)
+    page = write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts, where)
+    return page, told
 
 
-def _by_stage(results: Sequence[Ended]) -> dict[str, list[Ended]]:
-    groups = groupby(results, lambda run: run.name.partition("/")[0])
-    return {name: sorted(runs, key=lambda run: run.name) for name, runs in groups}
+def _of_one_run(result: Result, rows: list[Row], notebook: Path) -> list[str]:
+    import nbformat
 
-
-def _section(name: str, runs: list[Ended], out: Path) -> list[str]:
-    parts = [f'<h2 id="{name}">{name}</h2>', *map(_fault, runs)]
-    if "/" in runs[0].name:
-        found = _aggregate(name, runs, out)
-        for group in found["groups"]:
-            n = len(group["runs"])
-            parts += [quoted(_point(group) or "all runs", "h3"), html_table(_number_rows(group["numbers"]))]
-            parts.append(quoted(f"Mean of {n} run{'s' * (n > 1)}; intervals are over seeds (Student's t).", "p.quiet"))
-        parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
-        rows = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
-        return [*parts, folded(f"the {len(runs)} runs", html_table(rows))]
-    result = _result(runs[0])
-    if result is None:
-        return parts
     smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
-    numbers = [number.model_dump() for number in result.numbers]
-    parts += [*(quoted(sentence, "p") for sentence in result.sentences), quoted(smoke, "p.quiet")]
-    parts += [html_table(_number_rows(numbers)), *_figures(runs[0].folder / "notebook.ipynb")]
-    held = "".join(quoted(f"{check.promise}  {check.detail}", "li") for check in result.checks)
-    parts.append(folded(f"{len(result.checks)} checks passed", f"<ul>{held}</ul>") if held else "")
-    records = [number["record"] for number in numbers if number["record"]]
-    how = quoted(json.dumps(records, indent=1)) if records else ""
-    return [*parts, folded("records: how each number was measured", how) if records else ""]
+    cells = nbformat.read(notebook, as_version=4).cells
+    pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    figures = [figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)]
+    checks = "".join(quoted(f"{check['promise']}  {check['detail']}", "li") for check in result.checks)
+    records = [number.record for number in result.numbers if number.record]
+    return [
+        *(quoted(sentence, "p") for sentence in result.sentences),
+        quoted(smoke, "p.quiet"),
+        html_table([_NUMBERS, *rows]),
+        *figures,
+        folded(f"{len(result.checks)} checks passed", f"<ul>{checks}</ul>") if checks else "",
+        folded("records: how each number was measured", quoted(json.dumps(records, indent=1))) if records else "",
+    ]
 
 
 def _fault(run: Ended) -> str:
-    traceback = read_json(run.folder / "stage.json", default={}).get("traceback", "") if run.error else ""
+    traceback = _stage(run).get("traceback", "") if run.error else ""
     shown = folded("traceback", quoted(traceback)) if traceback else ""
     return quoted(f"{run.name}: {run.error}", "p.failed") + shown if run.error else ""
 
 
-def _aggregate(name: str, runs: Sequence[Ended], out: Path) -> dict[str, Any]:
-    """Mean and 95 % t-interval over seeds of every number, per point of the grid; kept as OUT/NAME/aggregate.json.
+def _aggregate(runs: Sequence[Ended], measured: Sequence[Result | None]) -> dict[str, Any]:
+    """Mean and 95 % t-interval over seeds of every number, for each point of the grid.
 
     Failed runs and runs in smoke mode are left out, and named with the reason.
     """
-    given = {run.name: read_json(run.folder / "stage.json", default={}).get("parameters", {}) for run in runs}
-    names = dict.fromkeys(name for parameters in given.values() for name in parameters)
-    varied = [name for name in names if name != "seed" and len({repr(p.get(name)) for p in given.values()}) > 1]
+    given = [_stage(run).get("parameters", {}) for run in runs]
+    varied = [name for name in given[0] if name != "seed" and len({repr(one.get(name)) for one in given}) > 1]
     groups: dict[str, dict[str, Any]] = {}
     left_out = []
-    for run in runs:
-        result = _result(run)
+    for run, parameters, result in zip(runs, given, measured, strict=True):
         if run.status == "failed" or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
             left_out.append({"run": run.name, "why": f"failed: {run.error}" if run.error else "smoke mode"})
             continue
-        point = {name: given[run.name][name] for name in varied}
+        point = {name: parameters[name] for name in varied}
         group = groups.setdefault(repr(point), {"point": point, "runs": [], "values": {}})
         group["runs"].append(run.name)
         for number in result.numbers:
             group["values"].setdefault(number.name, []).append(number.value)
     for group in groups.values():
         group["numbers"] = [{"name": name, **_summary(values)} for name, values in group.pop("values").items()]
-    found = {"groups": [*groups.values()], "left_out": left_out}
-    write_json(out / name / "aggregate.json", found)
-    return found
+    return {"groups": [*groups.values()], "left_out": left_out}
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
@@ -191,36 +229,19 @@ def _summary(values: list[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def _number_rows(numbers: Sequence[dict[str, Any]]) -> list[Row]:
-    rows: list[Row] = [("measured", "value", "95 % interval", "floor", "")]
-    for number in numbers:
-        record = number.get("record") or number
-        interval = f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
-        floor = f"{record['floor']:.2f}" if "floor" in record else ""
-        note = html.unescape(number.get("note", ""))
-        rows.append((number["name"], f"{number.get('value', number.get('mean')):.3g}", interval, floor, note))
-    return rows
-
-
-def measured(results: Sequence[Ended], out: Path) -> list[Row]:
-    """The numbers of all runs, those of a grid as means, under a header."""
-    rows = [_number_rows([])[0]]
-    for name, runs in _by_stage(results).items():
-        if "/" in runs[0].name:
-            for group in _aggregate(name, runs, out)["groups"]:
-                named = [{**n, "name": ", ".join(filter(None, (n["name"], _point(group))))} for n in group["numbers"]]
-                rows += _number_rows([{**n, "note": f"mean of {n['n']}"} for n in named])[1:]
-        elif result := _result(runs[0]):
-            rows += _number_rows([number.model_dump() for number in result.numbers])[1:]
-    return rows
-
-
-def _point(group: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in group["point"].items())
+def _number_row(number: dict[str, Any], note: str) -> Row:
+    record = number.get("record") or number
+    interval = f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
+    floor = f"{record['floor']:.2f}" if "floor" in record else ""
+    return number["name"], f"{number.get('value', number.get('mean')):.3g}", interval, floor, html.unescape(note)
 
 
 def _link(run: Ended, out: Path, text: str) -> tuple[str, str]:
-    return f"{run.folder.relative_to(out) if run.folder.is_relative_to(out) else run.folder}/notebook.html", text
+    return f"{os.path.relpath(run.folder, out)}/notebook.html", text
+
+
+def _stage(run: Ended) -> dict[str, Any]:
+    return read_json(run.folder / "stage.json", default={})
 
 
 def _result(run: Ended) -> Result | None:
@@ -236,11 +257,3 @@ def _environment(folder: Path) -> str:
         return ""
     names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
     return quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet")
-
-
-def _figures(notebook: Path) -> list[str]:
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    return [figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)]

@@ -6,85 +6,116 @@ stages:
     name: seeds
     grid: {seed: [0, 1, 2, 3, 4, 5]}
 
-runs/mine/report.html
-runs/mine/seeds/aggregate.json                 # over the seeds of each point of the grid
-runs/mine/seeds/seed=0/notebook.ipynb, .html   # as executed; a failed one is kept too
+runs/mine/{report.html, seeds/aggregate.json}  # over the seeds of each point of the grid
+runs/mine/seeds/seed=0/notebook.{ipynb,html}   # as executed; a failed one is kept too
 runs/mine/seeds/seed=0/stage.json              # parameters, hash of all inputs, and how it ended
-runs/mine/seeds/seed=0/result.json             # what it measured
-runs/mine/seeds/seed=0/environment.json, log.txt
+runs/mine/seeds/seed=0/{result.json, environment.json, log.txt}
 
 A run whose inputs (notebook, parameters, package) are unchanged since it ended well is not run again. One that was
 killed goes on: its folder is left as it is, so that a training in it resumes from its checkpoint.
 """
 
+import ast
 import functools
+import hashlib
 import itertools
+import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 
 from dispersive_kit.data.files import lock, read_json, write_json
-from dispersive_kit.errors import ConfigError, DataError, KitError
-from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, visible_gpus
-from dispersive_kit.study.notebook import find_notebook, read_result, runs_folder
-from dispersive_kit.study.pipeline import (
-    Pipeline,
-    Stage,
-    Task,
-    check_parameters,
-    load_pipeline,
-    plan,
-    shipped_pipelines,
-)
-from dispersive_kit.study.report import Ended, as_table, measured, write_notebook_page, write_report
+from dispersive_kit.errors import ConfigError, DataError, KitError, form_error
+from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, package_hash
+from dispersive_kit.study.notebook import MODE_VARIABLE, PACKAGE, Mode, Name, find_notebook, read_result, runs_folder
+from dispersive_kit.study.report import Ended, as_table, write_notebook_page, write_report
 
-Executor = Literal["pool", "slurm", "local"]  # local: a trial of Slurm jobs here
+_SHIPPED = {file.stem: file for file in sorted((PACKAGE / "study" / "pipelines").glob("*.yaml"))}
 _CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
+class Stage(BaseModel, extra="forbid", frozen=True):
+    """A notebook, by the start of its name ("06") or by path; its parameters; those to be taken over a grid."""
+
+    notebook: str
+    name: Name | Literal[""] = ""
+    parameters: dict[str, Any] = {}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+
+
+class Pipeline(BaseModel, extra="forbid", frozen=True):
+    """Stages in order, read from the YAML `file`.
+
+    executor: a pool of processes here, Slurm jobs, or a trial of such jobs here (local). workers: at most so many runs
+    of a stage at once; None: one for each GPU, or one, in a pool, and all on a cluster. cluster: what to ask it for.
+    """
+
+    title: Annotated[str, Field(min_length=1)]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    mode: Mode = "class"
+    executor: Literal["pool", "slurm", "local"] = "pool"
+    workers: PositiveInt | None = None
+    cluster: dict[str, Any] = {}
+    file: Path = Path()
+
+
+class _Task(NamedTuple):
+    """One run: its name is its folder below that of the pipeline."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+
+    def key(self) -> str:
+        """sha256 of what the run depends on: the notebook, its parameters, a forced mode and the package."""
+        inputs = [self.parameters, os.environ.get(MODE_VARIABLE), package_hash()]
+        return hashlib.sha256(self.notebook.read_bytes() + json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+# ---- what the command `run` does
+
+
 def run(
-    name: str,
-    out: Path | None = None,
-    *,
-    mode: str | None = None,
-    parameters: Sequence[str] = (),
-    resume: bool = False,
-    executor: Executor = "pool",
-    workers: int | None = None,
+    name: str, out: Path | None = None, *, parameters: Sequence[str] = (), resume: bool = False, **changes: Any
 ) -> None:
     """Run a notebook, a shipped pipeline or a pipeline's YAML file, and write the report.
 
-    parameters: of a notebook, as typed: NAME=VALUE. workers: see `run_pipeline`.
+    parameters: of a notebook, as typed: NAME=VALUE. changes: of the fields of `Pipeline`; None is no change.
 
     Raises:
         ConfigError: something is unknown or of the wrong form; nothing was run. KitError: `out` holds something
             already and `resume` is off; or a run failed.
     """
-    if name in shipped_pipelines() or Path(name).suffix in (".yaml", ".yml"):
+    changes = {field: value for field, value in changes.items() if value is not None}
+    if name in _SHIPPED or Path(name).suffix in (".yaml", ".yml"):
         if parameters:
             raise ConfigError("parameters go to a notebook; a pipeline has its own")
-        pipeline = load_pipeline(name)
-        place, mode = pipeline.file.stem, mode or pipeline.mode
+        pipeline = load_pipeline(name, **changes)
+        place = pipeline.file.stem
     else:
-        if (executor, workers) != ("pool", None):
+        if changes.keys() - {"mode"}:
             raise ConfigError("a notebook runs here, alone: --executor and --workers are for pipelines")
-        notebook, mode = find_notebook(name), mode or "class"
-        place, typed = notebook.stem, check_parameters(notebook, dict(map(_split, parameters)), typed=True)
-        pipeline = Pipeline(title=place, stages=(Stage(notebook=name, parameters=typed),))
+        notebook = find_notebook(name)
+        place, typed = notebook.stem, _check_parameters(notebook, dict(map(_split, parameters)), typed=True)
+        pipeline = Pipeline(title=place, stages=(Stage(notebook=name, parameters=typed),), **changes)
     folder, results = out or runs_folder() / place, []
-    total = sum(len(tasks) for tasks in plan(pipeline, mode=mode))
-    for ended in run_pipeline(pipeline, folder, mode=mode, resume=resume, executor=executor, workers=workers):
+    total = sum(map(len, _plan(pipeline)))
+    for ended in run_pipeline(pipeline, folder, resume=resume):
         results.append(ended)
         print(f"[{len(results)}/{total}] {ended.name}: {ended.status} ({ended.seconds:.0f} s)", flush=True)
-    subtitle = f"dispersive-kit run {name}, {mode} mode: {len(results)} of {total} runs"
-    page = write_report(results, folder, title=pipeline.title, subtitle=subtitle)
-    print(f"\n{as_table(measured(results, folder))}\n\nreport: {page}")
+    subtitle = f"dispersive-kit run {name}, {pipeline.mode} mode: {len(results)} of {total} runs"
+    page, numbers = write_report(results, folder, title=pipeline.title, subtitle=subtitle)
+    print(f"\n{as_table(numbers)}\n\nreport: {page}")
     if failed := [ended for ended in results if ended.status == "failed"]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise KitError(f"{failed[0].name} failed at {failed[0].error}; see {failed[0].folder}/log.txt{more}")
@@ -97,72 +128,131 @@ def _split(text: str) -> tuple[str, str]:
     return name, value
 
 
-def runs_table() -> str:
-    """All runs of notebooks in the runs folder. The folders are the registry: it is never out of date."""
-    place, rows = runs_folder(), [["run", "status", "mode", "time", "started", "code", "device"]]
-    for file in sorted(place.rglob("stage.json")):
-        stage, machine, result = (
-            read_json(file.with_name(name), default={}) for name in ("stage.json", "environment.json", "result.json")
-        )
-        status = stage.get("status", "killed")
-        if status == "running" and not _is_held(_lock_of(file.parent)):
-            status = "killed"
-        mode = result.get("mode") or stage.get("parameters", {}).get("mode", "")
-        started = stage.get("started", "")[:16].replace("T", " ")
-        seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
-        name, code = file.parent.relative_to(place).as_posix(), (machine.get("commit") or "")[:9]
-        rows.append([name, status, mode, seconds, started, code, machine.get("device", "")])
-    return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
-
-
 # ---- pipelines
 
 
-def run_pipeline(
-    pipeline: Pipeline,
-    out: Path,
-    *,
-    mode: str = "",
-    resume: bool = False,
-    executor: Executor = "pool",
-    workers: int | None = None,
-) -> Iterator[Ended]:
-    """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
-
-    workers: at most so many runs at once; None: one for each GPU, or one, in a pool, and all on a cluster.
+def load_pipeline(name: str, **changes: Any) -> Pipeline:
+    """A shipped pipeline by name, or one by the path of its YAML file; with fields changed.
 
     Raises:
-        KitError: `out` holds something already and `resume` is off. ConfigError: no worker, more of them than GPUs, a
-            request that submitit does not understand; or see `plan`; before anything runs.
+        ConfigError: no such pipeline; not YAML of plain values; not of a pipeline's form.
     """
-    planned = plan(pipeline, mode=mode)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"{workers} workers cannot run anything: --workers takes 1 or more")
+    file = _SHIPPED.get(name, Path(name))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return Pipeline.model_validate({**content, **changes, "file": file} if isinstance(content, dict) else content)
+    except OSError as error:
+        raise ConfigError(f"no pipeline {name!r} ({error.strerror}); shipped are: {', '.join(_SHIPPED)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML of plain values: {error}") from error
+    except ValidationError as error:
+        raise form_error(error, str(file)) from error
+
+
+def _plan(pipeline: Pipeline) -> list[list[_Task]]:
+    """The runs of each stage, all of them checked.
+
+    Raises:
+        ConfigError: a notebook or parameter is unknown, a value has the wrong type, or a name is used twice.
+    """
+    planned: dict[str, list[_Task]] = {}
+    for stage in pipeline.stages:
+        notebook = find_notebook(stage.notebook, pipeline.file.parent)
+        name = stage.name or notebook.stem
+        if name in planned:
+            raise ConfigError(f"two stages are called {name!r}: give each a name of its own")
+        shared = {"mode": pipeline.mode, **stage.parameters}
+        planned[name] = [
+            _Task(f"{name}/{cell}" if cell else name, notebook, _check_parameters(notebook, shared | point))
+            for cell, point in _expand(stage.grid)
+        ]
+    return list(planned.values())
+
+
+def _expand(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The points of a grid, each with a name like "seed=0,tau=0.5" that can be a folder; one nameless without a grid.
+
+    Raises:
+        ConfigError: two points would have the same name.
+    """
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    names = [re.sub(r"[^\w.=,+-]", "-", ",".join(f"{k}={v}" for k, v in p.items()), flags=re.ASCII) for p in points]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two points of the grid would share the folder {sorted(twice)[0]!r}")
+    return list(zip(names, points, strict=True))
+
+
+def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool = False) -> dict[str, Any]:
+    """Parameters held against those that a notebook declares, before a kernel starts: papermill would only warn.
+
+    typed: as text on a command line; read as JSON (3, 0.5, true, [1, 2]) unless the notebook wants a str.
+
+    Raises:
+        ConfigError: one that the notebook does not have, or a value of another type than its default.
+    """
+    import papermill
+
+    declared = {name: one["default"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
+    declared.pop("out", None)
+    checked = {}
+    for name, value in given.items():
+        if name == "out":
+            raise ConfigError(f"{notebook.stem}: 'out' is set by the run itself; choose its folder with --out")
+        if name not in declared:
+            raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {', '.join(declared)}")
+        kind = _kind(declared[name])
+        try:
+            adapter, as_json = TypeAdapter(kind), typed and kind is not str
+            checked[name] = (adapter.validate_json if as_json else adapter.validate_python)(value, strict=True)
+        except ValidationError:
+            said = f"{name} is {kind.__name__}, got {value!r} ({type(value).__name__})"
+            raise ConfigError(f"{notebook.stem}: {said}") from None
+    return checked
+
+
+def _kind(default: str) -> Any:
+    """The type of a default; any for None, which says nothing, and for one that is computed."""
+    try:
+        value = ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return Any
+    return Any if value is None else type(value)
+
+
+# ---- the runs of a pipeline
+
+
+def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iterator[Ended]:
+    """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
+
+    Raises:
+        KitError: `out` holds something already and `resume` is off. ConfigError: more workers than GPUs, a request that
+            submitit does not understand; or see `_plan`; before anything runs.
+    """
+    planned = _plan(pipeline)
     if out.exists() and any(out.iterdir()) and not resume:
         raise KitError(f"{out} is not empty: go on with --resume, or name another folder with --out")
     for tasks in planned:
         failed = False
-        for ended in _run_tasks(tasks, out, executor, workers, pipeline.cluster):
+        for ended in _run_tasks(pipeline, tasks, out):
             failed = failed or ended.status == "failed"
             yield ended
         if failed:
             return
 
 
-def _run_tasks(
-    tasks: Sequence[Task], out: Path, executor: Executor, workers: int | None, request: dict[str, Any]
-) -> Iterator[Ended]:
-    call, gpus = functools.partial(_run_task, out=out.resolve()), visible_gpus()
-    if executor != "pool":
-        yield from (Ended(t.name, "skipped", 0.0, out / t.name) for t in tasks if _ended_well(t, out / t.name))
-        waiting = [task for task in tasks if not _ended_well(task, out / task.name)]
-        where: dict[str, Any] = {"cluster": executor, "request": request}
-        for task, last_words in on_cluster(call, waiting, workers or len(tasks), out / ".submitit", **where):
-            yield _result_of(task, out / task.name) or Ended(task.name, "failed", 0.0, out / task.name, last_words)
-    elif (at_once := min(workers or len(gpus) or 1, len(tasks))) == 1:
-        yield from map(call, tasks)
+def _run_tasks(pipeline: Pipeline, tasks: Sequence[_Task], out: Path) -> Iterator[Ended]:
+    call = functools.partial(_run_task, out=out.resolve())
+    if pipeline.executor != "pool":
+        done = [task for task in tasks if _ended_well(task, out / task.name)]
+        yield from (Ended(task.name, "skipped", 0.0, out / task.name) for task in done)
+        waiting = [task for task in tasks if task not in done]
+        for task, last_words in on_cluster(call, waiting, pipeline.workers, out, pipeline.executor, pipeline.cluster):
+            yield _ended(task, out / task.name) or Ended(task.name, "failed", 0.0, out / task.name, last_words)
+    elif len(tasks) == 1:
+        yield call(tasks[0])
     else:
-        for task, future in in_pool(call, tasks, at_once, gpus):
+        for task, future in in_pool(call, tasks, pipeline.workers):
             try:
                 yield future.result()
             except BrokenExecutor:
@@ -170,21 +260,10 @@ def _run_tasks(
                 yield Ended(task.name, "failed", 0.0, out / task.name, error)
 
 
-def _run_task(task: Task, out: Path) -> Ended:
-    return run_notebook(str(task.notebook), out / task.name, task.parameters, label=task.name)
-
-
-def _result_of(task: Task, folder: Path) -> Ended | None:
-    stage = read_stage(folder)
-    if stage.get("key") != task.key() or stage["status"] == "running":
-        return None
-    return Ended(task.name, stage["status"], stage["seconds"], folder, stage["error"])
-
-
 # ---- one run
 
 
-def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None = None, *, label: str = "") -> Ended:
+def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None = None) -> Ended:
     """Execute one notebook into `folder`, unless it has ended well there from the same inputs before.
 
     The folder is passed to the notebook as `out`. Files of a run from other inputs are moved to FOLDER.earlier-1.
@@ -195,12 +274,16 @@ def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None =
             else than a run of a notebook.
     """
     notebook = find_notebook(name)
-    task = Task(label or notebook.stem, notebook, check_parameters(notebook, parameters or {}))
+    return _run_task(_Task(folder.name, notebook, _check_parameters(notebook, parameters or {})), folder.parent)
+
+
+def _run_task(task: _Task, out: Path) -> Ended:
+    folder = out / task.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock(_lock_of(folder)):
+    with lock(folder.with_name(f".{folder.name}.lock")):  # beside the folder, since that may be moved
         if _ended_well(task, folder):
             return Ended(task.name, "skipped", 0.0, folder)
-        stage = read_stage(folder)
+        stage = _read_stage(folder)
         if not stage and folder.exists() and any(folder.iterdir()):
             raise KitError(f"{folder} holds no run of a notebook, and is not empty: name another folder with --out")
         if stage.get("key", task.key()) != task.key():
@@ -209,7 +292,7 @@ def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None =
         return _run(task, folder)
 
 
-def _run(task: Task, folder: Path) -> Ended:
+def _run(task: _Task, folder: Path) -> Ended:
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # of an attempt that did not end well
     stage = {"name": task.name, "notebook": task.notebook.stem, "key": task.key(), "parameters": task.parameters}
@@ -234,7 +317,7 @@ def _run(task: Task, folder: Path) -> Ended:
     return ended
 
 
-def _execute(task: Task, folder: Path, log: Path) -> tuple[str, str]:
+def _execute(task: _Task, folder: Path, log: Path) -> tuple[str, str]:
     """Error in one line and traceback; both empty if the notebook came to its end."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -283,24 +366,18 @@ def _hidden_faults(notebook: Path) -> Iterator[str]:
             yield f"an error was hidden from the run: {text.strip().splitlines()[-1]}"
 
 
-def read_stage(folder: Path) -> dict[str, Any]:
+def _read_stage(folder: Path) -> dict[str, Any]:
     return read_json(folder / "stage.json", default={})
 
 
-def _ended_well(task: Task, folder: Path) -> bool:
-    """Whether the run in `folder` was of these inputs, and ended well."""
-    ended = _result_of(task, folder)
+def _ended(task: _Task, folder: Path) -> Ended | None:
+    """How the run in `folder` ended, if it was of these inputs and has ended."""
+    stage = _read_stage(folder)
+    if stage.get("key") != task.key() or stage["status"] == "running":
+        return None
+    return Ended(task.name, stage["status"], stage["seconds"], folder, stage["error"])
+
+
+def _ended_well(task: _Task, folder: Path) -> bool:
+    ended = _ended(task, folder)
     return ended is not None and ended.status == "ok" and (folder / "result.json").is_file()
-
-
-def _lock_of(folder: Path) -> Path:
-    """Beside the folder, since that may be moved."""
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def _is_held(file: Path) -> bool:
-    try:
-        with lock(file, busy="held"):
-            return False
-    except KitError:
-        return True

@@ -32,7 +32,7 @@ from dispersive_kit.regularizers.losses import KINDS, PRESETS, dispersive_loss, 
 from dispersive_kit.regularizers.schedules import Schedule
 from dispersive_kit.study.notebook import read_result
 from dispersive_kit.study.plan import load_plan, shipped_plans
-from dispersive_kit.study.run import read_stage, run_notebook
+from dispersive_kit.study.run import _read_stage, run_notebook
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TRAIN_PRESETS, TrainConfig, train_preset, with_settings
@@ -121,7 +121,7 @@ def describe_plan(file: Path) -> dict[str, Any]:
 
 def notebook_run(folder: Path) -> dict[str, Any]:
     """What the kit reads from the folder of an executed notebook."""
-    return {"result": read_result(folder).model_dump(), "stage": read_stage(folder)}
+    return {"result": read_result(folder).model_dump(), "stage": _read_stage(folder)}
 
 
 @register_autoencoder("golden-patches")

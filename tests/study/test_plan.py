@@ -93,7 +93,7 @@ REFUSED = {
     ),
     "no stop rule": ({"stop_rule": ""}, r"stop_rule = '': String should have at least 1"),
     "an unknown word": ({"best_of": 3}, r"best_of = 3: no field has this name"),
-    "a name that leaves the folder": ({"arms__../paper": {}}, r"arm or condition '\.\./paper'"),
+    "a name that leaves the folder": ({"arms__../paper": {}}, r"'\.\./paper': use letters"),
     "a name that is a number": ({"arms": {"base": {}, "paper": {}, 0.5: {}}}, r"arms\.0\.5.* = 0\.5: .*valid string"),
     "a date": ({"train__steps": datetime.date(2026, 1, 1)}, r"train\.steps = .*not a valid JSON value"),
     "no number": ({"evaluation__cfg_scales": [float("nan")]}, r"cfg_scales\.0 = nan: .*finite"),

@@ -13,18 +13,20 @@ import pytest
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result, safe_name
-from dispersive_kit.study.pipeline import (
+from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
+from dispersive_kit.study.report import Ended, write_report
+from dispersive_kit.study.run import (
+    _SHIPPED,
     Pipeline,
     Stage,
-    Task,
-    check_parameters,
+    _check_parameters,
+    _hidden_faults,
+    _plan,
+    _Task,
     load_pipeline,
-    plan,
-    shipped_pipelines,
+    run_notebook,
+    run_pipeline,
 )
-from dispersive_kit.study.report import Ended, write_report
-from dispersive_kit.study.run import _hidden_faults, run_notebook, run_pipeline
 
 FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
 RECORD = "dict(name='FD', value=3.0, low=2.5, high=3.5, floor=1.0)"
@@ -70,7 +72,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     folder = ended[0] / "made"
     result, stage = read_result(folder), json.loads((folder / "stage.json").read_text())
     assert number_of(folder) == 1.5 and result.mode == "class" and 0.05 < result.peak_gib < 20
-    assert stage["parameters"] == {"value": 3.0} and stage["status"] == "ok"
+    assert stage["parameters"] == {"mode": "class", "value": 3.0} and stage["status"] == "ok"
     assert (folder / "log.txt").read_text().splitlines()[:2] == ["red", "100%"]
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
@@ -90,7 +92,7 @@ def test_the_report_shows_everything_in_one_offline_file(ended):
     assert "A &amp; B" in page and "It is so." in page and 'alt="a dot"' in page and "1 checks passed" in page
     assert "half" in page and "1.5" in page and "2.50 to 3.50" in page and "torch 2" in page
     assert '<td class="failed">failed</td>' in page and "one is not enough" in page and "2 ok, 1 failed" in page
-    assert "Mean of 2 runs" in page and "left out: seeds/seed=1: failed" in page
+    assert "mean of 2" in page and "left out: seeds/seed=1: failed" in page
     assert page.count("floor</th>") == 1 < page.count("95 % interval</th>")  # no column in which nothing stands
     assert "://" not in page and "<script" not in page and "<link" not in page
     assert "default-src 'none'" in page.partition("<body>")[0]
@@ -241,7 +243,7 @@ def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_
         assert waiting.is_alive() and not folder.exists()
         folder.mkdir()
         told = {"status": "ok", "seconds": 1.0, "error": ""}
-        write_json(folder / "stage.json", {"key": Task("made", notebook, {}).key(), **told})
+        write_json(folder / "stage.json", {"key": _Task("made", notebook, {}).key(), **told})
         write_json(folder / "result.json", {})
     waiting.join()
     assert [result.status for result in results] == ["skipped"]
@@ -252,7 +254,7 @@ def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_
 
 @pytest.mark.parametrize("good", [{}, {"value": 2}, {"value": 2.5}, {"seed": -1}, {"mode": "full"}])
 def test_right_parameters_pass_and_an_integer_will_do_for_a_float(quick, good):
-    assert check_parameters(quick, good) == good
+    assert _check_parameters(quick, good) == good
 
 
 @pytest.mark.parametrize(
@@ -269,14 +271,14 @@ def test_right_parameters_pass_and_an_integer_will_do_for_a_float(quick, good):
 )
 def test_a_wrong_name_or_type_is_refused(quick, wrong, words):
     with pytest.raises(ConfigError, match=words):
-        check_parameters(quick, wrong)
+        _check_parameters(quick, wrong)
 
 
 def test_what_is_typed_is_read_as_the_notebook_declares_it(quick):
-    typed = check_parameters(quick, {"seed": "3", "value": "1e-3", "mode": "3"}, typed=True)
+    typed = _check_parameters(quick, {"seed": "3", "value": "1e-3", "mode": "3"}, typed=True)
     assert typed == {"seed": 3, "value": 0.001, "mode": "3"}
     with pytest.raises(ConfigError, match="seed is int, got 'three'"):
-        check_parameters(quick, {"seed": "three"}, typed=True)
+        _check_parameters(quick, {"seed": "three"}, typed=True)
 
 
 def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(quick, tmp_path):
@@ -311,8 +313,6 @@ def test_the_command_ends_with_status_2_before_a_kernel_starts(
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/etc", "a\\b", ".hidden", "-p", "a b", "a\n", "~"])
 def test_a_name_that_could_leave_its_folder_is_refused(name):
-    with pytest.raises(ConfigError, match="letters"):
-        safe_name(name)
     with pytest.raises(ValueError, match="name"):
         Stage(notebook="06", name=name)
 
@@ -340,12 +340,12 @@ def test_a_pipeline_of_another_form_is_refused_and_the_place_named(tmp_path, mon
 
 
 def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have():
-    assert {"demo", "quick", "digits", "cifar10", "imagenet", "analysis"} <= set(shipped_pipelines())
-    for pipeline in map(load_pipeline, shipped_pipelines()):
-        assert all(task.notebook.is_file() for tasks in plan(pipeline, mode=pipeline.mode) for task in tasks)
+    assert {"demo", "quick", "digits", "cifar10", "imagenet", "analysis"} <= set(_SHIPPED)
+    for pipeline in map(load_pipeline, _SHIPPED):
+        assert all(task.notebook.is_file() for tasks in _plan(pipeline) for task in tasks)
         assert not any(stage.notebook.endswith(".ipynb") for stage in pipeline.stages)  # by number: from a wheel too
     quick = load_pipeline("quick")
-    (*tasks,) = (task for tasks in plan(quick, mode=quick.mode) for task in tasks)
+    (*tasks,) = (task for tasks in _plan(quick) for task in tasks)
     assert [task.notebook for task in tasks] == sorted(notebooks_folder().glob("*.ipynb"))
     assert all(task.parameters == {"mode": "smoke"} for task in tasks)
 
@@ -358,4 +358,4 @@ def test_notebooks_are_found_by_number_name_or_path_also_beside_a_pipeline(quick
             find_notebook(wrong)
     (quick.parent / "p.yaml").write_text("title: t\nstages: [{notebook: quick.ipynb}]")
     monkeypatch.chdir("/")
-    assert plan(load_pipeline(str(quick.parent / "p.yaml")))[0][0].notebook == quick
+    assert _plan(load_pipeline(str(quick.parent / "p.yaml")))[0][0].notebook == quick

@@ -1,19 +1,14 @@
 """A CIFAR-10 of real photographs in miniature, and how tests start the command line."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 
 from dispersive_kit.data import load_images
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-CLI = ["-m", "dispersive_kit.cli"]
 
 
 @pytest.fixture(scope="session")
@@ -31,32 +26,13 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start_command(arguments: list[object], processes: int = 1) -> subprocess.Popen:
-    """The command line in a process group of its own, on one or several processes."""
-    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    return subprocess.Popen(
-        [*launcher, *CLI, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish_command(arguments: list[object], processes: int = 1) -> str:
-    """Run it to the end and return what it printed; fails with that if it fails."""
-    process = start_command(arguments, processes)
-    printed, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, printed
-    return printed
-
-
 @pytest.fixture(scope="session")
-def start() -> Callable[..., subprocess.Popen]:
-    return start_command
+def start() -> Callable[..., warm.Started]:
+    """Start the command line, on one or several processes."""
+    return lambda arguments, processes=1: warm.start("dispersive-kit", *arguments, processes=processes)
 
 
 @pytest.fixture(scope="session")
 def run_command() -> Callable[..., str]:
-    return finish_command
+    """Run it to the end, and return what it printed; fails with that if it fails."""
+    return lambda arguments, processes=1: warm.run("dispersive-kit", *arguments, processes=processes)

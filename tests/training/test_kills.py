@@ -3,15 +3,13 @@
 Digits and CIFAR images; accumulation on; two processes in half of the runs.
 """
 
-import os
 import random
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from dispersive_kit.training.checkpoint import load_latest
 
@@ -45,8 +43,8 @@ def uninterrupted(command, run_command, tmp_path_factory):
     return get
 
 
-def kill_at_random(process: subprocess.Popen, out: Path, rng: random.Random) -> None:
-    """Kill its whole process group, some time after a checkpoint that is drawn."""
+def kill_at_random(process: warm.Started, out: Path, rng: random.Random) -> None:
+    """Kill all of its processes, some time after a checkpoint that is drawn."""
     deadline = time.monotonic() + 600
     wanted = rng.randrange(STEPS // EVERY)
     while process.poll() is None and time.monotonic() < deadline:
@@ -54,9 +52,7 @@ def kill_at_random(process: subprocess.Popen, out: Path, rng: random.Random) -> 
             break
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.3))
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
 
 
 def newest(out: Path) -> int:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import psutil
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from dispersive_kit.training import RegularizerConfig, load_run, train, train_preset
@@ -21,6 +21,7 @@ from dispersive_kit.training.checkpoint import checkpoints, load_latest
 
 CLI = ["-m", "dispersive_kit.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = str(Path(__file__).with_name("gradient_worker.py"))
 # A gradient that is not clipped, of 64 images, with and without the loss.
 PLAIN = train_preset("smoke", steps=1, batch_size=64, grad_clip=1e9)
@@ -28,10 +29,8 @@ GATHERED = RegularizerConfig(preset="paper", gather=True)
 
 
 def gradient(tmp_path: Path, name: str, config, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
-    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
     out = tmp_path / name
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, WORKER, config.to_json(), str(out)], check=True, capture_output=True, env=environment)
+    warm.run(WORKER, config.to_json(), out, processes=processes)
     return load_file(f"{out}.safetensors"), json.loads((out / "run.json").read_text())
 
 
@@ -90,21 +89,18 @@ FSDP = ["--set", "fsdp=true"]
 
 @pytest.mark.parametrize(
     ("launcher", "extra"),
-    [([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], []), ([*TORCHRUN, "2"], FSDP)],
-    ids=["accelerate launch, DDP", "torchrun, FSDP2"],
+    [([*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], []), ([], FSDP)],
+    ids=["accelerate launch, DDP", "as torchrun, FSDP2"],
 )
 def test_two_processes_train_resume_to_the_same_bits_and_sample(run_command, tmp_path, launcher, extra):
-    def launch(name):
-        command = [*launcher, *CLI, *map(str, [*TRAIN, "--steps", 6, *extra, "--resume", "--out", tmp_path / name])]
-        subprocess.run(
-            command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900
-        )
-
-    launch("whole")
-    launch("run")
-    whole = load_latest(tmp_path / "whole" / "checkpoints").groups
+    arguments = [*TRAIN, "--steps", 6, *extra, "--resume", "--out", tmp_path / "run"]
+    if launcher:
+        subprocess.run([*launcher, *CLI, *map(str, arguments)], check=True, capture_output=True, env=ONE_THREAD)
+    else:
+        run_command(arguments, 2)
+    whole = load_latest(tmp_path / "run" / "checkpoints").groups
     shutil.rmtree(checkpoints(tmp_path / "run" / "checkpoints")[-1])  # as if killed after the checkpoint before
-    launch("run")
+    run_command(arguments, 2)
     assert_same_bits(load_latest(tmp_path / "run" / "checkpoints").groups, whole)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     finish_and_sample(run_command, tmp_path / "run", tmp_path)
@@ -118,19 +114,13 @@ def assert_same_bits(a, b):
 
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused_with_the_cure(tmp_path):
     """Without --multi_gpu it starts one, and says nothing: a run on half the machines that were asked for."""
-    for how in (["--cpu"], []):
-        command = [*ACCELERATE, *how, "--num_processes", "2", *CLI, *map(str, TRAIN), "--out", str(tmp_path / "run")]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert process.returncode != 0 and "--multi_gpu" in process.stderr, process.stderr
+    command = [*ACCELERATE, "--cpu", "--num_processes", "2", *CLI, *map(str, TRAIN), "--out", str(tmp_path / "run")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode != 0 and "--multi_gpu" in process.stderr, process.stderr
     assert not (tmp_path / "run").exists()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
+PORT = 20_000 + os.getpid() % 10_000  # below those that are given to whoever asks for any
 NOTEBOOK = """
 from accelerate import notebook_launcher
 from dispersive_kit.training import progress, train, train_preset
@@ -146,13 +136,13 @@ notebook_launcher(work, ({out!r},), num_processes=2, use_port="{port}")
 def test_a_notebook_trains_on_two_processes(tmp_path):
     from nbclient import NotebookClient
 
-    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run"), port=free_port()))
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run"), port=PORT))
     NotebookClient(nbformat.v4.new_notebook(cells=[cell]), kernel_name="python3", timeout=900).execute()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     assert load_run(tmp_path / "run")[1]["step"] == 6
 
 
-LONG = ["train", "--preset", "smoke", "--steps", 80, "--set", "checkpoint_every=20", "--set", "log_every=1", "--resume"]
+LONG = ["train", "--preset", "smoke", "--steps", 40, "--set", "checkpoint_every=10", "--set", "log_every=1", "--resume"]
 
 
 @pytest.fixture(scope="module")
@@ -162,25 +152,24 @@ def never_stopped(tmp_path_factory, run_command):
     return out
 
 
-def started_by(launcher: subprocess.Popen) -> dict[str, psutil.Process]:
-    children = psutil.Process(launcher.pid).children()
-    return {p.environ()["RANK"]: p for p in children if "RANK" in p.environ()}
-
-
-@pytest.mark.parametrize("signalled", ["1", "launcher", pytest.param("0", marks=pytest.mark.long)])
+@pytest.mark.parametrize("signalled", [1, "torchrun", pytest.param(0, marks=pytest.mark.long)])
 def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on(
     start, run_command, tmp_path, never_stopped, signalled
 ):
     out = tmp_path / "run"
-    launcher = start([*LONG, "--out", out], 2)
-    while launcher.poll() is None and not checkpoints(out / "checkpoints"):
+    if signalled == "torchrun":
+        command = [*TORCHRUN, "2", *CLI, *map(str, LONG), "--out", str(out)]
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
+    else:
+        started = start([*LONG, "--out", out], 2)
+    while started.poll() is None and not checkpoints(out / "checkpoints"):
         time.sleep(0.01)
-    (launcher if signalled == "launcher" else started_by(launcher)[signalled]).terminate()
-    printed, _ = launcher.communicate(timeout=900)
-    assert launcher.returncode != 0 and "SIGKILL" not in printed, printed
-    assert signalled == "launcher" or "exitcode  : 143" in printed, printed
+    os.kill(started.pid if signalled == "torchrun" else started.pids[signalled], signal.SIGTERM)
+    printed, _ = started.communicate(timeout=300)
+    assert started.returncode != 0 and "SIGKILL" not in printed, printed
+    assert signalled == "torchrun" or {p.exitcode for p in started.processes} == {143}, printed
     stopped = load_latest(out / "checkpoints").step
-    assert 20 <= stopped < 80
+    assert 10 <= stopped < 40
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
     run_command([*LONG, "--out", out], 2)
     assert_same_bits(*(load_latest(run / "checkpoints").groups for run in (out, never_stopped)))
@@ -194,11 +183,8 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
     config = PLAIN.changed(steps=2, checkpoint_every=1)
     list(train(config, tmp_path / "0" / "run"))
     shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
-    process = subprocess.run(
-        [*TORCHRUN, "2", worker, config.to_json(), str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.returncode != 0 and "do not agree on the step" in process.stderr
+    started = warm.start(worker, config.to_json(), tmp_path, processes=2)
+    assert started.wait() != 0 and "do not agree on the step" in started.output
     assert load_latest(tmp_path / "0" / "run" / "checkpoints").step == 1
 
 
@@ -224,14 +210,9 @@ def test_fsdp_and_ddp_train_the_same_model(run_command, tmp_path):
     assert {k: a[k] for k in ("loss", "held_out")} == pytest.approx({k: b[k] for k in ("loss", "held_out")}, rel=1e-4)
 
 
-def test_fsdp_in_one_process_is_refused_with_the_cure(tmp_path):
-    process = subprocess.run(
-        [sys.executable, *CLI, *map(str, TRAIN), "--set", "fsdp=true", "--out", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2 and "torchrun" in process.stderr
+def test_fsdp_in_one_process_is_refused_with_the_cure(start, tmp_path):
+    started = start([*TRAIN, *FSDP, "--out", tmp_path / "run"])
+    assert started.wait() == 2 and "torchrun" in started.output
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])

@@ -20,8 +20,8 @@ from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_che
 
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
 COMMAND = [
-    sys.executable, "-m", "dispersive_kit.cli", "train", "--preset", "smoke", "--steps", "60",
-    "--set", "checkpoint_every=7", "--regularizer", "paper", "--resume", "--out",
+    "train", "--preset", "smoke", "--steps", "40", "--set", "checkpoint_every=5", "--regularizer", "paper", "--resume",
+    "--out",
 ]  # fmt: skip
 
 
@@ -66,15 +66,15 @@ def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(tmp_path, whole):
 
 
 @pytest.fixture(scope="module")
-def whole_command(tmp_path_factory):
+def whole_command(tmp_path_factory, run_command):
     folder = tmp_path_factory.mktemp("whole_command") / "run"
-    subprocess.run([*COMMAND, str(folder)], check=True, capture_output=True)
+    run_command([*COMMAND, folder])
     return folder
 
 
-def stop_at_random(folder, number, rng):
+def stop_at_random(start, folder, number, rng):
     """Start the command, send it a signal at a random moment after its first checkpoint, return its exit status."""
-    process = subprocess.Popen([*COMMAND, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start([*COMMAND, folder])
     while process.poll() is None and not checkpoints(folder / "checkpoints"):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 1.0))
@@ -87,13 +87,13 @@ def stop_at_random(folder, number, rng):
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
     ids=["kill -9", "SIGTERM", "Ctrl-C"],
 )
-def test_a_killed_command_resumes_to_the_same_bits(tmp_path, whole_command, number, status):
-    ended = stop_at_random(tmp_path / "run", number, random.Random(int(number)))
+def test_a_killed_command_resumes_to_the_same_bits(start, run_command, tmp_path, whole_command, number, status):
+    ended = stop_at_random(start, tmp_path / "run", number, random.Random(int(number)))
     assert ended in (status, 0)
     if number != signal.SIGKILL and ended:  # the step in hand was finished and saved
         log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert load_latest(tmp_path / "run" / "checkpoints").step >= json.loads(log[-1])["step"]
-    subprocess.run([*COMMAND, str(tmp_path / "run")], check=True, capture_output=True)
+    run_command([*COMMAND, tmp_path / "run"])
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
 
 
@@ -208,7 +208,7 @@ def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_t
     ]  # fmt: skip
     (tmp_path / "disk").mkdir()
     shell = ["unshare", "-Urm", "sh", "-c", SMALL_DISK, str(tmp_path / "disk"), str(tmp_path / "disk")]
-    command = [*shell, *COMMAND[:3], *arguments]
+    command = [*shell, sys.executable, "-m", "dispersive_kit.cli", *arguments]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "full: 2" in printed.stdout and "No space left on device" in printed.stderr, printed
     assert [line.split("/")[-2] for line in printed.stdout.splitlines() if line.endswith("manifest.json")] == [
@@ -260,17 +260,16 @@ def test_other_data_is_refused_on_resume(tmp_path, cifar_folder):
         run(tmp_path / "run", config.changed(data_dir=str(tmp_path)), resume=True)
 
 
-def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path, whole_command):
+def test_a_folder_is_trained_by_one_process_at_a_time(start, run_command, tmp_path, whole_command):
     """A second one is refused, changes nothing, and may go on once the first is gone."""
-    first = subprocess.Popen([*COMMAND, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = start([*COMMAND, tmp_path / "run"])
     while first.poll() is None and not checkpoints(tmp_path / "run" / "checkpoints"):
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
-    second = subprocess.run([*COMMAND, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    second = start([*COMMAND, tmp_path / "run"])
+    assert second.wait() == 2 and "another process is training" in second.output
     first.kill()
-    first.wait()
-    assert second.returncode == 2 and "another process is training" in second.stderr
-    subprocess.run([*COMMAND, str(tmp_path / "run")], check=True, capture_output=True)
+    run_command([*COMMAND, tmp_path / "run"])
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
 
 

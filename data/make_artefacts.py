@@ -46,7 +46,7 @@ from dispersive_kit.data.artefacts import FOLDER, seal
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.training import load_run, shipped, train, train_preset
+from dispersive_kit.training import load_run, train, train_preset
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}
@@ -58,7 +58,7 @@ DRAWS = 3  # of noise, in its probes and its signal to noise
 
 
 def model_of(run: str) -> DiT:
-    return load_run(shipped(run))[0]
+    return load_run(run)[0]
 
 
 def classroom() -> Nested:

@@ -112,7 +112,7 @@ def sample(
     from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
     from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.training import load_run
-    from dispersive_kit.training.shipped import run_folder
+    from dispersive_kit.training.runs import run_folder
 
     net, card = load_run(run_folder(run), weights=weights)
     device = this_process().device
@@ -149,7 +149,7 @@ def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], ou
     from dispersive_kit.evaluation import table, to_json
     from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.evaluation.panel import record_file, record_folder
-    from dispersive_kit.training.shipped import run_folder
+    from dispersive_kit.training.runs import run_folder
 
     if out:
         require_writable(out)

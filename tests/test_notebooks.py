@@ -320,10 +320,8 @@ BROKEN = {
         "a changed scale is refused": "refusals = {**refusals, 'change_the_scale': refusal(flip_one_bit)}",
     },
     "13_imagenet_train": {
-        "eighty epochs are counted": (
-            "costs = {**costs, 'S': dataclasses.replace(costs['S'], images=79 * IMAGENET_IMAGES)}"
-        ),
-        "most operations are those of the blocks' matrices": "share = by_hand / costs['B'].flops_per_image",
+        "eighty epochs are counted": ("costs = {**costs, 'S': {**costs['S'], 'images': 79 * IMAGENET_IMAGES}}"),
+        "most operations are those of the blocks' matrices": "share = by_hand / costs['B']['flops']",
         "training lowered the held-out loss": "held = {**held, 'base': held['base'][::-1]}",
         "stopped and taken up again, every number is the same": "different = 1",
         "x0 has about the spread of the noise": "spread = float(x0.std() / spec.autoencoder.scale)",

@@ -17,7 +17,7 @@ from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.training.draws import stream
+from dispersive_kit.training.batches import stream
 
 LEVELS = (math.inf, 4.0, 2.0, 0.0, -2.0, -4.0)  # log-SNR: the clean image and five levels of noise
 POOLS = {"mean": lambda z: z.mean(1), "none": lambda z: z}  # of the tokens (B, N, D) of a block

@@ -17,7 +17,7 @@ from dispersive_kit.data import ImageSet
 from dispersive_kit.diffusion.objectives import FlowMatching, Objective
 from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers.losses import LossOptions, measure
-from dispersive_kit.training.draws import DeviceSet
+from dispersive_kit.training.batches import DeviceSet
 
 TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers bend the line
 

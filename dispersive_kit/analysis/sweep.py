@@ -29,7 +29,7 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers.losses import LossOptions, measure
-from dispersive_kit.training.draws import stream
+from dispersive_kit.training.batches import stream
 
 KEEP = 512  # rows for measures quadratic in their number
 LOCAL_BATCH = 64  # images for the saturation gap and the structure of the token grid

@@ -18,10 +18,9 @@ from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
 from dispersive_kit.data.latents import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.training.batches import open_store, stream
 from dispersive_kit.training.config import TrainConfig
-from dispersive_kit.training.draws import stream
-from dispersive_kit.training.latent_set import open_store
-from dispersive_kit.training.sampling import sample_batch
+from dispersive_kit.training.runs import sample_batch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -139,7 +138,7 @@ def load_reference(
     if decode is None:
         options: dict[str, Any] = {"data_dir": config.data_dir, "size": config.image_size}
         return load_images(config.data, "train", **options), load_images(config.data, "test", **options)
-    train, held_out = open_store(config)
+    train, held_out = open_store(config.data)
     return _decoded(train, decode, at_most), _decoded(held_out, decode, at_most)
 
 

@@ -50,9 +50,8 @@ from dispersive_kit.evaluation.record import (
     weights_sha256,
 )
 from dispersive_kit.training import load_run
-from dispersive_kit.training.draws import stream
-from dispersive_kit.training.sampling import SAMPLER_NAMES
-from dispersive_kit.training.shipped import run_folder
+from dispersive_kit.training.batches import stream
+from dispersive_kit.training.runs import SAMPLER_NAMES, run_folder
 
 METRICS = ("FD", "KID", "PRDC", "CS")
 METRICS_OF = {"panel": METRICS, "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.training import RegularizerConfig, progress, shipped, train, train_preset
+from dispersive_kit.training import RegularizerConfig, progress, run_folder, train, train_preset
 
 ARMS = {"base": "none", "paper": "paper"}
 
@@ -24,7 +24,7 @@ def get_arms(source: str, preset: str, out: Path, **changes: Any) -> dict[str, P
         ConfigError: unknown source, or no such shipped run.
     """
     if source == "shipped":
-        return {arm: shipped(f"{preset}-{arm}") for arm in ARMS}
+        return {arm: run_folder(f"{preset}-{arm}") for arm in ARMS}
     if source != "train":
         raise ConfigError(f"unknown source {source!r} of the arms; there are: train, shipped")
     for arm, regularizer in ARMS.items():

@@ -1,16 +1,19 @@
-"""Placement: which device, which precision, which rows of the global batch; and sharding over processes."""
+"""Processes: which device and precision, what is split over them, what they agree on, and when they stop."""
 
 import ctypes
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch import Tensor
+from accelerate.utils import InitProcessGroupKwargs, gather_object, is_tensorboard_available
+from torch import Tensor, nn
 
 from dispersive_kit.errors import CheckpointError, ConfigError
 
@@ -18,15 +21,19 @@ from dispersive_kit.errors import CheckpointError, ConfigError
 LONGEST_WAIT = timedelta(hours=4)
 
 
-def make_accelerator(precision: str = "auto") -> Accelerator:
+def make_accelerator(precision: str = "auto", tensorboard: Path | None = None) -> Accelerator:
     """The number of processes comes from the launcher. precision "auto": bf16 autocast on a GPU that has it, else fp32.
 
+    tensorboard: folder to which its tracker writes.
+
     Raises:
-        ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
-            another precision before.
+        ConfigError: TensorBoard is not installed; `accelerate launch` was asked for several processes and started one;
+            this process has trained in another precision before.
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)
+    if tensorboard and not is_tensorboard_available():
+        raise ConfigError("tensorboard is not installed: pip install 'dispersive-kit[tensorboard]'")
     patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
     try:
@@ -34,6 +41,8 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if bf16 else "no",
             kwargs_handlers=[patient],
+            log_with="tensorboard" if tensorboard else None,
+            project_dir=tensorboard,
         )
     except ValueError as error:
         if "already been initialized" not in str(error):
@@ -46,6 +55,7 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
             "accelerate launch was asked for several processes and has started one. It starts several with "
             "--multi_gpu, also where there is no GPU, and not with --cpu; so does torchrun"
         )
+    keep_freed_memory(accelerator.device)
     return accelerator
 
 
@@ -62,32 +72,19 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def check_processes(processes: int, wanted: Mapping[str, bool]) -> None:
-    """Raises ConfigError: one process, and an option that is wanted needs several."""
-    for name, is_wanted in wanted.items():
-        if is_wanted and processes == 1:
-            raise ConfigError(
-                f"{name} needs several processes, and this is one: start with "
-                "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
-            )
+def place(accelerator: Accelerator, model: Any, average: Any, *, compiled: bool, fsdp: bool) -> nn.Module:
+    """The model as it is called in training: its blocks compiled, its parameters or its batch split over processes."""
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    if not fsdp:
+        return accelerator.prepare_model(model)
+    for one in (model, average):
+        _shard(one, accelerator.device)
+    return model
 
 
-def check_split(batch_size: int, processes: int, accumulation: int) -> int:
-    """The dispersion batch: what one process feeds the model at once, and what Dispersive Loss sees.
-
-    Raises:
-        ConfigError: the global batch cannot be split evenly.
-    """
-    parts = processes * accumulation
-    if batch_size % parts:
-        raise ConfigError(
-            f"batch_size {batch_size} cannot be split over {processes} processes x {accumulation} accumulation; "
-            f"use a multiple of {parts}"
-        )
-    return batch_size // parts
-
-
-def shard(model: Any, device: torch.device) -> None:
+def _shard(model: Any, device: torch.device) -> None:
     """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -155,3 +152,49 @@ def require_agreement(what: str, value: Any) -> None:
     found = gather_object([value])
     if any(one != found[0] for one in found):
         raise CheckpointError(f"the processes do not agree on the {what}: {', '.join(map(str, found))}, by rank")
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint, instead of in the middle of one.
+
+    While entered, the signals only set `signal_number`; a second SIGINT acts at once.
+
+    Handlers can be set in the main thread only; elsewhere this does nothing, and signals act as usual.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._over = False
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        for number in self._previous:
+            if signal.getsignal(number) == self._note:  # else a run that was begun later has it, and gives it back
+                signal.signal(number, self._before(number))
+
+    def _before(self, number: int) -> Any:
+        """The handler there was before this run and before all that have ended since."""
+        handler = self._previous[number]
+        owner = getattr(handler, "__self__", None)
+        return owner._before(number) if isinstance(owner, StopRequest) and owner._over else handler
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def end_run(self) -> None:
+        """Ends the run as the signal would have: KeyboardInterrupt, or exit status 128 + 15.
+
+        A process that was not signalled itself, but whose neighbour was, ends as by SIGTERM.
+        """
+        if self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + (self.signal_number or signal.SIGTERM))

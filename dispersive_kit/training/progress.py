@@ -1,4 +1,4 @@
-"""Progress of a long training: a bar on a terminal, one line per tenth elsewhere (a saved bar freezes at 0 %)."""
+"""How far a training has come, shown while it goes."""
 
 import os
 import sys
@@ -9,13 +9,16 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from dispersive_kit.training.loop import StepRecord
+from dispersive_kit.training.train import StepRecord
 
 SHOWN = ("loss", "held_out")
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
-    """Pass step records through, and show how far they have come; of several processes the first one does."""
+    """Pass step records through and show how far they have come: a bar on a terminal, one line a tenth elsewhere.
+
+    Of several processes the first one does. (A bar that is saved, as in a notebook, freezes at 0 %.)
+    """
     if os.environ.get("RANK", "0") != "0":
         yield from records
         return
@@ -26,20 +29,20 @@ def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRec
         first = first or record.step
         if sys.stderr.isatty():
             bar = bar or tqdm(total=record.steps, initial=first - 1, desc=label, unit="step", dynamic_ncols=True)
-            bar.set_postfix_str(f"{shown}  {memory_gib():.1f} GiB", refresh=False)
+            bar.set_postfix_str(f"{shown}  {_memory_gib():.1f} GiB", refresh=False)
             bar.update()
         elif record.step * 10 // record.steps > tenths:
             tenths = record.step * 10 // record.steps
             rate = (record.step - first + 1) / max(time.monotonic() - start, 1e-9)
             left = timedelta(seconds=round((record.steps - record.step) / rate))
             line = f"{label} step {record.step}/{record.steps}  {shown}  {rate:.1f} step/s  {left} left"
-            print(f"{line}  {memory_gib():.1f} GiB".strip(), flush=True)
+            print(f"{line}  {_memory_gib():.1f} GiB".strip(), flush=True)
         yield record
     if bar:
         bar.close()
 
 
-def memory_gib() -> float:
+def _memory_gib() -> float:
     """Peak memory in GiB: the GPU's where there is one, else that of this process (0 where it cannot be known)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

@@ -10,7 +10,7 @@ from torch import Tensor
 from dispersive_kit.data.folder import list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.errors import DataError
-from dispersive_kit.training.draws import sample_index, stream
+from dispersive_kit.training.batches import sample_index, stream
 
 KL_WEIGHT = 1e-6  # of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2112.10752)
 LEARNING_RATE = 4e-3

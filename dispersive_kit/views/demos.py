@@ -19,7 +19,7 @@ from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.analysis.sweep import stored as load_stored
 from dispersive_kit.data import load_images
 from dispersive_kit.data.toy import sample_toy
-from dispersive_kit.training.shipped import shipped
+from dispersive_kit.training.runs import run_folder
 from dispersive_kit.views.figures import BLUE, GREEN, RED, level_names
 from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, trajectory
 from dispersive_kit.views.svg import HEIGHT, Panel, bitmap, image_grid, picture, text
@@ -83,7 +83,7 @@ def checkpoints(step: int = CHECKPOINTS[-1]) -> str:
     """16 samples of each CIFAR-10 run after so many training steps, a column from one noise."""
     rows = {}
     for i, arm in enumerate(ARMS):
-        file = shipped(f"cifar10-cpu-{arm}") / "previews" / f"step-{step:08d}.png"
+        file = run_folder(f"cifar10-cpu-{arm}") / "previews" / f"step-{step:08d}.png"
         rows[arm] = bitmap(Image.open(file).convert("RGB"), (200, 34 + 238 * i, 790, 199))
     words = {arm: f"{name}, step {step}" for arm, name in ARMS.items()}
     return _two_rows(rows, words, f"16 CIFAR-10 samples of each run after {step} training steps, from the same noises.")

@@ -16,7 +16,7 @@ from dispersive_kit.analysis.sweep import _grid_measures, _mean_cosine
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers import LossOptions
-from dispersive_kit.training.draws import DeviceSet
+from dispersive_kit.training.batches import DeviceSet
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.training.ema import EMA
 from dispersive_kit.training.parallel import keep_freed_memory
+from dispersive_kit.training.train import EMA
 
 BATCH, TOKENS, DEPTH, WIDTH, HEADS, TAP, WEIGHT = 32, 64, 12, 384, 6, 2, 0.25
 

@@ -11,7 +11,7 @@ from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation import draw_images, generate, pixel_gaussian
 from dispersive_kit.evaluation.generate import shared_out
 from dispersive_kit.evaluation.record import describe_set
-from dispersive_kit.training import load_run, shipped
+from dispersive_kit.training import load_run
 
 EVALUATE = ["evaluate", "digits-base", "--num", "300", "--num-steps", "2", "--extractor", "pixels-pca32"]
 module = sys.modules["dispersive_kit.evaluation.generate"]
@@ -46,7 +46,7 @@ def test_batches_are_dealt_out_once_each_whatever_the_count(monkeypatch, count):
 
 
 def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
-    model, _ = load_run(shipped("digits-base"))
+    model, _ = load_run("digits-base")
     labels = torch.arange(6)
     plain, nowhere, guided, part = (
         generate(model, labels, num_steps=3, **options)
@@ -64,7 +64,7 @@ def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
 
 
 def test_a_model_that_draws_nan_is_an_error_and_not_a_black_image():
-    model, _ = load_run(shipped("digits-base"))
+    model, _ = load_run("digits-base")
     next(model.parameters()).data[0, 0] = float("nan")
     with pytest.raises(KitError, match="drew NaN or infinity, among the images with seeds 4 to 5"):
         generate(model, torch.arange(2), num_steps=2, first_seed=4)

@@ -36,10 +36,8 @@ from dispersive_kit.study.run import _read_stage, run_notebook
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TRAIN_PRESETS, TrainConfig, train_preset, with_settings
-from dispersive_kit.training.loop import train
-from dispersive_kit.training.run import load_run, read_config
-from dispersive_kit.training.sampling import sample_batch
-from dispersive_kit.training.shipped import shipped, shipped_names
+from dispersive_kit.training.runs import load_run, read_config, sample_batch, shipped_names
+from dispersive_kit.training.train import train
 
 
 @contextlib.contextmanager
@@ -99,7 +97,7 @@ DIT_CONFIGS["DiT-short"] = {"depth": 4, "hidden_size": 32, "num_heads": 2}
 
 def sample_run(run: str | Path, n: int = 3) -> torch.Tensor:
     """The first images of a run folder, or of a run that comes with the kit."""
-    model, card = load_run(shipped(run) if isinstance(run, str) else run)
+    model, card = load_run(run)
     objective = card["config"].objective
     return sample_batch(model, torch.arange(n), range(n), objective=objective, num_steps=3)
 

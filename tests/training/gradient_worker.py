@@ -2,14 +2,15 @@
 
 import json
 import sys
+from importlib import import_module
 
 from safetensors.torch import save_file
 
 from dispersive_kit.training import TrainConfig, train
-from dispersive_kit.training import loop as loop_module
 
 config, out = TrainConfig.from_json(sys.argv[1]), sys.argv[2]
-real_begin = loop_module.begin
+loop = import_module("dispersive_kit.training.train")
+real_begin = loop.begin
 
 
 def begin(*args, **kwargs):
@@ -24,6 +25,6 @@ def begin(*args, **kwargs):
     return run
 
 
-loop_module.begin = begin
+loop.begin = begin
 records = list(train(config, out))
 print(json.dumps(records[-1].values))

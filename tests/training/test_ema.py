@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from dispersive_kit.training.ema import EMA
+from dispersive_kit.training.train import EMA
 
 
 def test_the_average_is_the_recursion_written_out():

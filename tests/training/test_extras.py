@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
-from dispersive_kit.training.sampling import sample_batch
-from dispersive_kit.training.session import Session
+from dispersive_kit.training.runs import sample_batch
+from dispersive_kit.training.train import Session
 
 SMOKE = train_preset("smoke", steps=4, checkpoint_every=2)
 PAPER = RegularizerConfig(preset="paper")

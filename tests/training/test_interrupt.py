@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from dispersive_kit.training.interrupt import StopRequest
+from dispersive_kit.training.parallel import StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

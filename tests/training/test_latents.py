@@ -18,8 +18,8 @@ from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 from dispersive_kit.evaluation import decoder_of, generate, load_reference
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.training import TRAIN_PRESETS, load_run, train, train_preset
+from dispersive_kit.training.batches import LatentSet
 from dispersive_kit.training.checkpoint import load_latest
-from dispersive_kit.training.latent_set import LatentSet
 
 DATA_TESTS = Path(__file__).parents[1] / "data"
 

@@ -9,11 +9,8 @@ from dispersive_kit.data import load_images
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
-from dispersive_kit.training.draws import DeviceSet, sample_index, stream
-from dispersive_kit.training.loop import learning_rate
-from dispersive_kit.training.measures import GradientRatio
-from dispersive_kit.training.session import Session, begin
-from dispersive_kit.training.sources import share_of
+from dispersive_kit.training.batches import DeviceSet, sample_index, share_of, stream
+from dispersive_kit.training.train import Session, begin, gradient_ratio, learning_rate
 
 SMOKE = train_preset("smoke", steps=6)
 PAPER_SET = {"regularizer.preset": "paper"}
@@ -91,9 +88,9 @@ def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(added):
     z = x @ w
     loss, dispersive = z.sin().square().mean(), 0.3 * dispersive_loss(z)
     pull, push = (torch.autograd.grad(value, z, retain_graph=True)[0].norm() for value in (dispersive, loss))
-    ratio = GradientRatio(dispersive, [z], added=added)
+    ratio = gradient_ratio(dispersive, [z], added=added)
     ((loss + dispersive if added else loss) / 3).backward()
-    torch.testing.assert_close(ratio.after_backward(1 / 3), pull / push)
+    torch.testing.assert_close(ratio(1 / 3), pull / push)
 
 
 def test_training_leaves_the_global_generators_alone(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from dispersive_kit.data import load_images
 from dispersive_kit.evaluation import Panel, balanced_labels, generate, make_extractor
 from dispersive_kit.models import build_dit
-from dispersive_kit.training import load_run, run, train, train_preset
+from dispersive_kit.training import load_run, runs, train, train_preset
 
 
 @pytest.mark.long
@@ -18,7 +18,7 @@ def test_it_learns_where_it_is_told_t_and_not_where_it_is_told_a_thousand_times_
     real, held_out = load_images("digits", "train"), load_images("digits", "test")
     panel, distance = Panel(make_extractor("classifier", real, held_out), real, held_out, metrics=("FD",)), {}
     for scale in (1.0, 1000.0):
-        monkeypatch.setattr(run, "build_dit", partial(build_dit, time_scale=scale))
+        monkeypatch.setattr(runs, "build_dit", partial(build_dit, time_scale=scale))
         for _ in train(config, tmp_path / str(scale)):
             pass
         images = generate(

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dispersive_kit.errors import CheckpointError, ConfigError
-from dispersive_kit.training import export_run, load_run, shipped, shipped_names, train, train_preset
-from dispersive_kit.training.run import read_config
+from dispersive_kit.errors import CheckpointError
+from dispersive_kit.training import export_run, load_run, run_folder, shipped_names, train, train_preset
+from dispersive_kit.training.runs import read_config
 
 CONFIG = train_preset("smoke", steps=4)
 
@@ -21,17 +21,17 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_a_shipped_run_is_whole_names_its_data_and_command_and_samples(name):
-    model, card = load_run(shipped(name))
-    about = json.loads((shipped(name) / "run.json").read_text())
+    model, card = load_run(name)
+    about = json.loads((run_folder(name) / "run.json").read_text())
     assert about["command"].startswith("dispersive-kit train --preset ") and len(card["data"]["sha256"]) == 64
-    assert card["step"] == read_config(shipped(name)).steps
-    assert (shipped(name) / "metrics.jsonl").read_text().count("\n") > 10
+    assert card["step"] == read_config(run_folder(name)).steps
+    assert (run_folder(name) / "metrics.jsonl").read_text().count("\n") > 10
     x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
     assert model(x, torch.ones(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
 
 
 def test_shipped_runs_are_small():
-    sizes = {n: sum(f.stat().st_size for f in shipped(n).rglob("*") if f.is_file()) for n in shipped_names()}
+    sizes = {n: sum(f.stat().st_size for f in run_folder(n).rglob("*") if f.is_file()) for n in shipped_names()}
     assert sizes and max(sizes.values()) <= 4_200_000, sizes  # 4 MB of weights, and the curves
 
 
@@ -63,8 +63,8 @@ def test_an_export_overwrites_nothing(run):
 
 
 def test_an_unknown_shipped_run_names_those_there_are():
-    with pytest.raises(ConfigError, match="digits-base"):
-        shipped("digits")
+    with pytest.raises(CheckpointError, match="digits-base"):
+        load_run("digits")
 
 
 def test_a_run_without_a_logged_step_can_be_exported(tmp_path):

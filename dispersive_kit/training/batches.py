@@ -1,0 +1,269 @@
+"""What a run is fed: its data by name, and everything random as a function of (seed, step, global sample index).
+
+The whole global batch is drawn from one generator that is seeded by (seed, step), and each process takes its rows.
+So the numbers do not depend on how the batch is split, a run resumes without any generator state, and two arms
+that differ only in the regulariser see the same images, times, noise and label drops.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy, to_float
+from dispersive_kit.data.autoencoders import load_autoencoder, refuse_other
+from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS
+from dispersive_kit.data.latents import LatentStore, Selection, is_store
+from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.training.config import TrainConfig
+
+HELD_OUT = 512  # samples at most in the frozen batch of the held-out loss
+TOY_POINTS = 50_000
+
+
+def stream(seed: int, name: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for one purpose (`name`) at one step."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=stream(seed, "order", epoch))
+
+
+def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
+    """Indices (batch_size,) into a set of n that step `step` trains on: each epoch is one permutation."""
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epoch = position // n
+    orders = [_epoch_order(seed, int(e), n)[position[epoch == e] % n] for e in range(int(epoch[0]), int(epoch[-1]) + 1)]
+    return torch.cat(orders)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,) with some dropped to the null class, and as they were;
+    the objective's draws.
+    """
+
+    x0: Tensor
+    y: Tensor
+    labels: Tensor
+    draws: Any
+
+    def rows(self, part: int, parts: int) -> "Batch":
+        """The `part`-th of `parts` equal slices."""
+        size = len(self.x0) // parts
+        keep = slice(part * size, (part + 1) * size)
+        return Batch(self.x0[keep], self.y[keep], self.labels[keep], self.draws[keep])
+
+
+class _TrainingSet:
+    """A set that global batches are drawn from; the device is where they lie."""
+
+    device: torch.device
+
+    def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x0 (B, ...) and labels (B,) of one step; `generator` is the step's own."""
+        raise NotImplementedError
+
+    def batch(
+        self,
+        objective: Any,
+        *,
+        seed: int,
+        step: int,
+        size: int,
+        null_label: int | None = None,
+        drop_prob: float = 0.0,
+        flip: bool = False,
+    ) -> Batch:
+        """The global batch of one step; the same whatever device count, arm or accumulation asks for it.
+
+        null_label: the class that labels are dropped to, which classifier-free guidance needs; None drops none.
+        """
+        generator = stream(seed, "batch", step, self.device)
+        x0, y = x0, labels = self.draw(seed, step, size, flip, generator)
+        if null_label is not None:
+            dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < drop_prob
+            y = torch.where(dropped, null_label, labels)
+        return Batch(x0, y, labels, objective.draw(x0, generator))
+
+
+class DeviceSet(_TrainingSet):
+    """A small set held whole on the device, without loader or workers: images uint8 (N, C, H, W), or points (N, 2)."""
+
+    def __init__(self, samples: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> None:
+        self.samples, self.labels, self.device = samples.to(device), labels.to(device), torch.device(device)
+
+    @classmethod
+    def of(cls, data: ImageSet, device: torch.device | str = "cpu") -> "DeviceSet":
+        return cls(data.images, data.labels, device)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(self.samples.cpu().numpy().tobytes())
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = sample_index(seed, step, size, len(self)).to(self.device)
+        x0 = self.samples[index]
+        if flip:  # while they are bytes: a quarter of the memory to move
+            mirrored = torch.rand(size, generator=generator, device=self.device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        return to_float(x0) if x0.dtype == torch.uint8 else x0, self.labels[index]
+
+
+class LatentSet(_TrainingSet):
+    """A part of a store: rows are read from the disk, draws from their posteriors are made on the device.
+
+    Of an image and its mirror image only the one wanted is read, so which it is, is decided here and not there.
+    """
+
+    def __init__(self, selection: Selection, device: torch.device | str = "cpu") -> None:
+        self.selection, self.device = selection, torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows, store = self.selection.draw(seed, step, size), self.selection.store
+        mirrored = torch.rand(size, generator=stream(seed, "flip", step)).numpy() < 0.5 if flip else None
+        posterior = store.read(rows, mirrored)
+        if self.device.type == "cuda":
+            posterior = posterior.pin_memory()  # from other memory a copy would wait for all that the GPU has to do
+        mean, std = posterior.to(self.device, non_blocking=True).float().unbind(1)  # (B, C, h, w)
+        noise = torch.randn(mean.shape, generator=generator, device=self.device)
+        labels = torch.from_numpy(store.labels(rows)).to(self.device)
+        return store.spec.autoencoder.to_model(mean + std * noise), labels
+
+
+def frozen_batch(held_out: DeviceSet | LatentSet, objective: Any, size: int = HELD_OUT) -> Batch:
+    """At most `size` held-out samples with their t and eps: the same for every run, arm and step."""
+    return held_out.batch(objective, seed=0, step=0, size=min(size, len(held_out)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run trains on and holds out, and the card that goes into run.json. `verify` reads all of a store of
+    latents, and raises DataError if anything in it is not as it was written.
+
+    The card's `shape` (of one sample) and `classes` are enough to build the model again.
+    """
+
+    train: DeviceSet | LatentSet
+    held_out: DeviceSet | LatentSet
+    card: dict[str, Any]
+    verify: Callable[[], None] = lambda: None
+
+
+def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Source:
+    """The data named by `config.data`, on the device.
+
+    Raises:
+        DataError: it is not there, is damaged, or has no such name. ConfigError: mirror images asked of a store that
+            has none; a share of anything but images, flips of points, a size of anything but a folder of images.
+    """
+    name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
+    if config.data_share < 1 and (store or points):
+        raise ConfigError(f"data_share is for sets of images, and {name!r} is none")
+    named = store or name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
+    if named and config.image_size != TrainConfig().image_size:
+        raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
+    if config.flip and points:
+        raise ConfigError(f"flip is for images, and {name!r} has points")
+    if store:
+        parts = open_store(name, flip=config.flip)
+        train, held_out = (LatentSet(part, device) for part in parts)
+        return Source(train, held_out, _describe_latents(parts[0]), partial(_verify_store, parts[0].store))
+    if points:
+        return _points(name, device)
+    images, others = (
+        load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
+    )
+    images = share_of(images, config.data_share)
+    card = {
+        "name": images.name,
+        "source": images.source,
+        "sha256": images.sha256,
+        "samples": len(images),
+        "shape": list(images.images.shape[1:]),
+        "classes": list(images.classes),
+    }
+    return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), card)
+
+
+def share_of(images: ImageSet, share: float) -> ImageSet:
+    """The first images of every class in the set's own order, a share of each, at least one: smaller shares lie
+    within larger ones.
+    """
+    if share == 1:
+        return images
+    classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]
+    kept = torch.cat([own[: max(1, round(share * len(own)))] for own in classes])
+    return images.subset(kept.sort().values)
+
+
+def _points(name: str, device: torch.device | str) -> Source:
+    train, held_out = (
+        DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))
+    )
+    card = {
+        "name": name,
+        "source": "dispersive_kit.data.toy",
+        "sha256": train.sha256,
+        "samples": TOY_POINTS,
+        "shape": [2],
+        "classes": [str(i) for i in range(int(train.labels.max()) + 1)],
+    }
+    return Source(train, held_out, card)
+
+
+def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
+    """The training and the held-out part of a store of latents.
+
+    Raises:
+        DataError: damaged. ConfigError: mirror images asked of a store that has none.
+    """
+    store = LatentStore(path)
+    if flip and not store.spec.flip:
+        raise ConfigError(f"{store.path} holds no mirror images: train with flip off, or encode with --flip")
+    return Selection(store), Selection(store, "test")
+
+
+def _verify_store(store: LatentStore) -> None:
+    """Before training: every checksum of a store, and its autoencoder, if that is on this machine.
+
+    Raises:
+        DataError: a damaged shard, or an autoencoder that is not the one the latents were made with; by name.
+    """
+    store.verify()
+    card = store.spec.autoencoder
+    try:
+        found = load_autoencoder(card.id, download=False).card
+    except DataError as missing:
+        warnings.warn(f"training goes on, but its samples cannot be decoded here: {missing}", stacklevel=2)
+    else:
+        refuse_other(found, card)
+
+
+def _describe_latents(data: Selection) -> dict[str, Any]:
+    spec = data.store.spec
+    return {
+        "name": data.store.path.name,
+        "source": str(data.store.path.resolve()),
+        "sha256": spec.sha256,
+        "samples": len(data),
+        "shape": list(spec.shape),
+        "classes": list(spec.classes),
+        "autoencoder": asdict(spec.autoencoder),  # to decode the run's samples
+    }

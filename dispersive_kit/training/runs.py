@@ -1,0 +1,346 @@
+"""A run folder: config.json, run.json, metrics.jsonl and checkpoints/; its model read back, sampled, and exported."""
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dispersive_kit.data import to_uint8
+from dispersive_kit.data.artefacts import FOLDER, artefact
+from dispersive_kit.data.files import PARTIAL, atomic_write, lock, read_json, versions, write_json, writing
+from dispersive_kit.diffusion.guidance import ClassifierFree
+from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
+from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
+from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError
+from dispersive_kit.models.dit import build_dit
+from dispersive_kit.models.mlp import MLP
+from dispersive_kit.regularizers.attach import Dispersive
+from dispersive_kit.regularizers.baselines import NormMatched
+from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from dispersive_kit.training.config import TrainConfig, differences
+from dispersive_kit.training.parallel import keep_freed_memory
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Make the folder of a new run, or check that a resumed one is the same run; write config.json and run.json.
+
+    It is locked until the end; a killed process's is free. card: what goes into run.json.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` is off; a run of another configuration, other data or
+            another dispersion batch; an exported run; or a run that another process is training.
+    """
+    exists = (run_dir / "config.json").exists()
+    if exists and not resume:
+        raise CheckpointError(f"{run_dir} already holds a run: go on with --resume, or choose another folder")
+    if not exists and run_dir.exists() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
+        raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
+    if exists:
+        _require_same_run(run_dir, config, card)
+    busy = (
+        f"another process is training in {run_dir}, or a training in this one was not ended: wait for its end, stop it "
+        "(here: close its generator, or restart the kernel), or choose another folder"
+    )
+    with writing(run_dir, CheckpointError):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with lock(run_dir / LOCK, busy, CheckpointError):
+        # config.json is what makes it a run, so it comes last.
+        for name, text in (("run.json", json.dumps(card, indent=2)), ("config.json", config.to_json())):
+            with atomic_write(run_dir / name, CheckpointError) as unfinished:
+                unfinished.write_text(text)
+        yield
+
+
+def _left_by_a_start(path: Path) -> bool:
+    """What a process leaves that was killed before it had made a run of the folder."""
+    return path.name in (LOCK, "run.json") or path.name.startswith(PARTIAL)
+
+
+def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
+    changed = differences(read_config(run_dir), config)
+    old = read_json(run_dir / "run.json", default={})  # it will be written again
+    if "exported" in old:
+        raise CheckpointError(
+            f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
+            "Sample or evaluate it, or start a new run in another folder"
+        )
+    before, now = (one.get("data", {}).get("sha256") for one in (old, card))
+    if old and before != now and not changed:
+        raise CheckpointError(
+            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 {before} "
+            f"then, {now} now). Bring the old data back, or start a new run in another folder"
+        )
+    # In an arm without the loss it is only measured, and no part of the objective.
+    if old and config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
+        changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
+    if changed:
+        raise CheckpointError(
+            f"{run_dir} holds a run of another configuration, which cannot be resumed with this one:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, and on what.
+
+    Raises:
+        ConfigError: the batch cannot be split evenly, or into batches of one, in which nothing is dispersed; one
+            process, and an option that needs several.
+    """
+    processes, regularizer = accelerator.num_processes, config.regularizer
+    for name, wanted in (("fsdp", config.fsdp), ("regularizer.gather", regularizer.gather)):
+        if wanted and processes == 1:
+            raise ConfigError(
+                f"{name} needs several processes, and this is one: start with "
+                "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+            )
+    if config.batch_size % (parts := processes * config.accumulation):
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be split over {processes} processes x {config.accumulation} "
+            f"accumulation; use a multiple of {parts}"
+        )
+    together = config.batch_size // parts * (processes if regularizer.gather else 1)
+    if together < 2 and regularizer.added:
+        raise ConfigError(
+            f"the local batch is {together}, and one image has no pairs to disperse: take a larger batch_size, less "
+            "accumulation, or regularizer.gather over processes"
+        )
+    return {
+        "data": data,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "global_batch": config.batch_size,
+        "dispersion_batch": together,
+        "dispersion_memory": regularizer.memory or 0,  # rows of earlier micro-batches beside it, at most
+        "processes": processes,
+        "accumulation": config.accumulation,
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "versions": versions(),
+    }
+
+
+def forget_metrics_after(run_dir: Path, step: int) -> None:
+    """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
+    file = run_dir / "metrics.jsonl"
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
+        with atomic_write(file, CheckpointError) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a killed run may be cut
+        return float("inf")
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        CheckpointError: there is no run here, or its config.json is damaged.
+    """
+    try:
+        return TrainConfig.from_json((run_dir / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{run_dir} holds no run (no config.json): train one there, or take a run that comes with the package: "
+            f"{', '.join(shipped_names())}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error}") from error
+
+
+def shipped_names() -> list[str]:
+    """Names of the runs inside the package."""
+    return sorted(p.name for p in FOLDER.iterdir() if (p / "config.json").is_file())
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder `run`, or, where there is none, that of the run of this name that comes with the package.
+
+    Raises:
+        DataError: a file of the package is missing or damaged.
+    """
+    run = Path(run)
+    return artefact(str(run)) if not run.exists() and str(run) in shipped_names() else run
+
+
+def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
+    """The model at step 0 for data of this card (shape, classes); the caller's generators are untouched.
+
+    Raises:
+        ConfigError: no such model, or one that does not fit the data.
+    """
+    shape, num_classes = card["shape"], len(card["classes"])
+    points = len(shape) == 1
+    if points != (config.model == "MLP"):
+        fitting = "model MLP" if points else "a DiT, for example DiT-T/2"
+        raise ConfigError(f"model {config.model!r} does not take samples of shape {tuple(shape)}; use {fitting}")
+    build: Callable[..., Any] = MLP if points else build_dit
+    sizes: dict[str, Any] = {"dim": shape[0]}
+    if not points:
+        sizes = {"name": config.model, "in_channels": shape[0], "input_size": shape[1]}
+        sizes |= {"class_dropout_prob": config.class_dropout_prob, "checkpointing": config.checkpointing}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(**sizes, num_classes=num_classes, interval=config.objective == "meanflow")
+
+
+def build_objective(name: str) -> Objective:
+    """The training objective of this name."""
+    return {"flow": FlowMatching, "ddpm": DDPM, "meanflow": MeanFlow}[name]()
+
+
+def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
+    """Dispersive Loss as configured, or its placebo; without one, the paper's, which is then measured and not added.
+
+    Raises:
+        ConfigError: the model has no such block, or an option does not fit the number of processes.
+    """
+    chosen = config.regularizer
+    attach = Dispersive.from_preset
+    if chosen.norm_matched:
+        attach = partial(NormMatched.from_preset, rms=chosen.norm_matched)
+    try:
+        found = attach(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
+    except DispersiveError as error:
+        raise ConfigError(f"regularizer: {error}") from error
+    if config.objective == "meanflow" and not all(re.fullmatch(r"blocks\.\d+", path) for path in found.paths):
+        raise ConfigError(
+            f"regularizer.at is {', '.join(found.paths)}: with MeanFlow it must be whole blocks, such as blocks.1, "
+            "since the model itself returns their outputs"
+        )
+    return found
+
+
+def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The trained model of a run, in eval mode, and its card (config, data, step, weights).
+
+    Args:
+        run: its folder, or the name of a shipped one, such as "digits-base".
+        weights: "ema" (to sample from), or "model" (as last trained).
+        step: a kept checkpoint; None: the newest that is whole.
+
+    Raises:
+        CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
+    """
+    run_dir = run_folder(run)
+    config = read_config(run_dir)
+    checkpoint = _pick_checkpoint(run_dir / "checkpoints", step)
+    data = read_json(run_dir / "run.json", error=CheckpointError)["data"]
+    model = build_model(config, data)
+    known = [group for group in checkpoint.groups if group != "optimizer"]
+    if weights not in known:
+        raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
+    model.load_state_dict(checkpoint.groups[weights])
+    card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
+    return model.eval(), card
+
+
+def _pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError: there is none."""
+    if step is not None and (kept := checkpoints(folder)) and folder / f"step-{step:08d}" not in kept:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in kept)
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {steps}")
+    checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
+    return checkpoint
+
+
+# The sampler of each objective: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "flow": heun,
+    "ddpm": partial(ddim, prediction="eps"),
+    "meanflow": meanflow,
+}
+SAMPLER_NAMES = {"flow": "heun", "ddpm": "ddim", "meanflow": "meanflow"}
+PREVIEW_STEPS = 20
+
+
+@torch.no_grad()
+def sample_batch(
+    model: Any,
+    labels: Tensor,
+    seeds: Sequence[int],
+    *,
+    objective: str = "flow",
+    num_steps: int = 25,
+    guidance: Any = None,
+) -> Tensor:
+    """x0 (B, ...) on the model's device for labels (B,), one seed a sample; guidance: None is none."""
+    device = labels.device
+    keep_freed_memory(device)
+    x = initial_noise(seeds, model.sample_shape).to(device)
+    guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
+    return SAMPLERS[objective](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+
+
+def draw_preview(model: Any, n: int, *, objective: str, file: Path | None) -> None:
+    """n samples, classes in turn, always from the same noise: a grid of images as PNG; points, and latents that only a
+    decoder can show, as safetensors. Where there is no `file` (of several processes, in all but one) only drawn.
+    """
+    labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
+    samples = sample_batch(model, labels, range(len(labels)), objective=objective, num_steps=PREVIEW_STEPS).cpu()
+    if file is None:
+        return
+    with writing(file.parent, CheckpointError):
+        file.parent.mkdir(exist_ok=True)
+        if samples.ndim == 4 and samples.shape[1] in (1, 3):
+            from torchvision.utils import save_image  # slow to import, and a run without pictures does not need it
+
+            save_image(to_uint8(samples).float() / 255, file.with_suffix(".png"), nrow=8, padding=1)
+        else:
+            save_file({"samples": samples}, file.with_suffix(".safetensors"))
+
+
+def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
+    """Write the averaged weights of a run as float16, with its curves, previews, measurements and card, for others.
+
+    Such a folder can be loaded, sampled and evaluated, and not trained further. Returns `out`.
+
+    Args:
+        step: a kept checkpoint; None: the newest. command, note: what the run was started with, and what a reader
+            should know of it, kept in run.json.
+
+    Raises:
+        CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
+    """
+    config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty; choose another folder")
+    found = _pick_checkpoint(run_dir / "checkpoints", step)
+    half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
+    with atomic_write(out, CheckpointError) as unfinished:
+        _write_run(run_dir, unfinished, config, Checkpoint(found.step, {"ema": half}, {}), command=command, note=note)
+    return out
+
+
+def _write_run(
+    run_dir: Path, out: Path, config: TrainConfig, checkpoint: Checkpoint, *, command: str, note: str
+) -> None:
+    save_checkpoint(out / "checkpoints", checkpoint)
+    card = read_json(run_dir / "run.json", error=CheckpointError)
+    card["data"]["source"] = Path(card["data"]["source"]).name
+    card |= {"exported": "ema weights, float16", "command": command, "note": note}
+    write_json(out / "run.json", card)
+    write_json(out / "config.json", config.model_dump())
+    for file in itertools.chain.from_iterable(map(run_dir.glob, ("metrics.jsonl", "previews/*", "evaluation-*.json"))):
+        copied = out / file.relative_to(run_dir)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)

@@ -232,11 +232,8 @@ def gradient_pull(
     objective: Objective | None = None,
     bins: int = 4,
     batches: int = 8,
-    batch_size: int = 64,
-    drop_prob: float = 0.1,
-    seed: int = 0,
 ) -> Pull:
-    """Compare both gradients on `batches` batches as training draws them: times mixed, some labels dropped.
+    """Compare both gradients on `batches` batches of 64 as training draws them: times mixed, a tenth of labels dropped.
 
     The loss of each block is that of a tap on this block alone. Rows are put into `bins` equal parts of t afterwards:
     a batch of one t would be another loss. options: of the dispersive loss, tau 0.5 by default.
@@ -245,9 +242,9 @@ def gradient_pull(
     images, blocks = DeviceSet.of(data, "cpu"), list(model.blocks)  # type: ignore[arg-type]
     null = getattr(model, "null_label", None)
     features = torch.zeros(3, bins, len(blocks), dtype=torch.double)
-    weights = torch.zeros(3, len(blocks), dtype=torch.double)
+    weights, whole = torch.zeros(3, len(blocks), dtype=torch.double), torch.zeros(1, dtype=torch.long)
     for step in range(batches):
-        batch = images.batch(objective, seed=seed, step=step, size=batch_size, null_label=null, drop_prob=drop_prob)
+        batch = images.batch(objective, seed=0, step=step, size=64, null_label=null, drop_prob=0.1)
         loss, aux = objective(model, batch.x0, batch.y, draws=batch.draws, taps=range(len(blocks)))
         part = (aux.t * bins).long().clamp(max=bins - 1)
         for b, (z, block) in enumerate(zip(aux.taps, blocks, strict=True)):
@@ -256,9 +253,7 @@ def gradient_pull(
             d, *d_weights = torch.autograd.grad(spread, wanted, retain_graph=True)
             g, *g_weights = torch.autograd.grad(loss, wanted, retain_graph=True)
             features[:, :, b] += _products(d, g, part, bins)
-            weights[:, b] += _products(_joined(d_weights), _joined(g_weights), torch.zeros(1, dtype=torch.long), 1)[
-                :, 0
-            ]
+            weights[:, b] += _products(_joined(d_weights), _joined(g_weights), whole, 1)[:, 0]
     (dd, gg, dg), (ww, vv, wv) = features, weights
     return Pull((dd / gg).sqrt(), dg / (dd * gg).sqrt(), wv / (ww * vv).sqrt())
 

@@ -34,6 +34,7 @@ from dispersive_kit.training.batches import stream
 KEEP = 512  # rows for measures quadratic in their number
 LOCAL_BATCH = 64  # images for the saturation gap and the structure of the token grid
 UNIFORMITY_T = (0.5, 2.0, 8.0)
+TAU = 0.5  # of the loss whose saturation is measured
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Sweep:
 class _Level:
     """What is kept of one level of noise, all blocks stacked: a few matrices, whatever the number of images."""
 
-    def __init__(self, num_classes: int, keep: int, tau: float) -> None:
-        self.moments, self.keep, self.tau = Moments(num_classes), keep, tau
+    def __init__(self, num_classes: int, keep: int) -> None:
+        self.moments, self.keep = Moments(num_classes), keep
         self.square: Tensor | float = 0.0  # of each channel, summed over images and tokens (blocks, D)
         self.tokens = 0
         self.rows: list[Tensor] = []  # pooled, (blocks, B, D) each
@@ -72,7 +73,7 @@ class _Level:
         if not self.moments.n:
             local = [z[:LOCAL_BATCH] for z in taps]
             twins = [_gaussian_twin(z.flatten(1)).view_as(z) for z in local]
-            self.local, self.local_null = (_grid_measures(grids, self.tau) for grids in (local, twins))
+            self.local, self.local_null = (_grid_measures(grids) for grids in (local, twins))
         if self.moments.n < self.keep:
             self.rows.append(pooled[:, : self.keep - self.moments.n])
         self.moments.update(pooled, labels)
@@ -90,27 +91,25 @@ def sweep(
     data: ImageSet,
     levels: Sequence[float] = LEVELS,
     *,
-    seed: int = 0,
-    tau: float = 0.5,
     batch_size: int = 250,
     keep: int = KEEP,
     path: Path = LINEAR,
 ) -> Sweep:
     """Run `model` once over `data` at each level (log-SNR, inf for the clean image), and measure every block.
 
-    seed: of the noise. tau: of the loss whose saturation is measured. keep: rows for measures of pairs. path: that the
-    network was trained on, which says at which time it meets a log-SNR.
+    keep: rows for measures of pairs. path: that the network was trained on, which says at which time it meets a
+    log-SNR.
 
     Raises:
         ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
     """
     if min(batch_size, len(data)) < LOCAL_BATCH:
         raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
-    kept = [_Level(len(data.classes), keep, tau) for _ in levels]
-    for where, i, x, t in noisy(data.images, levels, seed=seed, path=path, batch_size=batch_size):
+    kept = [_Level(len(data.classes), keep) for _ in levels]
+    for where, i, x, t in noisy(data.images, levels, path=path, batch_size=batch_size):
         kept[i].update(tokens(model, x, t), data.labels[where])
     D = kept[0].moments.mean.shape[-1]
-    normal = torch.randn(len(data), D, generator=stream(seed, "gaussian"), dtype=torch.double)
+    normal = torch.randn(len(data), D, generator=stream(0, "gaussian"), dtype=torch.double)
     rows = torch.stack([torch.cat(level.rows, 1) for level in kept])
     found = [_measures(level.moments, own) for level, own in zip(kept, rows, strict=True)]
     nulls = [_measures(*_gaussian_moments(level.moments, normal, data.labels, keep)) for level in kept]
@@ -129,8 +128,8 @@ def sweep(
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data),
          "pooling": "residual stream after each block, mean over tokens",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
-         "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": seed, "keep": keep,
-         "local_batch": LOCAL_BATCH, "tau": tau, "path": repr(path), "versions": versions()},
+         "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": 0, "keep": keep,
+         "local_batch": LOCAL_BATCH, "tau": TAU, "path": repr(path), "versions": versions()},
     )  # fmt: skip
 
 
@@ -162,9 +161,9 @@ def _mean_cosine(x: Tensor) -> Tensor:
     return (u.sum(-2).square().sum(-1) - N) / (N * (N - 1))
 
 
-def _grid_measures(grids: list[Tensor], tau: float) -> dict[str, Tensor]:
+def _grid_measures(grids: list[Tensor]) -> dict[str, Tensor]:
     """What needs whole token grids z (B, N, D) of a local batch, one a block, as the loss sees them (blocks,)."""
-    seen = [measure(z.double(), LossOptions("infonce_l2", tau)) for z in grids]
+    seen = [measure(z.double(), LossOptions("infonce_l2", TAU)) for z in grids]
     return {
         "saturation_gap": torch.stack([one.loss + math.log(one.rows) for one in seen]),  # above the floor, - log B
         "off_diagonal_mass": torch.stack([one.mass for one in seen]),

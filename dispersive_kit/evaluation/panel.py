@@ -18,20 +18,8 @@ from torch import Tensor
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.data.files import versions
 from dispersive_kit.errors import ConfigError, DataError
-from dispersive_kit.evaluation.distances import (
-    Array,
-    Halves,
-    Memorisation,
-    Valued,
-    classifier_score,
-    frechet_on_halves,
-    half_samples,
-    interval,
-    kid,
-    memorisation,
-    prdc,
-    wilson,
-)
+from dispersive_kit.evaluation import distances
+from dispersive_kit.evaluation.distances import Array, Halves, Memorisation, Valued
 from dispersive_kit.evaluation.features import Extractors, FeatureExtractor, make_extractor
 from dispersive_kit.evaluation.generate import (
     balanced_labels,
@@ -41,14 +29,7 @@ from dispersive_kit.evaluation.generate import (
     load_reference,
     this_process,
 )
-from dispersive_kit.evaluation.record import (
-    WORDS,
-    Record,
-    describe_set,
-    number_name,
-    refuse,
-    weights_sha256,
-)
+from dispersive_kit.evaluation.record import WORDS, Record, describe_set, number_name, refuse, weights_sha256
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 from dispersive_kit.training.runs import SAMPLER_NAMES, run_folder
@@ -56,7 +37,7 @@ from dispersive_kit.training.runs import SAMPLER_NAMES, run_folder
 METRICS = ("FD", "KID", "PRDC", "CS")
 METRICS_OF = {"panel": METRICS, "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "CS"}
-NEIGHBOURS = 5
+NEIGHBOURS, RESAMPLES = 5, 100
 IS_SPLITS = 10  # the published Inception Scores are means over ten parts
 
 
@@ -66,21 +47,21 @@ def _measured(
     """Each number of x (N, D) against y (M, D) by name; CS of the logits (N, K) of x where there are any."""
     found: dict[str, Valued] = {}
     if "FD" in metrics:
-        found["FD"] = frechet_on_halves(x, y, halves)
+        found["FD"] = distances.frechet_on_halves(x, y, halves)
     if "KID" in metrics:
-        found["KID"] = kid(x, y, halves)
+        found["KID"] = distances.kid(x, y, halves)
     if "PRDC" in metrics:
-        found |= prdc(x, y, halves, k=NEIGHBOURS)
+        found |= distances.prdc(x, y, halves, k=NEIGHBOURS)
     if "CS" in metrics and logits is not None:
-        found["CS"] = classifier_score(logits, halves, splits=splits)
+        found["CS"] = distances.classifier_score(logits, halves, splits=splits)
     return found
 
 
 def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
     """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
-    low, high = interval(value, halves)
+    low, high = distances.interval(value, halves)
     if metric == "precision" and len(halves):
-        return wilson(value, n)
+        return distances.wilson(value, n)
     return (max(low, 0.0), min(high, 1.0)) if metric in ("recall", "coverage") else (low, high)
 
 
@@ -100,7 +81,7 @@ class Panel:
         reference: ImageSet,
         *,
         metrics: Sequence[str] = METRICS,
-        resamples: int = 100,
+        resamples: int = RESAMPLES,
     ) -> None:
         if unknown := set(metrics) - set(METRICS):
             raise ConfigError(f"unknown metric {sorted(unknown)}; there are: {', '.join(METRICS)}")
@@ -115,7 +96,7 @@ class Panel:
         The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
         n, others = len(generated), draw_images(self.real, len(generated))
-        found = self._measure(generated, half_samples(n, self.resamples), n)
+        found = self._measure(generated, distances.half_samples(n, self.resamples), n)
         if n not in self._floors:
             self._floors[n] = self._measure(others.images, np.zeros((0, len(others)), dtype=bool), n)
         everything = {
@@ -164,15 +145,17 @@ def measure_memorisation(
     held_out: ImageSet,
     extractor: FeatureExtractor,
     *,
-    resamples: int = 100,
     protocol: dict[str, Any] | None = None,
 ) -> tuple[Record, Memorisation]:
     """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
     sets = (extractor(images) for images in (generated, held_out.images, train.images))
-    found, n = memorisation(*sets, resamples=resamples), len(generated)
-    card, floor = {**describe_set(train), "held_out": describe_set(held_out)}, describe_set(held_out)
-    everything = _shared_protocol(extractor, card, floor, resamples) | {"copies": found.copies, **(protocol or {})}
-    name = number_name("nearest-train", everything["extractor"], n, card)
+    found, n, floor = distances.memorisation(*sets, resamples=RESAMPLES), len(generated), describe_set(held_out)
+    everything = {
+        **_shared_protocol(extractor, {**describe_set(train), "held_out": floor}, floor, RESAMPLES),
+        "copies": found.copies,
+        **(protocol or {}),
+    }
+    name = number_name("nearest-train", everything["extractor"], n, everything["reference"])
     values = (found.ratio, found.low, found.high, found.floor)
     return Record(name, *values, n, len(train), everything, better="about 1"), found
 

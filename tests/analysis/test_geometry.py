@@ -98,7 +98,7 @@ def test_saturation_of_a_simplex_is_the_closed_form():
     B, dim, tau = 16, 64, 0.5
     z = torch.zeros(B, dim, dtype=torch.float64)
     z[:, :B] = 6 * simplex(B)
-    found = _grid_measures([z.reshape(B, 16, 4)], tau)
+    found = _grid_measures([z.reshape(B, 16, 4)])
     gap, mass = float(found["saturation_gap"]), float(found["off_diagonal_mass"])
     assert gap == pytest.approx(math.log(1 / B + (1 - 1 / B) * math.exp(-2 * 36 / dim / tau)) + math.log(B))
     assert mass == pytest.approx(1 - math.exp(-gap))

@@ -115,7 +115,7 @@ def test_the_table_has_one_line_a_number(gaussian):
 
 
 def test_the_json_says_once_what_numbers_share_and_beside_a_number_what_is_its_own(gaussian, digits, space):
-    nearest, _ = measure_memorisation(digits[1].images[:100], *digits, space, resamples=5)
+    nearest, _ = measure_memorisation(digits[1].images[:100], *digits, space)
     read = json.loads(to_json([*gaussian, nearest]))
     assert read["protocol"]["seed"] == 3 and read["numbers"][0]["name"] == gaussian[0].name
     *panel, own = read["numbers"]

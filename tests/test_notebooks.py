@@ -134,30 +134,6 @@ def test_every_figure_has_alternative_text(path: Path) -> None:
         assert not isinstance(alt, ast.Constant) or len(alt.value) > 40, ast.unparse(call)
 
 
-def dotted_names(node: ast.AST) -> set[str]:
-    """The names in an expression, each with all of its dots: `plots.grid`, and not `plots`."""
-    if isinstance(node, ast.Name | ast.Attribute):
-        return {ast.unparse(node)}
-    return {name for child in ast.iter_child_nodes(node) for name in dotted_names(child)}
-
-
-@each_notebook
-def test_what_a_slider_moves_is_a_plain_figure_before(path: Path) -> None:
-    """So that there is something to see without a front end, and an error of the view stops the notebook."""
-    shown: set[str] = set()
-    made: dict[str, set[str]] = {}  # of a variable, such as the frames of a slider: what it was made of
-    for cell in code_cells(path):
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.Assign):
-                made |= {ast.unparse(target): dotted_names(node.value) for target in node.targets}
-            elif isinstance(node, ast.Call):
-                name, used = ast.unparse(node.func).rpartition(".")[2], set().union(*map(dotted_names, node.args[:1]))
-                if name == "show":
-                    shown |= used
-                elif name in ("explore", "scrub"):
-                    assert shown & used.union(*(made.get(one, set()) for one in used)), ast.unparse(node)
-
-
 @each_notebook
 def test_the_mode_is_for_the_package_and_no_cell_asks_for_it(path: Path) -> None:
     """What differs between modes lies in study/modes.py."""

@@ -121,9 +121,9 @@ def write_notebook_page(notebook: Path) -> None:
     from nbconvert import HTMLExporter
 
     document = nbformat.read(notebook, as_version=4)
-    for cell in document.cells:  # of a widget there is nothing to see without a kernel; the figure before it stays
-        widgets = [o for o in cell.get("outputs", []) if any("jupyter.widget" in kind for kind in o.get("data", {}))]
-        cell.outputs = [output for output in cell.get("outputs", []) if output not in widgets]
+    document.metadata.pop("widgets", None)
+    for output in (output for cell in document.cells for output in cell.get("outputs", [])):
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
     write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
 

@@ -1,157 +1,287 @@
-"""The lecture console: every demo in large type, with widgets for Voila and JupyterLab, or as one HTML file.
+"""Demos that compute in the browser, and the lecture console, which is all of them in large type.
 
-console = open_console()          # in a notebook
-write_console(Path("console.html"))  # offline: the same pictures inside, no address outside
+    playground(B=8)                      # in a notebook, as the last line of a cell
+    console()
+    write_console(Path("console.html"))  # the same as one file, which fetches nothing
+
+`explore.js` draws; here is what it is given. Samples, neighbours and UMAPs are those of the shipped runs, made before.
 """
 
-import importlib.resources
+import base64
+import hashlib
+import io
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from dispersive_kit.views.demos import ARMS, DEMOS, Demo, agreement, quiz_samples
-from dispersive_kit.views.playground import Playground, for_the_browser
-from dispersive_kit.views.quiz import EACH, Quiz, quiz_frame
-from dispersive_kit.views.widgets import Explorer, display_box
+from dispersive_kit.analysis import LEVELS
+from dispersive_kit.analysis.projection import picture_name
+from dispersive_kit.analysis.sweep import stored
+from dispersive_kit.data import load_images
+from dispersive_kit.data.toy import sample_toy
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.regularizers import dispersive_loss, floor
+from dispersive_kit.regularizers.losses import LossOptions
+from dispersive_kit.training.runs import run_folder
+from dispersive_kit.views.figures import BLUE, RED, block_maps, level_names
+from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, cloud, trajectory
+from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
-QUESTION = "Six digits from each network, from the same noises. Which look better to you?"
-LARGE_TYPE = """<style>
-.lecture {width: 100%; overflow: hidden}
-.lecture button, .lecture .widget-readout, .lecture .widget-label, .lecture .widget-html-content {
-  font-size: 20px !important; line-height: 1.3}
-.lecture h2 {margin: 4px 0 0; font-size: 26px} .lecture p {margin: 0 0 4px; font-size: 20px}
-.lecture .widget-hslider, .lecture button {height: 38px !important}
-.lecture .widget-hslider {width: auto !important} .lecture .words {width: 390px !important}
-.lecture .slider-container {flex: 1 0 112px !important; min-width: 112px}
-.lecture .widget-toggle-buttons {width: 100%} .lecture .widget-toggle-buttons button {padding: 0 8px}
-.lecture .widget-readout {min-width: 76px !important; max-width: none !important; overflow: visible !important;
-  margin-left: 20px !important}
-.lecture .widget-hslider .widget-label {margin-right: 22px}
-.lecture .noUi-handle {width: 22px !important; height: 22px !important; top: -10px !important; right: -11px !important}
-.lecture .noUi-connects, .lecture .noUi-target {background: #6e6e6e}
-.lecture svg {max-height: calc(100vh - 230px); min-height: 240px}
-.lecture .mod-active, .lecture .noUi-handle {background: #0072b2 !important; color: #fff !important}
-.lecture :focus-visible {outline: 3px solid #d55e00 !important}
-</style>"""
-
-
-class Console:
-    """`box` is the widget: buttons, of which each opens a demo. `explorers` by name, `playground`, `quiz`."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.playground = Playground(B=16, s=1.0, tau=0.5)
-        self.explorers = {name: _explorer(demo) for name, demo in DEMOS.items()}
-        self.quiz = Quiz(quiz_samples(), question=QUESTION, seed=seed)
-        pages = [self._page("Playground", "Choose a point and move it. What brings dead arrows back?", self.playground)]
-        pages += [self._page(demo.title, demo.hint, self.explorers[name]) for name, demo in DEMOS.items()]
-        pages.append(self._page("Blind test", "", self.quiz))
-        titles = ["Playground", *(demo.title.split(",")[0] for demo in DEMOS.values()), "Blind test"]
-        self.tabs = ipywidgets.ToggleButtons(options=titles, style={"button_width": "auto"})
-        self.stack = ipywidgets.Stack(pages, selected_index=0, layout={"width": "100%"})
-        self.link = ipywidgets.jslink((self.tabs, "index"), (self.stack, "selected_index"))
-        self.box = ipywidgets.VBox([ipywidgets.HTML(LARGE_TYPE), self.tabs, self.stack])
-        self.box.add_class("lecture")
-
-    @staticmethod
-    def _page(title: str, hint: str, inside: Any) -> ipywidgets.VBox:
-        inside.box.layout.width = "100%"
-        return ipywidgets.VBox(
-            [ipywidgets.HTML(f"<h2>{title}</h2><p>{hint}</p>"), inside.box], layout={"width": "100%"}
-        )
+# What the playground offers: name -> (options of the loss, y axis)
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "l2": ({"kind": "infonce_l2"}, (-5.0, 0.6)),
+    "l2, no diagonal": ({"kind": "infonce_l2", "diagonal": False}, (-5.0, 0.6)),
+    "cosine": ({"kind": "infonce_cosine"}, (-1.2, 4.3)),
+    "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
+    "covariance": ({"kind": "covariance"}, (0.4, 1.05)),
+}
+EXTENT = 7.8  # half side of its plane: the largest scale, and its arrows
+ARROW = 1.3  # length of an arrow for B |g| >= 1; none below 1e-3, logarithmic between
+GRID = np.geomspace(0.1, 6.0, 15)  # scales of the curve beside the plane
+TAUS, BATCHES, SCALES = (0.25, 0.5, 1.0, 2.0), (2, 4, 8, 16, 32), (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
+EACH = 6  # images of an arm in one round of the quiz
+ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
+CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 10000)  # training steps of the CIFAR-10 runs
+STEPS = (1, 2, 4, 8, 16)
 
 
-def cell_look(values: Tensor) -> list[list[tuple[str, str, str]]]:
-    """Words, colour and colour of the words of each cell of a map (rows, columns) of shares."""
-
-    def look(share: float) -> tuple[str, str, str]:
-        return f"{share:.0%}", to_hex(colormaps["cividis"](share)), "#000" if share > 0.5 else "#fff"
-
-    return [[look(share) for share in row] for row in values.tolist()]
+def playground(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> Explorer:
+    """Points that can be dragged, where the loss pushes each, and how far the loss is from its floor."""
+    return Explorer(_playground(variant, tau, B, s), _first_look(variant, tau, B, s))
 
 
-def add_cells(explorer: Explorer, names: tuple[str, str]) -> None:
-    """Put a button for each cell of the map in place of the controls it sets: the one across, the one down."""
-    across, down = (explorer.controls[name] for name in names)
-    grid = ipywidgets.GridspecLayout(len(down.options), len(across.options) + 1, width="420px", grid_gap="2px")
-    for row, name in enumerate(down.options):
-        grid[row, 0] = ipywidgets.Label(str(name))
-        for column in range(len(across.options)):
-            grid[row, column + 1] = ipywidgets.Button(layout={"width": "auto"})
-            grid[row, column + 1].on_click(lambda _, place=(row, column): go(*place))
-
-    def go(row: int, column: int) -> None:
-        across.index, down.index = column, row
-
-    def paint(_change: Any = None) -> None:
-        looks = cell_look(agreement(explorer.state["arm"]))
-        for row, column in itertools.product(range(len(down.options)), range(len(across.options))):
-            button, here = grid[row, column + 1], (row, column) == (down.index, across.index)
-            words, button.style.button_color, button.style.text_color = looks[row][column]
-            button.description = f"[{words}]" if here else words
-
-    for one in explorer.controls.values():
-        one.observe(paint, names="value")
-    paint()
-    free = [one for one in explorer.controls.values() if one not in (across, down)]
-    words = ipywidgets.Label(f"{names[1]} down, {names[0]} across")
-    beside = ipywidgets.VBox([*free, words, grid], layout={"flex": "0 0 auto", "margin": "0 20px 0 0"})
-    explorer.box.children = [ipywidgets.HBox([beside, explorer.picture], layout={"width": "100%"})]
+def _playground(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> dict[str, Any]:
+    choices: dict[str, Sequence[Any]] = {"variant": list(VARIANTS), "tau": TAUS, "B": BATCHES, "s": SCALES}
+    return {
+        "kind": "playground",
+        "controls": choices,
+        "start": [list(values).index(one) for values, one in zip(choices.values(), (variant, tau, B, s), strict=True)],
+        "clouds": {str(size): cloud(size).tolist() for size in BATCHES},
+        "variants": {
+            name: {"kind": options["kind"], "diagonal": LossOptions(**options).with_diagonal, "limits": limits}
+            for name, (options, limits) in VARIANTS.items()
+        },
+        "floors": {f"{v},{t:g},{n}": _floor(v, t, n) for v, t, n in itertools.product(VARIANTS, TAUS, BATCHES)},
+        "extent": EXTENT,
+        "arrow": ARROW,
+        "grid": GRID.tolist(),
+    }
 
 
-def open_console(seed: int = 0) -> Console:
-    """Display the console, and return it. seed: of the sides in the blind test."""
-    console = Console(seed)
-    display_box(console.box)
-    return console
+def _options(variant: str, tau: float) -> dict[str, Any]:
+    options = VARIANTS[variant][0]
+    return {**options} if options["kind"] == "covariance" else {**options, "tau": tau}  # which has no scale
 
 
-def open_demo(name: str) -> Explorer:
-    """Display one of `DEMOS` in a notebook, and return it."""
-    explorer = _explorer(DEMOS[name])
-    display_box(explorer.box)
-    return explorer
+def _floor(variant: str, tau: float, B: int) -> float | None:
+    options = _options(variant, tau)
+    low = floor(options["kind"], B, options.get("tau"), dim=2, diagonal=options.get("diagonal"))
+    return low if low > -np.inf else None
 
 
-def _explorer(demo: Demo) -> Explorer:
-    explorer = Explorer(demo.view, demo.controls, demo.start)
-    if demo.cells:
-        add_cells(explorer, demo.cells)
-    return explorer
+def _first_look(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> str:
+    """The playground as it begins: points and their pushes, and the loss of this cloud at every scale."""
+    z, options, low = (s * cloud(B)).requires_grad_(), _options(variant, tau), _floor(variant, tau, B)
+    loss = dispersive_loss(z, **options)
+    (gradient,) = torch.autograd.grad(loss, z)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    left.quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
+    left.plot(*z.detach().T, "o", color=BLUE)
+    left.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title="pushed downhill")
+    right.plot(GRID, [float(dispersive_loss(k * cloud(B), **options)) for k in GRID], color=BLUE)
+    right.plot(s, loss.item(), "o", color=RED)
+    right.axhline(VARIANTS[variant][1][0] if low is None else low, color="black", linestyle="--")
+    right.set(xscale="log", ylim=VARIANTS[variant][1], xlabel="scale s", title="loss at every scale")
+    words = f"{B} points at scale {s:g}, and where each is pushed: {variant}, tau = {tau:g}, loss {loss.item():.3f}"
+    return still(figure, words + (", without a floor." if low is None else f", floor {low:.3f}."))
 
 
-def frames_of(name: str) -> dict[str, Any]:
-    """A demo with the picture of every state, for the page: frames by the indices of the controls' values."""
-    demo = DEMOS[name]
-    options = [range(len(values)) for values in demo.controls.values()]
+def blind_quiz(samples: Mapping[str, Tensor], *, question: str = "Which look better?", seed: int = 0) -> Explorer:
+    """A blind test over two arms' uint8 images (N, C, H, W), image i from the same noise in both.
+
+    A round shows `EACH` images an arm, so there are N // EACH rounds, in which the arms change sides (seed). After the
+    last, it names the arms, counts the votes, and says how often a coin would part them so.
+
+    Raises:
+        ConfigError: not two arms, unequal shapes, or too few images for one round.
+    """
+    spec = _quiz(samples, question, seed)
+    first = spec["rounds"][0][::-1] if spec["swapped"][0] else spec["rounds"][0]
+    images = "".join(
+        f'{side} <img src="{image}" alt="" width="220"> ' for side, image in zip(("left", "right"), first, strict=True)
+    )
+    return Explorer(spec, f'<figure role="img" aria-label="{spec["alt"]}">{images}</figure>')
+
+
+def _quiz(samples: Mapping[str, Tensor], question: str = "Which look better?", seed: int = 0) -> dict[str, Any]:
+    if len(samples) != 2 or len({images.shape for images in samples.values()}) != 1:
+        shapes = {name: tuple(images.shape) for name, images in samples.items()}
+        raise ConfigError(f"a quiz compares two arms of equally many images, got {shapes}")
+    rounds = [
+        [_sheet(images[k : k + EACH], columns=3, gap=1) for images in samples.values()]
+        for k in range(0, len(next(iter(samples.values()))) - EACH + 1, EACH)
+    ]
+    if not rounds:
+        raise ConfigError(f"a round takes {EACH} images of each arm: give at least so many")
+    swapped = torch.randint(2, (len(rounds),), generator=torch.Generator().manual_seed(seed)).bool().tolist()
+    alt = f"Left and right, {EACH} images each from the same noises, of one arm each."
+    return {
+        "kind": "quiz",
+        "question": question,
+        "arms": list(samples),
+        "rounds": rounds,
+        "swapped": swapped,
+        "alt": alt,
+    }
+
+
+def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
+    """uint8 images (n, C, H, W) in rows of `columns` as one address."""
+    framed = F.pad(images, (0, gap, 0, gap), value=255)
+    array = torch.cat([torch.cat(list(row), 2) for row in framed.split(columns)], 1).permute(1, 2, 0).numpy()
+    array = array[: array.shape[0] - gap, : array.shape[1] - gap]
+    return _address(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array))
+
+
+def _address(image: Image.Image) -> str:
+    """Grey ones as PNG, exactly, others as WebP."""
+    buffer, kind = io.BytesIO(), "webp" if image.mode == "RGB" else "png"
+    image.save(buffer, kind, **({"quality": 80} if kind == "webp" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _short(x: Any, digits: int = 2) -> Any:
+    return np.round(np.asarray(x, dtype=float), digits).tolist()
+
+
+def _noise() -> dict[str, Any]:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    sets = {name: _short(sample_toy(name, 500)[0]) for name in ("eight-gaussians", "two-moons", "spirals")}
+    paths = {
+        name: _short(torch.stack([PATHS[name].alpha(t), PATHS[name].sigma(t)], 1), 5)
+        for name in ("linear", "GVP", "VP")
+    }
+    eps = _short(torch.randn(500, 2, generator=torch.Generator().manual_seed(1)))
+    controls = {"data": list(sets), "path": list(paths), "t": _short(t)}
+    return {"kind": "noise", "controls": controls, "start": (0, 0, 50), "sets": sets, "paths": paths, "eps": eps}
+
+
+def _sampler() -> dict[str, Any]:
+    controls = {"sampler": list(SAMPLERS), "steps": STEPS, "part": _short(np.linspace(0, 1, 21))}
+    ways = {f"{s},{n}": _short(trajectory(s, n)[:, :200]) for s in SAMPLERS for n in STEPS}  # (n + 1, 200, 2)
+    calls = {name: calls for name, (_, calls) in SAMPLERS.items()}
+    exact = _short(trajectory("RK4", 128)[-1, :200])
+    return {
+        "kind": "sampler",
+        "controls": controls,
+        "start": (0, 2, 20),
+        "ways": ways,
+        "calls": calls,
+        "exact": exact,
+        "traced": SHOWN,
+    }
+
+
+def _training() -> dict[str, Any]:
     frames = {}
-    for place in itertools.product(*options):
-        state = {key: values[i] for (key, values), i in zip(demo.controls.items(), place, strict=True)}
-        frames[",".join(map(str, place))] = demo.view(**state)
-    start = {key: values.index(demo.start.get(key, values[0])) for key, values in demo.controls.items()}
-    page = {"id": name, "title": demo.title, "hint": demo.hint, "controls": demo.controls, "start": start}
-    cells = {"names": demo.cells, "values": [cell_look(agreement(arm)) for arm in ARMS]} if demo.cells else None
-    return {**page, "frames": frames, "cells": cells}
+    for i, step in enumerate(CHECKPOINTS):
+        files = {
+            words: run_folder(f"cifar10-cpu-{arm}") / "previews" / f"step-{step:08d}.png" for arm, words in ARMS.items()
+        }
+        rows = {words: _address(Image.open(file).convert("RGB")) for words, file in files.items()}
+        alt = f"16 CIFAR-10 samples of each run after {step} training steps, from the same noises."
+        frames[str(i)] = {"rows": rows, "alt": alt}
+    return frames_spec({"step": CHECKPOINTS}, (len(CHECKPOINTS) - 1,), frames, play="step")
 
 
-def quiz_rounds() -> dict[str, Any]:
-    """Each round twice: the first arm on the left, and on the right."""
-    first, second = quiz_samples().values()
-    parts = [slice(k, k + EACH) for k in range(0, len(first), EACH)]
-    rounds = [[quiz_frame(first[one], second[one]), quiz_frame(second[one], first[one])] for one in parts]
-    return {"question": QUESTION, "arms": list(quiz_samples()), "rounds": rounds}
+def _guidance(files: Mapping[str, Tensor]) -> dict[str, Any]:
+    sets, scales, frames = ("digits", "CIFAR-10"), (1.0, 1.5, 2.0, 3.0, 5.0), {}
+    for (i, data), (j, scale) in itertools.product(enumerate(sets), enumerate(scales)):
+        rows = {words: _sheet(files[f"guided/{data}/{arm}/{scale:g}"], 10, 1) for arm, words in ARMS.items()}
+        alt = f"20 {data} samples of each run at CFG scale {scale:g}, one class a column."
+        frames[f"{i},{j}"] = {"rows": rows, "alt": alt}
+    return frames_spec({"data": sets, "scale": scales}, (0, 0), frames)
+
+
+def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
+    noisy = files["noisy"].flatten(0, 1)
+    return {
+        "kind": "map",
+        "arms": list(ARMS.values()),
+        "blocks": (1, 2, 3, 4),
+        "levels": level_names(LEVELS),
+        "start": (2, 2),
+        "agreement": [_short(files[f"agreement/{arm}"], 4) for arm in ARMS],
+        "nearest": [files[f"nearest/{arm}"][..., :3].tolist() for arm in ARMS],
+        "labels": files["labels"].tolist(),
+        "digits": {"source": _sheet(files["digits"], 20), "columns": 20, "rows": len(files["digits"]) // 20},
+        "noisy": {"source": _sheet(noisy, 6), "columns": 6, "rows": len(noisy) // 6},
+    }
+
+
+def _umap() -> dict[str, Any]:
+    controls: dict[str, Any] = {"neighbours": (5, 15, 50), "min_dist": (0.0, 0.1, 0.5), "seed": (0, 1)}
+    files, names = (
+        stored("umap-digits.npz"),
+        itertools.starmap(picture_name, itertools.product(ARMS, *controls.values())),
+    )
+    return {
+        "kind": "umap",
+        "controls": controls,
+        "start": (1, 1, 0),
+        "arms": ARMS,
+        "clouds": {name: _short(files[name]) for name in names},
+        "labels": load_images("digits", "test").labels[:400].tolist(),
+        "colours": sns.color_palette("husl", 10).as_hex(),
+    }
+
+
+def block_neighbours() -> Explorer:
+    """Whom each block of the shipped digits runs takes for neighbours at each level of noise: a map to click on."""
+    files = stored("classroom.npz")
+    shares = {words: files[f"agreement/{arm}"] for arm, words in ARMS.items()}
+    figure = block_maps(shares, LEVELS, "neighbours of the class", fmt=".0%")
+    alt = "Share of the five nearest images that have an image's own class, by block and log-SNR, in both runs."
+    return Explorer(_map(files), still(figure, alt))
+
+
+def console(seed: int = 0) -> Explorer:
+    """Every demo in large type. seed: of the sides in the blind test."""
+    return Explorer(_console(seed), _first_look())
+
+
+def _console(seed: int = 0) -> dict[str, Any]:
+    files = stored("classroom.npz")
+    demos = {
+        "playground": _playground(),
+        "noise": _noise(),
+        "sampler": _sampler(),
+        "training": _training(),
+        "guidance": _guidance(files),
+        "map": _map(files),
+        "umap": _umap(),
+        "quiz": _quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed),
+    }
+    return {"kind": "console", "demos": demos}
 
 
 def console_html() -> str:
-    """The whole console as one page that fetches nothing."""
-    data = {"playground": for_the_browser(), "demos": [frames_of(name) for name in DEMOS], "quiz": quiz_rounds()}
-    page = (importlib.resources.files("dispersive_kit") / "views" / "console.html").read_text()
-    return page.replace("{{ data }}", json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/"))
+    """The console as one page. The browser itself refuses every address, and every script but this one."""
+    page = Path(__file__).with_name("console.html").read_text(encoding="utf-8")
+    script = "\n" + MODULE.read_text(encoding="utf-8") + "\nalone();\n"
+    data = json.dumps(_console(), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return page.replace("{{ digest }}", digest).replace("{{ script }}", script).replace("{{ data }}", data)
 
 
 def write_console(file: Path) -> int:

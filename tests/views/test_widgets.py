@@ -1,11 +1,10 @@
-"""The glue between sliders and views, without a front end."""
+"""Widgets without a front end: what the browser is given, what the kernel draws when it is asked, and the figure."""
 
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
@@ -22,40 +21,47 @@ def clean_figures() -> Iterator[None]:
 
 
 class Painter:
-    """A view that notes the states it was asked for."""
+    """A view that notes the states it was asked for, and fails at size 3 if it shall."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails: bool = False) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.fails = fails
 
     def __call__(self, size: int, name: str) -> Figure:
         self.asked.append((size, name))
+        if self.fails and size == 3:
+            raise ValueError("three")
         return plt.figure(figsize=(1, 1))
 
 
 SLIDERS = {"size": (1, 2, 3), "name": ("a", "b")}
 
 
-def test_the_explorer_begins_at_the_state_it_is_told() -> None:
+def ask(explorer: widgets.Explorer, place: list[int], known: bool = False) -> list[dict[str, Any]]:
+    """What a browser is answered."""
+    answers: list[dict[str, Any]] = []
+    explorer.send = answers.append
+    explorer._asked(explorer, {"place": place, "known": known}, [])
+    return answers
+
+
+def test_the_first_state_is_there_without_a_front_end_and_with_its_words() -> None:
     painter = Painter()
-    explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="{name} at {size}")
-    assert explorer.state == {"size": 2, "name": "a"}
+    explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="{name} at {size}", caption="small")
+    bundle, _ = explorer._repr_mimebundle_()
     assert painter.asked == [(2, "a")]
-    assert 'alt="a at 2"' in explorer.picture.value
+    assert 'alt="a at 2"' in bundle["text/html"] and "<figcaption>small</figcaption>" in bundle["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert explorer.spec["start"] == (1, 0) and explorer.spec["frames"] == {"1,0": bundle["text/html"]}
 
 
-def test_a_slider_changes_the_picture_and_its_alternative_text() -> None:
-    explorer = widgets.explore(Painter(), SLIDERS, alt="{name} at {size}")
-    explorer.controls["size"].value = 3
-    explorer.controls["name"].value = "b"
-    assert 'alt="b at 3"' in explorer.picture.value
-
-
-def test_a_state_seen_before_is_not_drawn_again() -> None:
+def test_an_asked_picture_is_drawn_once_and_sent_to_who_does_not_know_it() -> None:
     painter = Painter()
-    explorer = widgets.explore(painter, SLIDERS, alt="")
-    for size in (2, 1, 2, 1):
-        explorer.controls["size"].value = size
-    assert painter.asked == [(1, "a"), (2, "a")]
+    explorer = widgets.explore(painter, SLIDERS, alt="{name} at {size}")
+    (answer,) = ask(explorer, [2, 1])
+    assert answer["place"] == (2, 1) and 'alt="b at 3"' in answer["html"]
+    assert ask(explorer, [2, 1], known=True) == [{"place": (2, 1)}]
+    assert painter.asked == [(1, "a"), (3, "b")]
 
 
 def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +70,7 @@ def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.Monke
 
     async def wait() -> None:
         explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="")
-        while explorer.neighbours():
+        while explorer.neighbours((1, 0)):
             await asyncio.sleep(0.001)
 
     with ThreadPoolExecutor(1) as own:  # a browser test before may have left its loop running in this thread
@@ -73,50 +79,25 @@ def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.Monke
     assert len(painter.asked) == 4
 
 
-def test_an_error_of_a_view_is_not_swallowed() -> None:
-    def fails_at_three(size: int) -> Figure:
-        if size == 3:
-            raise ValueError("three")
-        return plt.figure(figsize=(1, 1))
-
-    explorer = widgets.explore(fails_at_three, {"size": (1, 2, 3)}, alt="")
+def test_an_error_of_a_view_is_told_to_the_browser_and_not_swallowed() -> None:
+    explorer = widgets.explore(Painter(fails=True), SLIDERS, alt="")
+    answers: list[dict[str, Any]] = []
+    explorer.send = answers.append
     with pytest.raises(ValueError, match="three"):
-        explorer.controls["size"].value = 3
+        explorer._asked(explorer, {"place": [2, 0], "known": False}, [])
+    assert answers == [{"place": (2, 0), "fault": "ValueError: three"}]
 
 
-def test_the_scrubber_swaps_in_the_browser_and_begins_at_the_end() -> None:
-    frames = {step: plt.figure(figsize=(1, 1)) for step in (0, 10, 100)}
-    box = widgets.scrub(frames, label="step", alt="after {label}")
-    slider, stack = box.children
-    assert slider.index == stack.selected_index == 2
-    assert slider.options == ("0", "10", "100")
-    assert ['alt="after 10"' in picture.value for picture in stack.children] == [False, True, False]
-    assert box.link.source == (slider, "index")
-    assert box.link.target == (stack, "selected_index")
+def test_a_film_is_given_whole_and_begins_at_its_end() -> None:
+    film = widgets.scrub({step: plt.figure(figsize=(1, 1)) for step in (0, 10, 100)}, label="step", alt="after {label}")
+    assert film.spec["controls"] == {"step": [0, 10, 100]} and film.spec["play"] == "step"
+    assert film.spec["start"] == (2,) and 'alt="after 100"' in film.still
+    assert ['alt="after 10"' in film.spec["frames"][key] for key in "012"] == [False, True, False]
 
 
-def test_without_a_front_end_the_latency_test_says_so() -> None:
-    test = widgets.latency_test()
-    assert not test.round_trips
-    assert "no front end" in test.text.value
-
-
-def test_the_latency_test_counts_round_trips_and_leaves_out_the_first() -> None:
-    test = widgets.LatencyTest(pings=5)
-    test.ping.observe(lambda change: setattr(test.pong, "value", change["new"]), names="value")  # the browser's part
-    test.start()
-    assert len(test.round_trips) == 6
-    assert "of 5" in test.text.value
-    assert "immediate" in test.text.value
-
-
-def test_a_slow_front_end_is_called_slow() -> None:
-    test = widgets.LatencyTest()
-    test.round_trips = [9.0, 0.2, 0.2, 0.3]
-    assert "median 200 ms, slowest 300 ms of 3" in test.verdict()
-    assert "lag" in test.verdict()
-
-
-def test_words_are_on_a_slider_too_since_jupyterlab_takes_the_arrow_keys_from_a_menu() -> None:
-    explorer = widgets.explore(Painter(), SLIDERS, start={"size": 2}, alt="")
-    assert all(isinstance(one, ipywidgets.SelectionSlider) for one in explorer.controls.values())
+def test_the_latency_test_says_what_it_is_without_a_front_end_and_answers_one() -> None:
+    test, answers = widgets.latency_test(), []
+    assert "No front end" in test.still
+    test.send = answers.append
+    test._handle_custom_msg({"ping": 3}, [])
+    assert answers == [{"ping": 3}]

@@ -42,7 +42,7 @@ from dispersive_kit.analysis import (
 )
 from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.data import ImageSet, load_images, to_uint8
-from dispersive_kit.data.artefacts import FOLDER, seal
+from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.models.dit import DiT
@@ -207,11 +207,20 @@ def flat(tree: Nested, above: str = "") -> dict[str, Any]:
     return found
 
 
+def seal(folder: Path) -> None:
+    """List every file of a folder with its sha256."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SUMS)
+    lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    with atomic_write(folder / SUMS) as partial:
+        partial.write_text("".join(lines))
+    print(f"{len(files)} files listed in {folder / SUMS}")
+
+
 MAKERS = {"classroom": classroom, "umap": umap, "cifar10": cifar10}
 FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz", "cifar10": "analysis-cifar10.npz"}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        np.savez_compressed(FOLDER / FILES[wanted], **MAKERS[wanted]())
-    print(f"{FOLDER}: {seal() / 1e6:.1f} MB listed")
+        np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
+    seal(ARTEFACTS)

@@ -22,8 +22,7 @@ from dispersive_kit.analysis.features import LEVELS, noisy, tokens
 from dispersive_kit.analysis.geometry import Moments
 from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
 from dispersive_kit.data import ImageSet
-from dispersive_kit.data.artefacts import artefact
-from dispersive_kit.data.files import versions
+from dispersive_kit.data.files import artefact, versions
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import weights_sha256

@@ -1,4 +1,7 @@
-"""Files that any process may be killed at, or two of them want: whole or not there, and one writer at a time."""
+"""Files that any process may be killed at, or two of them want: whole or not there, and one writer at a time.
+
+And those that the package ships beside its code, each held against its sha256 before it is read.
+"""
 
 import contextlib
 import errno
@@ -11,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,10 @@ from dispersive_kit.errors import DataError, KitError
 
 PARTIAL = ".partial-"  # start of the name of what is being written or removed
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by a disk without locks
-LIBRARIES = (
-    "dispersive-kit",
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "accelerate",
-    "torch-fidelity",
-    "papermill",
-    "nbclient",
-    "ipykernel",
-    "ipywidgets",
-)
+LIBRARIES = ("dispersive-kit", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "accelerate",
+             "torch-fidelity", "papermill", "nbclient", "ipykernel", "ipywidgets")  # fmt: skip
+ARTEFACTS = Path(__file__).resolve().parents[1] / "artefacts"
+SUMS = "SHA256SUMS"  # lists them in the form of `sha256sum -c`
 
 
 @contextlib.contextmanager
@@ -169,11 +163,37 @@ def free_bytes(folder: Path) -> int:
 
 def versions() -> dict[str, str | None]:
     """Of Python and of the libraries that a number may depend on; None where one is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(LIBRARIES)}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def _version(package: str) -> str | None:
+def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
+    """A shipped file, or a shipped folder all of whose files are sound.
+
+    Raises:
+        DataError: it is not listed, missing, or not the file that was listed.
+    """
+    cure = "install the package again, or make the file anew with data/make_artefacts.py of a checkout"
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{folder / SUMS} is missing: {cure}") from error
+    listed = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    own = [folder / file for file in listed if file == name or file.startswith(f"{name}/")]
+    if not own:
+        raise DataError(f"no artefact {name!r} is listed in {folder / SUMS}")
+    for file in own:
+        if not file.is_file():
+            raise DataError(f"{file} is missing: {cure}")
+        if _sha256(file, file.stat().st_mtime_ns, file.stat().st_size) != listed[file.relative_to(folder).as_posix()]:
+            raise DataError(f"{file} is not the file that {SUMS} lists: {cure}")
+    return folder / name
+
+
+@cache
+def _sha256(file: Path, _changed: int, _size: int) -> str:
+    """Of a file as it is, read once."""
+    return file_sha256(file)

@@ -16,8 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dispersive_kit.data import to_uint8
-from dispersive_kit.data.artefacts import FOLDER, artefact
-from dispersive_kit.data.files import PARTIAL, atomic_write, lock, read_json, versions, write_json, writing
+from dispersive_kit.data.files import (
+    ARTEFACTS,
+    PARTIAL,
+    artefact,
+    atomic_write,
+    lock,
+    read_json,
+    versions,
+    write_json,
+    writing,
+)
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
 from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
@@ -167,7 +176,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def shipped_names() -> list[str]:
     """Names of the runs inside the package."""
-    return sorted(p.name for p in FOLDER.iterdir() if (p / "config.json").is_file())
+    return sorted(p.name for p in ARTEFACTS.iterdir() if (p / "config.json").is_file())
 
 
 def run_folder(run: str | Path) -> Path:

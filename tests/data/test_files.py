@@ -1,0 +1,116 @@
+"""Files are whole or not there, one process has a lock, and shipped files are read only as they were listed."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dispersive_kit.data import files
+from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, read_json, versions, write_json
+from dispersive_kit.errors import CheckpointError, DataError, KitError
+
+
+def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "deep" / "one.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_write(file) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+    with pytest.raises(CheckpointError, match=r"one\.json could not be written .*disk full.* untouched: make room"):
+        write_json(file, {"a": 2}, CheckpointError)
+    assert read_json(file) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["one.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for content in ("first", "second"):
+        with atomic_write(tmp_path / "run") as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dispersive_kit.data.files import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_is_refused_while_another_holds_it_and_free_once_it_was_killed(tmp_path):
+    file = tmp_path / ".lock"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match="is at it"), lock(file, "another is at it", CheckpointError):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    began = time.monotonic()
+    with lock(file), pytest.raises(KitError, match="this one too"), lock(file, "this one too"):
+        pass
+    assert time.monotonic() - began < 30
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refuse(self, **options):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    with pytest.warns(UserWarning, match="has no locks"), lock(tmp_path / ".lock"):
+        pass
+
+
+def test_json_that_is_damaged_or_missing_is_named_or_given_its_default(tmp_path):
+    (tmp_path / "cut.json").write_text('{"a": ')
+    for name in ("cut.json", "none.json"):
+        assert read_json(tmp_path / name, default={}) == {}
+        with pytest.raises(DataError, match=rf"{name} cannot be read"):
+            read_json(tmp_path / name)
+
+
+def test_versions_name_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(files, "LIBRARIES", ["torch", "no-such-library"])
+    found = versions()
+    assert found["python"] and found["torch"] and found["no-such-library"] is None
+
+
+# ---- shipped files
+
+
+def test_every_shipped_file_is_listed_and_the_one_that_was_listed():
+    subprocess.run(["sha256sum", "--quiet", "-c", SUMS], cwd=ARTEFACTS, check=True)
+    listed = [line.partition("  ")[2] for line in (ARTEFACTS / SUMS).read_text().splitlines()]
+    there = [p.relative_to(ARTEFACTS).as_posix() for p in ARTEFACTS.rglob("*") if p.is_file() and p.name != SUMS]
+    assert sorted(listed) == sorted(there)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("run/a", "run/b", "one.npz"):
+        (tmp_path / name).write_bytes(name.encode())
+    listed = "".join(f"{files.file_sha256(tmp_path / name)}  {name}\n" for name in ("one.npz", "run/a", "run/b"))
+    (tmp_path / SUMS).write_text(listed)
+    return tmp_path
+
+
+def test_a_sound_file_or_folder_is_given_and_a_changed_or_missing_one_named(folder):
+    assert artefact("run", folder) == folder / "run"
+    (folder / "run" / "b").write_bytes(b"rUn/b")
+    with pytest.raises(DataError, match=r"run/b is not the file that SHA256SUMS lists.*make_artefacts"):
+        artefact("run", folder)
+    assert artefact("one.npz", folder).read_bytes() == b"one.npz"
+    (folder / "run" / "a").unlink()
+    with pytest.raises(DataError, match=r"run/a is missing"):
+        artefact("run", folder)
+    for name in ("new", "ru"):
+        with pytest.raises(DataError, match=f"no artefact '{name}' is listed"):
+            artefact(name, folder)

@@ -11,9 +11,12 @@
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,7 +30,6 @@ from pydantic import (
 
 from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError, DataError, form_error
-from dispersive_kit.study.modes import settings_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
@@ -69,10 +71,9 @@ class Result(BaseModel, extra="forbid"):
 
 
 class NotebookRun(Result):
-    """One execution of a notebook, in the folder `out`. `settings` holds its preset numbers for the mode."""
+    """One execution of a notebook, in the folder `out`."""
 
     out: Path = Field(exclude=True)
-    settings: Any = Field(exclude=True)
     _started: float = PrivateAttr(default_factory=time.perf_counter)
 
     def check(self, promise: str, holds: bool, detail: str = "") -> None:
@@ -90,6 +91,20 @@ class NotebookRun(Result):
         """Keep a measured number for the report, with the record of how it was measured."""
         self.numbers.append(Number(name=name, value=float(value), note=note, record=record))
 
+    def in_mode(self, **numbers: tuple[Any, Any, Any]) -> SimpleNamespace:
+        """Of each (smoke, class, full) the one of this run's mode, as attributes."""
+        column = get_args(Mode).index(self.mode)
+        return SimpleNamespace(**{name: values[column] for name, values in numbers.items()})
+
+    def try_answer(self, answer: Callable[..., Any], cases: Sequence[tuple[tuple[Any, ...], Any]], hint: str) -> bool:
+        """Hold an exercise's answer against cases (arguments, right result); print what goes wrong, and the hint."""
+        for number, (arguments, right) in enumerate(cases, 1):
+            if fault := _fault(answer, arguments, right):
+                print(f"not yet, case {number}: {fault}\nhint: {hint}")
+                return False
+        print(f"✓ right in {len(cases)} cases")
+        return True
+
     def say(self, sentence: str) -> None:
         """Print a finding, and put it on the report."""
         self.sentences.append(sentence)
@@ -100,6 +115,21 @@ class NotebookRun(Result):
         self.seconds, self.peak_gib = round(time.perf_counter() - self._started, 1), _peak_memory_gib()
         write_json(self.out / "result.json", self.model_dump())
         print(f"done in {self.seconds:.0f} s; written to {self.out}")
+
+
+def _fault(answer: Callable[..., Any], arguments: tuple[Any, ...], right: Any) -> str:
+    try:
+        given = answer(*arguments)
+        if given is None:
+            return "the function returns nothing yet"
+        given, right = (torch.as_tensor(value, dtype=torch.float64) for value in (given, right))
+    except Exception as error:  # whatever a student's function may raise
+        return f"it raised {type(error).__name__}: {error}"
+    if given.shape != right.shape:
+        return f"the result has shape {tuple(given.shape)}, not {tuple(right.shape)}"
+    if not torch.allclose(given, right, rtol=1e-4, atol=1e-6):
+        return f"the result begins {given.flatten()[:2].tolist()}, not {right.flatten()[:2].tolist()}"
+    return ""
 
 
 def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
@@ -116,11 +146,10 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     if not out and folder.exists():
         folder = folder.with_name(f"{folder.name}-{os.getpid()}")
     try:
-        run = NotebookRun.model_validate({"notebook": name, "mode": mode, "out": folder, "settings": {}})
+        run = NotebookRun.model_validate({"notebook": name, "mode": mode, "out": folder})
     except ValidationError as fault:
         raise form_error(fault, name) from None
     folder.mkdir(parents=True, exist_ok=True)
-    run.settings = settings_of(name, mode)
     return run
 
 

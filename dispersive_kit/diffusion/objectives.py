@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError
-from .paths import DDPM_LINEAR, LINEAR, DDPMPath, Path, check_prediction, expand
+from dispersive_kit.diffusion.paths import DDPM_LINEAR, LINEAR, DDPMPath, Path, check_prediction, expand
+from dispersive_kit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class Aux:
     taps: tuple[Tensor, ...] = ()
 
 
-def noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
+LossAndAux = tuple[Tensor, Aux]
+
+
+def _noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
 
 
-def draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float, std: float) -> Tensor:
-    """(B,) times: uniform on [t_min, 1], or the logistic of a Gaussian (arXiv 2403.03206, section 3.1).
+def _draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float = 0.0) -> Tensor:
+    """(B,) times: uniform on [t_min, 1], or the logistic of N(mean, 1) (arXiv 2403.03206, section 3.1).
 
     In float32 at least, and so is all that is computed from them: bf16 has 128 numbers between 1/2 and 1.
     """
@@ -58,20 +61,14 @@ def draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, m
         t = torch.rand(x0.shape[0], generator=generator, device=generator.device, dtype=dtype)
     elif how == "logit_normal":
         normal = torch.randn(x0.shape[0], generator=generator, device=generator.device, dtype=dtype)
-        t = torch.sigmoid(mean + std * normal)
+        t = torch.sigmoid(mean + normal)
     else:
         raise ConfigError(f"t_sampling {how!r} is unknown: it is 'uniform' or 'logit_normal'")
     return (t_min + (1 - t_min) * t).to(x0.device)
 
 
-def predict(
-    model: Callable,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor | None,
-    taps: Sequence[int],
-    channels: int,
-    **times: Tensor,
+def _predict(
+    model: Callable, x: Tensor, t: Tensor, y: Tensor | None, taps: Sequence[int], channels: int, **times: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The model's output with its channels checked, and its taps; models that know no taps are never asked for them."""
     args = (x, t) if y is None else (x, t, y)
@@ -85,10 +82,6 @@ def predict(
     return out, tuple(kept)
 
 
-def mean_flat(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
-
-
 class Objective(ABC):
     """`draw(x0, generator)` gives the random numbers of a batch, and the call is a function of them."""
 
@@ -98,9 +91,7 @@ class Objective(ABC):
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws: ...
 
     @abstractmethod
-    def loss(
-        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
-    ) -> tuple[Tensor, Aux]: ...
+    def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux: ...
 
     def __call__(
         self,
@@ -127,36 +118,32 @@ class FlowMatching(Objective):
 
     prediction: "v", "x0", "eps", or "score", which is weighted by sigma^2 (denoising score matching), being
     unbounded.
-    t_sampling: "uniform" or "logit_normal" with `logit_mean`, `logit_std`.
+    t_sampling: "uniform" or "logit_normal".
     """
 
     path: Path = LINEAR
     prediction: str = "v"
     t_sampling: str = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
 
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
-        t = draw_times(x0, generator, self.t_sampling, self.path.t_min, self.logit_mean, self.logit_std)
-        return Draws(t=t, eps=noise_like(x0, generator))
+        t = _draw_times(x0, generator, self.t_sampling, self.path.t_min)
+        return Draws(t=t, eps=_noise_like(x0, generator))
 
-    def loss(
-        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
-    ) -> tuple[Tensor, Aux]:
+    def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, eps = draws.t, draws.eps
-        pred, kept = predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
-        per_sample = mean_flat((self.scaled(pred, t) - self.target(x0, eps, t)) ** 2)  # (B,)
+        pred, kept = _predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
+        per_sample = ((self._scaled(pred, t) - self._target(x0, eps, t)) ** 2).flatten(1).mean(1)  # (B,)
         return per_sample.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def _target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "v":
             return self.path.velocity(x0, eps, t)
         return {"x0": x0, "eps": eps, "score": -eps}[self.prediction]
 
-    def scaled(self, pred: Tensor, t: Tensor) -> Tensor:
+    def _scaled(self, pred: Tensor, t: Tensor) -> Tensor:
         return pred * self.path.sigma(expand(t, pred)) if self.prediction == "score" else pred.to(t.dtype)
 
 
@@ -168,35 +155,29 @@ class DDPM(Objective):
     learn_sigma: the model gives 2C channels, the second half in [-1, 1] choosing the log variance between
     its bounds, and the variational bound, in bits per dimension, trains that half alone (arXiv 2102.09672,
     equations 15 and 16; the weight 0.001 there times T = 1000 timesteps is 1 here, as in DiT).
-    min_snr: the gamma of arXiv 2303.09556: weight min(SNR, gamma) / SNR.
     """
 
     path: DDPMPath = DDPM_LINEAR
     learn_sigma: bool = False
-    min_snr: float | None = None
 
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
         T = self.path.num_timesteps
         k = torch.randint(T, (x0.shape[0],), generator=generator, device=generator.device)
         t = (k + 1).to(x0.device, torch.promote_types(x0.dtype, torch.float32)) / T
-        return Draws(t=t, eps=noise_like(x0, generator))
+        return Draws(t=t, eps=_noise_like(x0, generator))
 
-    def loss(
-        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
-    ) -> tuple[Tensor, Aux]:
+    def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, eps, C = draws.t, draws.eps, x0.shape[1]
         x = self.path.x_t(x0, eps, t)
-        out, kept = predict(model, x.to(x0.dtype), t, y, taps, 2 * C if self.learn_sigma else C)
+        out, kept = _predict(model, x.to(x0.dtype), t, y, taps, 2 * C if self.learn_sigma else C)
         out = out.to(x.dtype)
-        per_sample = mean_flat((out[:, :C] - eps) ** 2)  # (B,)
+        per_sample = ((out[:, :C] - eps) ** 2).flatten(1).mean(1)  # (B,)
         loss = per_sample
-        if self.min_snr is not None:
-            loss = loss * (self.min_snr / self.path.log_snr(t).exp()).clamp(max=1.0)
         if self.learn_sigma:
-            loss = loss + self.variational_bound(x0, x, t, out[:, :C].detach(), out[:, C:])
+            loss = loss + self._variational_bound(x0, x, t, out[:, :C].detach(), out[:, C:])
         return loss.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 
-    def variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, share: Tensor) -> Tensor:
+    def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, share: Tensor) -> Tensor:
         """One term of the bound (B,) in bits per dimension: KL of the two Gaussians, at the last timestep
         the likelihood.
         """
@@ -210,11 +191,11 @@ class DDPM(Objective):
         x0_pred, _ = self.path.x0_and_eps(eps, x, t, "eps")
         mean = a * x + b * x0_pred
         kl = 0.5 * (log_var - low - 1 + (low - log_var).exp() + (b * (x0 - x0_pred)) ** 2 * (-log_var).exp())
-        nll = -discretized_log_likelihood(x0, mean, (0.5 * log_var).exp())
-        return mean_flat(torch.where(t < 1.5 / T, nll, kl)) / math.log(2)
+        nll = -_discretized_log_likelihood(x0, mean, (0.5 * log_var).exp())
+        return torch.where(t < 1.5 / T, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
-def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log of the Gaussian mass in the grey level of x0, pixels in [-1, 1] with 256 levels (DDPM's equation 13)."""
     upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
     lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)
@@ -232,34 +213,22 @@ class MeanFlow(Objective):
     model must allow forward-mode differentiation (no activation checkpointing); the taps leave it through
     has_aux, with their gradient. Under DDP give the wrapped model: the forward pass goes through it.
 
-    equal_share: part of the samples with r = t. power, offset: weight 1 / (|error|^2 + offset)^power, the
-    error summed over the dimensions. cfg_scale, cfg_mix: omega and kappa of the guided target (equation
-    19); they need `null_label`, and samples whose y is the null class keep the plain target.
+    equal_share: part of the samples with r = t. power: weight 1 / (|error|^2 + 1e-3)^power, the error summed over the
+    dimensions. Logit-normal times have mean -0.4 before the logistic, as published.
     """
 
     path: Path = LINEAR
     equal_share: float = 0.75
     t_sampling: str = "logit_normal"
-    logit_mean: float = -0.4
-    logit_std: float = 1.0
     power: float = 1.0
-    offset: float = 1e-3
-    cfg_scale: float = 1.0
-    cfg_mix: float = 0.0
-    null_label: int | None = None
 
     def draw(self, x0: Tensor, generator: torch.Generator) -> Draws:
-        pair = [
-            draw_times(x0, generator, self.t_sampling, self.path.t_min, self.logit_mean, self.logit_std)
-            for _ in range(2)
-        ]
+        pair = [_draw_times(x0, generator, self.t_sampling, self.path.t_min, mean=-0.4) for _ in range(2)]
         t, r = torch.maximum(pair[0], pair[1]), torch.minimum(pair[0], pair[1])
         equal = torch.rand(t.shape, generator=generator, device=generator.device).to(t.device) < self.equal_share
-        return Draws(t=t, r=torch.where(equal, t, r), eps=noise_like(x0, generator))
+        return Draws(t=t, r=torch.where(equal, t, r), eps=_noise_like(x0, generator))
 
-    def loss(
-        self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]
-    ) -> tuple[Tensor, Aux]:
+    def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, r, eps = draws.t, draws.r, draws.eps
         if r is None:
             raise ConfigError("MeanFlow needs draws of its own, with r: use MeanFlow.draw")
@@ -267,10 +236,10 @@ class MeanFlow(Objective):
         # DDP lays out its buckets anew in its second forward pass, which it cannot within a derivative: do it before.
         if isinstance(model, DistributedDataParallel):
             model.reducer._rebuild_buckets()
-        v = self.guided(model, x, t, y, self.path.velocity(x0, eps, t), x0.dtype)
+        v = self.path.velocity(x0, eps, t)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            return predict(model, x.to(x0.dtype), t, y, taps, x.shape[1], r=r)
+            return _predict(model, x.to(x0.dtype), t, y, taps, x.shape[1], r=r)
 
         # The fused attention kernels have no forward-mode derivative; the plain mathematics has.
         with sdpa_kernel(SDPBackend.MATH):
@@ -279,17 +248,5 @@ class MeanFlow(Objective):
         target = (v - expand(t - r, x) * du_dt).detach()
         error = (out.to(x.dtype) - target).square().flatten(1)  # (B, dim)
         squared = error.sum(1)
-        weight = (squared.detach() + self.offset) ** -self.power
+        weight = (squared.detach() + 1e-3) ** -self.power
         return (weight * squared).mean(), Aux(t=t, per_sample=error.mean(1).detach(), taps=kept)
-
-    @torch.no_grad()
-    def guided(self, model: Callable, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor, dtype: torch.dtype) -> Tensor:
-        """The velocity the target is built from: omega v + kappa u(t, t | y) + (1 - omega - kappa) u(t, t | null)."""
-        if self.cfg_scale == 1.0 and self.cfg_mix == 0.0:
-            return v
-        if y is None or self.null_label is None:
-            raise ConfigError("a guided MeanFlow target (cfg_scale, cfg_mix) needs y and null_label")
-        null, _ = predict(model, x.to(dtype), t, torch.full_like(y, self.null_label), (), x.shape[1], r=t)
-        given = predict(model, x.to(dtype), t, y, (), x.shape[1], r=t)[0] if self.cfg_mix else 0.0
-        guided = self.cfg_scale * v + self.cfg_mix * given + (1 - self.cfg_scale - self.cfg_mix) * null
-        return torch.where(expand(y == self.null_label, x), v, guided)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from dispersive_kit.errors import ConfigError
 
 PREDICTIONS = ("x0", "eps", "v", "score")
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dispersive_kit.diffusion import samplers
-from dispersive_kit.diffusion.guidance import AutoGuidance, ClassifierFree
+from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.samplers import dopri5, euler, heun, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
 
@@ -36,13 +35,6 @@ def test_guided_is_null_plus_scale_times_the_difference_on_every_channel(x):
     y = Y.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(out, (4 + 2.5 * (y + 1 - 4)) * x)
     assert (model.calls, model.rows) == (1, 4)
-
-
-def test_three_channel_guidance_is_a_named_option(x):
-    out = ClassifierFree(Y, NULL, scale=2.5, channels=3)(Counting(), x, 0.5)
-    everywhere = ClassifierFree(Y, NULL, scale=2.5)(Counting(), x, 0.5)
-    torch.testing.assert_close(out[:, :3], everywhere[:, :3])
-    torch.testing.assert_close(out[:, 3:], ((Y + 1).reshape(-1, 1, 1, 1) * x)[:, 3:])
 
 
 def test_a_learned_variance_is_not_guided(x):
@@ -79,37 +71,12 @@ def test_an_interval_changes_the_adaptive_and_the_fixed_sampler_alike(x):
     torch.testing.assert_close(adaptive, fixed, atol=1e-3, rtol=1e-2)
 
 
-def test_autoguidance_extrapolates_away_from_the_weak_model(x):
-    weak = Counting()
-    guidance = AutoGuidance(y=Y, scale=3.0, weak_model=lambda x, t, y: 0.5 * weak(x, t, y), low=0.2)
-    strong = Counting()
-    out = guidance(strong, x, 0.5)
-    torch.testing.assert_close(out, (0.5 + 3.0 * 0.5) * (Y + 1).reshape(-1, 1, 1, 1) * x)
-    guidance(strong, x, 0.1)
-    assert (weak.calls, strong.calls) == (1, 2)
-    unconditional = AutoGuidance(scale=2.0, weak_model=lambda x, t: torch.zeros_like(x))
-    torch.testing.assert_close(unconditional(lambda x, t: x, x, 0.5), 2 * x)
-
-
 def test_guidance_that_lacks_its_other_half_is_refused(x):
     model = Counting()
     for guidance in (ClassifierFree(Y, None, scale=2.0), ClassifierFree(None, NULL, scale=2.0)):
         with pytest.raises(ConfigError, match="needs y and a null class"):
             guidance(model, x, 0.5)
-    with pytest.raises(ConfigError, match="weak_model="):
-        AutoGuidance(y=Y, scale=2.0)(model, x, 0.5)
     assert ClassifierFree(Y, None)(model, x, 0.5).shape == x.shape  # scale 1 needs no null class
-
-
-def test_meanflow_asks_the_weak_model_for_the_same_average(x):
-    asked = []
-
-    def model(name):
-        return lambda x, t, r: asked.append((name, float(t[0]), float(r[0]))) or x
-
-    guidance = AutoGuidance(scale=2.0, weak_model=model("weak"))
-    samplers.meanflow(model("strong"), x, [1.0, 0.25, 0.0], guidance=guidance)
-    assert asked == [("weak", 1.0, 0.25), ("strong", 1.0, 0.25), ("weak", 0.25, 0.0), ("strong", 0.25, 0.0)]
 
 
 @pytest.mark.parametrize("interval", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.5)])

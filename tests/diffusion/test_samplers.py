@@ -13,7 +13,6 @@ from dispersive_kit.diffusion.samplers import (
     ddim,
     ddpm,
     dopri5,
-    dpm_solver_2m,
     euler,
     euler_maruyama,
     heun,
@@ -25,7 +24,7 @@ from dispersive_kit.diffusion.samplers import (
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.models.dit import build_dit
 
-ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "ddim": 1, "dpm_solver_2m": 2}
+ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "ddim": 1}
 
 
 def measured_order(run, exact, steps):
@@ -43,7 +42,7 @@ def test_measured_order_on_the_closed_form_flow(path, gaussian_of, name, capsys)
     low, high, steps = (0.1, 0.9, (80, 160, 320)) if discrete else (0.02, 0.98, (80, 160, 320))
     gaussian = gaussian_of(path, 2.0 if discrete else 0.5)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    options = {"path": gaussian.path, "prediction": "x0"} if name in ("ddim", "dpm_solver_2m") else {}
+    options = {"path": gaussian.path, "prediction": "x0"} if name == "ddim" else {}
     model = gaussian.model(options.get("prediction", "v"))
     exact = gaussian.flow(x, high, low)
 
@@ -63,7 +62,7 @@ def test_measured_order_on_the_closed_form_flow(path, gaussian_of, name, capsys)
 def test_every_prediction_gives_the_same_samples(gaussian, prediction):
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ts = time_grid(10, 0.01, 0.99)
-    for sampler in (ddim, dpm_solver_2m, partial(ddpm, seeds=range(5)), partial(euler_maruyama, seeds=range(5))):
+    for sampler in (ddim, partial(ddpm, seeds=range(5)), partial(euler_maruyama, seeds=range(5))):
         by = [sampler(gaussian.model(kind), x, ts, path=gaussian.path, prediction=kind) for kind in (prediction, "x0")]
         torch.testing.assert_close(*by, atol=1e-8, rtol=1e-8)
 
@@ -76,16 +75,15 @@ def variance_within_three_errors(x, std):
 
 @pytest.mark.parametrize(
     "sampler,options,steps",
-    [(ddpm, {}, 800), (ddpm, {"variance": "step"}, 800), (ddim, {"eta": 1.0}, 800), (ddim, {"eta": 0.5}, 400),
-     (euler_maruyama, {}, 500), (euler_maruyama, {"churn": 0.3}, 500)],
-)  # fmt: skip
+    [(ddpm, {}, 800), (euler_maruyama, {}, 500), (euler_maruyama, {"churn": 0.3}, 500)],
+)
 def test_marginals_of_the_stochastic_samplers(gaussian, sampler, options, steps):
     """20,000 samples of each at half way and at the data: mean and variance within three standard errors."""
     low, high, n = 0.0, 0.98, 20_000
     x = gaussian.std(high) * initial_noise([0], (n,), dtype=torch.float64)
     seen = {}
     ts = time_grid(steps, low, high)
-    prediction = "x0" if isinstance(gaussian.path, DDPMPath) or sampler is ddim else "v"
+    prediction = "x0" if isinstance(gaussian.path, DDPMPath) else "v"
     out = sampler(
         gaussian.model(prediction), x, ts, path=gaussian.path, prediction=prediction, seeds=[1],
         callback=lambda i, t, x: seen.__setitem__(i, (t, x)), **options,
@@ -97,11 +95,6 @@ def test_marginals_of_the_stochastic_samplers(gaussian, sampler, options, steps)
 
 def tanh_field(x, t):
     return torch.tanh(3 * x) * (1 + 2 * t[:, None]) - x.roll(1, 1) * torch.cos(5 * t)[:, None]
-
-
-def test_a_variance_that_ddpm_does_not_know_is_refused():
-    with pytest.raises(ConfigError, match="'lerned'; there are: posterior, step, learned"):
-        ddpm(tanh_field, torch.zeros(2, 3), time_grid(2), seeds=[0, 1], variance="lerned")
 
 
 def test_adaptive_solver_equals_torchdiffeq():
@@ -135,48 +128,29 @@ def toy_eps(x, t):
     return torch.tanh(x.roll(1, -1) * (1 + t.reshape(-1, 1, 1, 1))) + 0.3 * x
 
 
-def diffusers_samples(scheduler, x, seeds, steps, last=None, **options):
+def diffusers_samples(scheduler, x, seeds, steps):
     generators = [torch.Generator().manual_seed(s ^ samplers.NOISE_STREAM) for s in seeds]
     scheduler.set_timesteps(steps)
-    for k in scheduler.timesteps[:last]:
+    for k in scheduler.timesteps:
         eps = toy_eps(x, ((k + 1) / 1000).expand(len(x)).to(x))
-        x = scheduler.step(eps, k, x, **options, **({"generator": generators} if seeds else {})).prev_sample
+        x = scheduler.step(eps, k, x, **({"generator": generators} if seeds else {})).prev_sample
     return x
 
 
 @pytest.mark.parametrize("schedule,beta", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
 @pytest.mark.parametrize("steps", [10, 50])
-def test_ddpm_ddim_and_dpm_solver_equal_diffusers_with_the_same_noise(schedule, beta, steps):
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+def test_ddpm_and_ddim_equal_diffusers_with_the_same_noise(schedule, beta, steps):
+    from diffusers import DDIMScheduler, DDPMScheduler
 
     seeds, path, ts = [3, 4], DDPMPath(schedule), time_grid(steps)
     x = initial_noise(seeds, (2, 4, 4))
-    common = {"beta_schedule": beta, "timestep_spacing": "trailing"}
-    clip = {"clip_sample": True, "clip_sample_range": 1.0}
+    common = {"beta_schedule": beta, "timestep_spacing": "trailing", "clip_sample": False}
     pairs = [
-        (ddpm(toy_eps, x, ts, path=path, seeds=seeds, clip=1.0), DDPMScheduler(**common, **clip), seeds, {}),
-        (
-            ddpm(toy_eps, x, ts[:-1], path=path, seeds=seeds, variance="step", clip=1.0),
-            DDPMScheduler(**common, **clip, variance_type="fixed_large"),
-            seeds,
-            {"last": -1},  # with this variance diffusers adds noise to the finished image
-        ),
-        (ddim(toy_eps, x, ts, path=path), DDIMScheduler(**common, clip_sample=False), [], {}),
-        (
-            ddim(toy_eps, x, ts, path=path, seeds=seeds, eta=0.7),
-            DDIMScheduler(**common, clip_sample=False),
-            seeds,
-            {"eta": 0.7},
-        ),
-        (
-            dpm_solver_2m(toy_eps, x, ts, path=path),
-            DPMSolverMultistepScheduler(**common, final_sigmas_type="zero"),
-            [],
-            {},
-        ),
+        (ddpm(toy_eps, x, ts, path=path, seeds=seeds), DDPMScheduler(**common), seeds),
+        (ddim(toy_eps, x, ts, path=path), DDIMScheduler(**common), []),
     ]
-    for ours, scheduler, noise, options in pairs:
-        expected = diffusers_samples(scheduler, x, noise, steps, **options)
+    for ours, scheduler, noise in pairs:
+        expected = diffusers_samples(scheduler, x, noise, steps)
         scale = expected.abs().max()
         torch.testing.assert_close(
             ours / scale, expected / scale, atol=1e-5, rtol=0, msg=lambda m, s=scheduler: f"{s}{m}"
@@ -184,19 +158,17 @@ def test_ddpm_ddim_and_dpm_solver_equal_diffusers_with_the_same_noise(schedule, 
 
 
 def test_learned_variance_interpolates_its_bounds():
-    x, ts, seeds = initial_noise([1, 2], (1, 2, 2)), time_grid(20), [1, 2]
-
-    def with_share(value):
-        return lambda x, t: torch.cat([toy_eps(x, t), torch.full_like(x, value)], 1)
-
-    for value, bound in ((-1.0, "posterior"), (1.0, "step")):
-        learned = ddpm(with_share(value), x, ts, seeds=seeds, variance="learned", clip=1.0)
-        torch.testing.assert_close(learned, ddpm(toy_eps, x, ts, seeds=seeds, variance=bound, clip=1.0))
-    a, b, low, high = DDPMPath().posterior(samplers.at(0.5), samplers.at(0.4))
-    one = ddpm(with_share(0.0), x, [0.5, 0.4], seeds=seeds, variance="learned")
-    x0, _ = DDPMPath().x0_and_eps(toy_eps(x, torch.full((2,), 0.5)), x, samplers.at(0.5), "eps")
-    noise = samplers.Evaluator(toy_eps, None, seeds).noise(x)
-    torch.testing.assert_close(one, a * x + b * x0 + (low * high) ** 0.25 * noise)
+    x, path, noises = initial_noise([1, 2], (1, 2, 2)), DDPMPath(), {}
+    a, b, low, high = path.posterior(samplers._at(0.5), samplers._at(0.4))
+    x0, _ = path.x0_and_eps(toy_eps(x, torch.full((2,), 0.5)), x, samplers._at(0.5), "eps")
+    for share in (-1.0, 0.0, 1.0):
+        model = lambda x, t: torch.cat([toy_eps(x, t), torch.full_like(x, share)], 1)  # noqa: B023, E731
+        one = ddpm(model, x, [0.5, 0.4], seeds=[1, 2], learned_variance=True)
+        noises[share] = (one - a * x - b * x0) / (low ** ((1 - share) / 4) * high ** ((1 + share) / 4))
+    torch.testing.assert_close(noises[-1.0], noises[0.0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(noises[1.0], noises[0.0], atol=1e-4, rtol=1e-4)
+    plain = ddpm(toy_eps, x, [0.5, 0.4], seeds=[1, 2])
+    torch.testing.assert_close((plain - a * x - b * x0) / low.sqrt(), noises[-1.0], atol=1e-4, rtol=1e-4)
 
 
 def test_meanflow_is_exact_in_any_number_of_steps_on_the_closed_form(gaussian_of):
@@ -219,8 +191,7 @@ SAMPLERS = {
     "rk4": rk4,
     "dopri5": partial(dopri5, rtol=1e-3, atol=1e-3),
     "ddpm": partial(ddpm, path=LinearPath(), prediction="v"),
-    "ddim": partial(ddim, path=LinearPath(), prediction="v", eta=0.5),
-    "dpm_solver_2m": partial(dpm_solver_2m, path=LinearPath(), prediction="v"),
+    "ddim": partial(ddim, path=LinearPath(), prediction="v"),
     "euler_maruyama": euler_maruyama,
     "meanflow": meanflow,
 }
@@ -265,7 +236,7 @@ def test_the_same_image_for_the_same_seed_at_batch_1_7_and_64(network, name):
 
 def test_noise_on_the_way_is_not_the_noise_at_the_start():
     start = initial_noise([5], (2000,))
-    later = samplers.Evaluator(None, None, [5]).noise(start)
+    later = samplers._Field(None, None, [5]).noise(start)
     assert abs(float((start * later).mean())) < 3 / math.sqrt(2000)
 
 
@@ -299,7 +270,7 @@ def test_times_that_cannot_be_walked_along_are_refused():
             ddim(lambda x, t: x, torch.ones(1, 1), ts)
 
 
-@pytest.mark.parametrize("sampler", [ddim, ddpm, dpm_solver_2m, euler_maruyama])
+@pytest.mark.parametrize("sampler", [ddim, ddpm, euler_maruyama])
 @pytest.mark.parametrize("prediction", ["eps", "score"])
 def test_noise_alone_says_nothing_of_the_data_to_a_model_of_the_noise(sampler, prediction):
     x, run = torch.ones(1, 1), partial(sampler, path=LinearPath(), prediction=prediction, seeds=[0])
@@ -315,7 +286,7 @@ def test_channels_that_no_sampler_knows_are_refused():
     twice = euler(lambda x, t: torch.cat([x, 100 * x], 1), x, time_grid(2))
     torch.testing.assert_close(twice, euler(lambda x, t: x, x, time_grid(2)))
     with pytest.raises(ConfigError, match="learn_sigma"):
-        ddpm(lambda x, t: x, x, time_grid(2), seeds=[0, 1], variance="learned")
+        ddpm(lambda x, t: x, x, time_grid(2), seeds=[0, 1], learned_variance=True)
 
 
 def test_the_adaptive_solver_keeps_the_dtype_and_gives_up_on_nan_at_once():

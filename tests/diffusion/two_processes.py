@@ -18,7 +18,6 @@ OBJECTIVES = {
     "flow": FlowMatching(),
     "ddpm": DDPM(),
     "meanflow": MeanFlow(equal_share=0.25),
-    "meanflow, guided": MeanFlow(equal_share=0.25, cfg_scale=1.5, cfg_mix=0.2, null_label=5),
 }
 
 

@@ -20,7 +20,7 @@ from dispersive_kit.data.autoencoders import register_autoencoder
 from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.diffusion import samplers
-from dispersive_kit.diffusion.guidance import AutoGuidance, ClassifierFree
+from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow
 from dispersive_kit.diffusion.paths import DDPMPath, GVPPath, LinearPath, VPPath
 from dispersive_kit.errors import DispersiveError, KitError

@@ -46,7 +46,7 @@ def test_importing_the_kit_is_light():
     """Beyond torch: under 0.3 s, and none of the heavy packages."""
     code = (
         "import sys, time, torch; t = time.process_time(); import dispersive_kit; t = time.process_time() - t\n"
-        "heavy = {'matplotlib', 'papermill', 'ipywidgets', 'diffusers', 'umap', 'sklearn', 'scipy', 'accelerate',"
+        "heavy = {'matplotlib', 'papermill', 'anywidget', 'diffusers', 'umap', 'sklearn', 'scipy', 'accelerate',"
         " 'tyro', 'torchvision', 'seaborn'}\n"
         "print(t); print(sorted(heavy & set(sys.modules)))"
     )

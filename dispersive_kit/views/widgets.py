@@ -8,6 +8,7 @@ a front end a widget is a plain figure, that of the state it begins with.
 """
 
 import asyncio
+import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ class Explorer(anywidget.AnyWidget):
 class Drawing(Explorer):
     """Figures that the kernel draws when they are asked for: `pictures` holds those drawn so far, as HTML.
 
-    A redraw takes longer than a repeated arrow key waits. So the neighbours of the present state are drawn while the
-    kernel is idle.
+    A redraw takes longer than a repeated arrow key waits. So the neighbours of the state in the browser are drawn while
+    the kernel is idle. Without a browser nothing is drawn but the first.
     """
 
     def __init__(
@@ -58,7 +59,6 @@ class Drawing(Explorer):
         super().__init__({**frames_spec(self.sliders, place, drawn, play), "asks": True}, self.draw(place))
         self._idle: asyncio.TimerHandle | None = None
         self.on_msg(self._asked)
-        self._later(self.neighbours(place))
 
     def draw(self, place: Place) -> str:
         if place not in self.pictures:
@@ -78,15 +78,18 @@ class Drawing(Explorer):
 
     def _asked(self, _widget: Any, message: Mapping[str, Any], _buffers: Any) -> None:
         place = tuple(message["place"])
-        try:
-            picture = self.draw(place)
-        except Exception as error:
-            self.send({"place": place, "fault": f"{type(error).__name__}: {error}"})
-            raise  # into the output of the cell
-        self.send({"place": place} | ({} if message["known"] else {"html": picture}))
+        self._answer(place, message["known"])
         if self._idle is not None:
             self._idle.cancel()
         self._later(self.neighbours(place))
+
+    def _answer(self, place: Place, known: bool = False) -> None:
+        """Send the picture of a place, or the error of the view, which is then seen where the picture would be."""
+        try:
+            said = {"html": self.draw(place)}
+        except Exception:
+            said = {"fault": traceback.format_exc()}
+        self.send({"place": place} | ({} if known else said))
 
     def _later(self, places: list[Place]) -> None:
         """Draw one after the other, giving way to the kernel between them; without an event loop, none."""
@@ -98,7 +101,7 @@ class Drawing(Explorer):
             self._idle = loop.call_later(IDLE_S, self._draw_first, places)
 
     def _draw_first(self, places: list[Place]) -> None:
-        self.send({"place": places[0], "html": self.draw(places[0])})
+        self._answer(places[0])
         self._later(places[1:])
 
 

@@ -126,7 +126,7 @@ def test_frames_are_swapped_within_60_ms_of_a_slider_that_asks_nobody(page: Page
     alone = latency(page, page.get_by_role("slider", name="in the browser"))
     film, drawn = (
         latency(page, page.get_by_role("slider", name="step", exact=True)),
-        latency(page, page.get_by_label("size")),
+        latency(page, page.get_by_role("slider", name="size")),
     )
     print(
         f"key to screen: {alone:.0f} ms in the browser alone, {film:.0f} of a film, {drawn:.0f} of the kernel's figures"
@@ -138,11 +138,10 @@ def test_the_latency_test_says_how_long_the_kernel_takes(page: Page) -> None:
     expect(page.get_by_text(re.compile(r"to the kernel and back: median \d+ ms, slowest \d+ ms of 20"))).to_be_visible()
 
 
-def test_an_error_of_a_view_is_on_the_page_in_place_of_the_picture_and_in_the_output(page: Page) -> None:
+def test_an_error_of_a_view_is_on_the_page_in_place_of_the_picture(page: Page) -> None:
     page.get_by_role("slider", name="part").focus()
     page.keyboard.press("End")
     expect(page.get_by_role("alert")).to_contain_text("ZeroDivisionError")
-    expect(tracebacks(page)).not_to_have_count(0)
 
 
 @pytest.mark.long

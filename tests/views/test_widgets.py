@@ -70,6 +70,8 @@ def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.Monke
 
     async def wait() -> None:
         explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="")
+        assert len(painter.asked) == 1  # nobody looks yet
+        ask(explorer, [1, 0], known=True)
         while explorer.neighbours((1, 0)):
             await asyncio.sleep(0.001)
 
@@ -79,13 +81,11 @@ def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.Monke
     assert len(painter.asked) == 4
 
 
-def test_an_error_of_a_view_is_told_to_the_browser_and_not_swallowed() -> None:
-    explorer = widgets.explore(Painter(fails=True), SLIDERS, alt="")
-    answers: list[dict[str, Any]] = []
-    explorer.send = answers.append
+def test_an_error_of_a_view_stops_the_cell_at_first_and_later_is_told_to_the_browser() -> None:
     with pytest.raises(ValueError, match="three"):
-        explorer._asked(explorer, {"place": [2, 0], "known": False}, [])
-    assert answers == [{"place": (2, 0), "fault": "ValueError: three"}]
+        widgets.explore(Painter(fails=True), SLIDERS, start={"size": 3}, alt="")
+    (answer,) = ask(widgets.explore(Painter(fails=True), SLIDERS, alt=""), [2, 0])
+    assert answer["place"] == (2, 0) and answer["fault"].endswith("ValueError: three\n")
 
 
 def test_a_film_is_given_whole_and_begins_at_its_end() -> None:

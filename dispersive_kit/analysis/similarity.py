@@ -17,8 +17,9 @@ def cka_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
     Raises:
         DataError: not the same images, or fewer than 4.
     """
-    x, y = _same_images(x, x if y is None else y, 4)
-    return _unit(x) @ _unit(y).T
+    _check_same_images(x, y, 4)
+    u = _unit(x)
+    return u @ (u if y is None else _unit(y)).T
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -41,8 +42,9 @@ def mutual_knn(x: Tensor, y: Tensor | None = None, k: int = 10) -> Tensor:
     Raises:
         DataError: not the same images, or not more than k.
     """
-    first, second = (_is_neighbour(z, k) for z in _same_images(x, x if y is None else y, k + 1))
-    return (first @ second.T / (k * x.shape[1])).double()
+    _check_same_images(x, y, k + 1)
+    near = _is_neighbour(x, k)
+    return (near @ (near if y is None else _is_neighbour(y, k)).T / (k * x.shape[1])).double()
 
 
 def _is_neighbour(x: Tensor, k: int) -> Tensor:
@@ -55,7 +57,7 @@ def _is_neighbour(x: Tensor, k: int) -> Tensor:
     return torch.stack(found)
 
 
-def _same_images(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    if not least <= x.shape[1] == y.shape[1]:
-        raise DataError(f"{x.shape[1]} and {y.shape[1]} rows: give features of the same images, at least {least}")
-    return x, y
+def _check_same_images(x: Tensor, y: Tensor | None, least: int) -> None:
+    other = x.shape[1] if y is None else y.shape[1]
+    if not least <= x.shape[1] == other:
+        raise DataError(f"{x.shape[1]} and {other} rows: give features of the same images, at least {least}")

@@ -116,7 +116,7 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
-    mean, axes = _principal_axes(torch.from_numpy(base(train_images)).double())
+    mean, axes = _principal_axes(torch.from_numpy(base(train_images)))
     basis = axes[:, :k]
     basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # else the linear algebra's to choose
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
@@ -131,10 +131,11 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
 
 def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and axes (D, ...) of rows (N, D), largest variance first, through the smaller of the two products."""
-    mean = x.mean(0)
-    x = x - mean
-    if len(x) > x.shape[1]:
-        return mean, torch.linalg.eigh(x.T @ x)[1].flip(1)
+    mean = x.mean(0, dtype=torch.double)
+    if len(x) > x.shape[1]:  # in parts, since the pixels of CIFAR-10 in double precision would be 1.2 GB
+        parts = (part.double() - mean for part in x.split(4096))
+        return mean, torch.linalg.eigh(sum(part.T @ part for part in parts))[1].flip(1)
+    x = x.double() - mean
     return mean, F.normalize(x.T @ torch.linalg.eigh(x @ x.T)[1].flip(1), dim=0)
 
 

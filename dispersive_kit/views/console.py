@@ -33,8 +33,8 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.regularizers.losses import LossOptions
 from dispersive_kit.training.runs import run_folder
-from dispersive_kit.views.figures import BLUE, RED, block_maps, level_names
-from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, cloud, trajectory
+from dispersive_kit.views.figures import BLUE, RED
+from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, block_maps, cloud, level_names, trajectory
 from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
 # What the playground offers: name -> (options of the loss, y axis)

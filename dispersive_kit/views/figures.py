@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist
 from torch import Tensor
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,27 +29,19 @@ BLUE, RED, GREEN, GREY = *OKABE_ITO[:3], "0.55"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 STYLE: dict[Any, Any] = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 11,
-    "grid.alpha": 0.25,
-    "image.cmap": "cividis",
-    "legend.frameon": False,
+    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.prop_cycle": plt.cycler(color=OKABE_ITO), "image.cmap": "cividis", "legend.frameon": False,
     "legend.fontsize": 9,
-    "axes.prop_cycle": plt.cycler(color=OKABE_ITO),
-}
+}  # fmt: skip
 LOOKS: dict[str, dict[str, Any]] = {  # of the four verdicts
     "better": {"color": GREEN, "marker": "^"},
     "equivalent": {"color": BLUE, "marker": "o"},
     "worse": {"color": RED, "marker": "v"},
     "inconclusive": {"color": "#666666", "marker": "D"},
 }
+NO_VERDICT = {"word": "", "low": math.nan, "mean": math.nan, "high": math.nan}
 MEASURES = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss", "probe": "probe accuracy"}
-MANY = 5  # arms whose names stand side by side
 
 Interval = tuple[float, float, float]  # low, value, high
 
@@ -59,30 +51,22 @@ def style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def figure_html(figure: Figure | str, alt: str, caption: str = "") -> str:
-    """The figure, or SVG text, as one HTML element with its alternative text inside: it survives every export."""
-    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    alt = html.escape(alt, quote=True)
-    if isinstance(figure, str):
-        return f'<figure style="margin:0" aria-label="{alt}">{figure}{text}</figure>'
+def figure_html(figure: Figure, alt: str, caption: str = "") -> str:
+    """The figure as one HTML element with its alternative text inside: it survives every export."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data, alt = base64.b64encode(buffer.getvalue()).decode(), html.escape(alt, quote=True)
     image = f'<img src="data:image/png;base64,{data}" alt="{alt}" style="max-width:100%">'
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return f'<figure style="margin:0">{image}{text}</figure>'
 
 
-def show(figure: Figure | str, alt: str, caption: str = "") -> None:
-    """Display a figure, or SVG text, in a notebook, with alternative text that says what there is to see."""
+def show(figure: Figure, alt: str, caption: str = "") -> None:
+    """Display a figure in a notebook, with alternative text that says what there is to see, and close it."""
     from IPython.display import HTML, display
 
     display(HTML(figure_html(figure, alt, caption)))
-    if isinstance(figure, Figure):
-        plt.close(figure)
-
-
-def _look(i: int) -> dict[str, Any]:
-    return {"color": OKABE_ITO[i % 7], "linestyle": DASHES[i % 7]}
+    plt.close(figure)
 
 
 def _panels(n: int, columns: int | None, width: float, height: float, **how: Any) -> tuple[Figure, list[Axes]]:
@@ -106,16 +90,15 @@ def _legend(figure: Figure) -> None:
         figure.legend(list(handles.values()), list(handles), **place)
 
 
+def _look(i: int) -> dict[str, Any]:
+    return {"color": OKABE_ITO[i % 7], "linestyle": DASHES[i % 7]}
+
+
 def curves(
-    panels: Mapping[str, Mapping[str, Any]],
-    *,
-    xlabel: str = "training step",
-    nulls: Mapping[str, Mapping[str, Any]] | None = None,
-    each: Mapping[str, Mapping[str, Any]] | None = None,
-    columns: int | None = None,
-    size: tuple[float, float] = (3.8, 3.5),
-    **axes: Any,
-) -> Figure:
+    panels: Mapping[str, Mapping[str, Any]], *, nulls: Mapping[str, Mapping[str, Any]] | None = None,
+    each: Mapping[str, Mapping[str, Any]] | None = None, xlabel: str = "training step", columns: int | None = None,
+    size: tuple[float, float] = (3.8, 3.5), **axes: Any,
+) -> Figure:  # fmt: skip
     """A line for each arm, in a panel for each y label.
 
     Args:
@@ -125,34 +108,25 @@ def curves(
         columns: panels in a row; none: all. size: of a panel, in inches.
     """
     figure, drawn = _panels(len(panels), columns, *size)
-    arms = list(dict.fromkeys(arm for lines in panels.values() for arm, line in lines.items() if not _level(line)))
+    arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines if isinstance(lines[arm], tuple)))
     for axis, (label, lines) in zip(drawn, panels.items(), strict=True):
         for arm, line in lines.items():
-            if _level(line):
-                axis.axhline(float(line), color="black", linestyle=":", label=arm)
+            if arm not in arms:
+                axis.axhline(line, color="black", linestyle=":", label=arm)
                 continue
             i, every = arms.index(arm), max(1, len(line[0]) // 8)
-            marks: dict[str, Any] = {
-                "marker": MARKERS[i % 7],
-                "markersize": 5,
-                "markevery": (i * every // 7 % every, every),
-            }
+            marks: dict[str, Any] = {"marker": MARKERS[i % 7], "markevery": (i * every // 7, every), "markersize": 5}
             axis.plot(*line, label=arm, **marks, **_look(i))
         for arm, line in (nulls or {}).get(label, {}).items():
             axis.plot(*line, ":", color=OKABE_ITO[arms.index(arm)], linewidth=3, label=f"{arm}, Gaussian", alpha=0.7)
-        properties = {"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})}
-        axis.set(**properties)
-        if "xticks" in properties:
-            axis.xaxis.set_minor_locator(NullLocator())
+        axis.set(**{"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})})
         low, high = axis.get_ylim()
         if axis.get_yscale() == "log" and high < 10 * low:  # within a decade powers of ten say little
             axis.yaxis.set_minor_formatter("{x:g}")
+        if "xticks" in axes:
+            axis.xaxis.set_minor_locator(NullLocator())
     _legend(figure)
     return figure
-
-
-def _level(line: Any) -> bool:
-    return isinstance(line, int | float) or getattr(line, "ndim", 1) == 0
 
 
 def logged(metrics: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> dict[str, Any]:
@@ -162,39 +136,25 @@ def logged(metrics: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> di
 
 
 def saturation(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Gap to the floor, feature RMS and gradient ratio against the step, a line for each arm.
-
-    metrics: for each arm the lines of its metrics.jsonl.
-    """
-    keys = {
-        "loss minus floor": "gap", "feature RMS": "feature_rms", "gradient, dispersive / denoising": "gradient_ratio"
-    }  # fmt: skip
-    each: dict[str, Any] = {
-        "loss minus floor": {"yscale": SymmetricalLogScale(None, linthresh=1e-3), "ylim": (0, None)},
-        "feature RMS": {"ylim": (0, None)},
-        "gradient, dispersive / denoising": {"yscale": "log", "ylim": (1e-8, None)},  # below it nothing is pulled
+    """Gap to the floor, feature RMS and gradient ratio against the step, from the lines of each arm's metrics.jsonl."""
+    panels: dict[str, tuple[str, dict[str, Any]]] = {
+        "loss minus floor": ("gap", {"yscale": SymmetricalLogScale(None, linthresh=1e-3), "ylim": (0, None)}),
+        "feature RMS": ("feature_rms", {"ylim": (0, None)}),
+        "gradient, dispersive / denoising": ("gradient_ratio", {"yscale": "log", "ylim": (1e-8, None)}),
     }
-    return curves({label: logged(metrics, key) for label, key in keys.items()}, each=each)
+    lines = {label: logged(metrics, key) for label, (key, _) in panels.items()}
+    return curves(lines, each={label: scale for label, (_, scale) in panels.items()})
 
 
 def heatmaps(
-    tables: Mapping[str, Any],
-    *,
-    rows: Sequence[Any] | None = None,
-    columns: Sequence[Any] | None = None,
-    xlabel: str = "block",
-    ylabel: str = "block",
-    fmt: str = ".2f",
-    limits: tuple[float, float] | None = None,
-    log: bool = False,
-    cmap: str = "cividis",
-    difference: bool = False,
-) -> Figure:
+    tables: Mapping[str, Any], *, rows: Sequence[Any] | None = None, columns: Sequence[Any] | None = None,
+    xlabel: str = "block", ylabel: str = "block", fmt: str = ".2f", limits: tuple[float, float] | None = None,
+    log: bool = False, cmap: str = "cividis", difference: bool = False,
+) -> Figure:  # fmt: skip
     """Tables (rows, columns) as colours and numbers, one panel each, on one colour scale.
 
     Args:
-        rows, columns: names; none: counted from 1.
-        fmt: of the numbers; empty: a colour bar in their place.
+        rows, columns: names; none: counted from 1. fmt: of the numbers; empty: a colour bar in their place.
         limits: of the colours, on a log scale if `log`; none: the range of all tables.
         difference: beside two tables, the second less the first, on a scale of its own.
     """
@@ -208,14 +168,10 @@ def heatmaps(
         panels.append((f"{second} − {first}", other - one, {"cmap": "PuOr", "norm": Normalize(-bound, bound)}))
     figure, axes = _panels(len(panels), None, 3.6, 3.6)
     for axis, (title, value, how) in zip(axes, panels, strict=True):
-        down, across = (
-            list(names or range(1, n + 1)) if fmt else False
-            for names, n in zip((rows, columns), value.shape, strict=True)
-        )
-        sns.heatmap(
-            value, ax=axis, annot=bool(fmt), fmt=fmt, annot_kws={"fontsize": 8}, cbar=False, yticklabels=down,
-            xticklabels=across, **how,
-        )  # fmt: skip
+        names = zip((rows, columns), value.shape, strict=True)
+        down, across = (list(given or range(1, n + 1)) if fmt else False for given, n in names)
+        numbers: dict[str, Any] = {"annot": bool(fmt), "fmt": fmt, "annot_kws": {"fontsize": 8}, "cbar": False}
+        sns.heatmap(value, ax=axis, yticklabels=down, xticklabels=across, **numbers, **how)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.tick_params(axis="y", rotation=0)
         axis.grid(False)
@@ -224,23 +180,10 @@ def heatmaps(
     return figure
 
 
-def level_names(levels: Sequence[float]) -> list[str]:
-    return ["clean" if level == math.inf else f"{level:g}" for level in levels]
-
-
-def block_maps(arms: Mapping[str, Any], levels: Sequence[float], label: str, **how: Any) -> Figure:
-    """`heatmaps` (levels, blocks) of one measure, a panel for each arm, and the difference of two."""
-    figure = heatmaps(arms, rows=level_names(levels), ylabel="log-SNR", difference=True, **{"fmt": ".3g", **how})
-    figure.suptitle(label, fontsize=11)
-    return figure
-
-
-def image_grid(
-    rows: Mapping[str, Any], *, columns: int = 10, titles: Sequence[str] = (), size: float = 1.0, limit: float = 3.0
-) -> Figure:
+def image_grid(rows: Mapping[str, Any], *, columns: int = 10, titles: Sequence[str] = (), size: float = 1) -> Figure:
     """A row of images under each name, and a title above each column.
 
-    rows: uint8 images (C, H, W), or maps of numbers (H, W), whose colours go from -limit to limit.
+    rows: uint8 images (C, H, W), or maps of numbers (H, W), whose colours go from -3 to 3.
     size: of an image, in inches.
     """
     beside = 0.09 * max(len(line) for name in rows for line in name.split("\n"))  # inches for the names
@@ -251,11 +194,10 @@ def image_grid(
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images[:columns], strict=True):
             if image.ndim == 2:
-                axis.imshow(np.asarray(image), vmin=-limit, vmax=limit)
+                axis.imshow(np.asarray(image), vmin=-3, vmax=3)
             else:
                 axis.imshow(np.asarray(image.permute(1, 2, 0)), cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
-            axis.grid(False)
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for axis, title in zip(axes[0], titles, strict=False):
@@ -264,22 +206,15 @@ def image_grid(
 
 
 def scatter(
-    panels: Mapping[str, Any],
-    *,
-    labels: Tensor | None = None,
-    notes: Mapping[str, str] | None = None,
-    extent: float | None = 2.8,
-    columns: int | None = None,
-    size: float = 2.8,
-) -> Figure:
-    """Points (n, 2), a panel for each name.
+    panels: Mapping[str, Any], *, labels: Tensor | None = None, notes: Mapping[str, str] | None = None,
+    extent: float | None = 2.8, size: float = 2.8,
+) -> Figure:  # fmt: skip
+    """Points (n, 2), a panel for each name, with a note below it.
 
-    Args:
-        labels: classes (n,), by colour and numeral.
-        notes: name -> text below the panel.
-        extent: half the side of every panel; none: axes of its own and no ticks, where distances mean nothing.
+    labels: classes (n,), by colour and numeral. extent: half the side of every panel; none: axes of its own and no
+    ticks, where distances mean nothing.
     """
-    figure, axes = _panels(len(panels), columns, size, size + 0.2)
+    figure, axes = _panels(len(panels), None, size, size + 0.2)
     for axis, (name, points) in zip(axes, panels.items(), strict=True):
         x = np.asarray(points)
         if labels is None:
@@ -320,8 +255,6 @@ def _distribution(axis: Axes, samples: Mapping[str, Any], kind: str, *, log: boo
 
 def pairwise_distances(z: Tensor) -> NDArray[np.float64]:
     """|z_i - z_j|^2 / dim over the pairs i < j of flattened features (B, ...), in float64."""
-    from scipy.spatial.distance import pdist
-
     flat = z.detach().flatten(1).double().numpy()
     return pdist(flat, "sqeuclidean") / flat.shape[1]
 
@@ -334,14 +267,10 @@ def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
     raw = {name: pairwise_distances(z) for name, z in features.items()}
     scaled = {name: raw[name] / float(z.double().square().mean()) for name, z in features.items()}
     figure, axes = _panels(4, 2, 5, 2.9)
-    for k, (distances, label) in enumerate(
-        ((raw, "squared distance / dim (log axis)"), (scaled, "the same / mean square of the features"))
-    ):
-        for axis, kind, ylabel in zip(
-            axes[2 * k :], ("hist", "ecdf"), ("density", "share of pairs below"), strict=False
-        ):
-            _distribution(axis, distances, kind, log=k == 0)
-            axis.set(xlabel=label, ylabel=ylabel)
+    for k, axis in enumerate(axes):
+        _distribution(axis, raw if k < 2 else scaled, ("hist", "ecdf")[k % 2], log=k < 2)
+        label = "squared distance / dim (log axis)" if k < 2 else "the same / mean square of the features"
+        axis.set(xlabel=label, ylabel=("density", "share of pairs below")[k % 2])
     _legend(figure)
     return figure
 
@@ -357,7 +286,8 @@ def forest(
     lines = max(len(rows) for rows in panels.values())
     figure, drawn = _panels(len(panels), columns, width, 0.36 * lines + 1, sharey=True)
     for axis, (label, rows) in zip(drawn, panels.items(), strict=True):
-        _intervals(axis, rows, notes=[format(value, fmt) if fmt else "" for _, value, _ in rows.values()])
+        looks = [{"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]} for i in range(len(rows))]
+        _intervals(axis, rows, [format(value, fmt) if fmt else "" for _, value, _ in rows.values()], looks)
         if levels:
             axis.axvline(levels[label], color="black", linestyle=":")
         axis.set(xlabel=label, **axes)
@@ -366,11 +296,8 @@ def forest(
     return figure
 
 
-def _intervals(
-    axis: Axes, rows: Mapping[str, Interval], *, notes: Sequence[str], looks: Sequence[Mapping[str, Any]] = ()
-) -> None:
+def _intervals(axis: Axes, rows: Mapping[str, Interval], notes: Sequence[str], looks: Sequence[Any]) -> None:
     """A line for each name, from above: the interval, and its note at the right of the axis."""
-    looks = looks or [{"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]} for i in range(len(rows))]
     beside = axis.get_yaxis_transform()
     for i, ((low, value, high), note, look) in enumerate(zip(rows.values(), notes, looks, strict=True)):
         around = [[max(value - low, 0)], [max(high - value, 0)]]  # an interval of a bootstrap may miss its value
@@ -379,10 +306,9 @@ def _intervals(
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(max(len(rows), 1) - 0.5, -0.5))
 
 
-def _log_if_wide(axis: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
-    """A log axis with plain numbers, where the lowest and the highest value differ by more than a factor of two."""
-    low, high = values
-    if high < 2 * low:
+def _log_if_wide(axis: Axes, which: Literal["x", "y"], ends: Sequence[float]) -> None:
+    """A log axis with plain numbers, where the ends differ by more than a factor of two."""
+    if ends[1] < 2 * ends[0]:
         return
     axis.set(**{f"{which}scale": "log"})
     side = axis.xaxis if which == "x" else axis.yaxis
@@ -391,8 +317,8 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"], values: Sequence[float]) 
     side.set_minor_formatter(NullFormatter())
 
 
-def measure_name(measure: str) -> str:
-    """A measure of a study, in words: "frechet cfg 2" is the Fréchet distance at CFG scale 2."""
+def _measure_name(measure: str) -> str:
+    """In words: "frechet cfg 2" is the Fréchet distance at CFG scale 2."""
     name, _, scale = measure.partition(" cfg ")
     return MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else "")
 
@@ -405,8 +331,11 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
     The reference stands first, then the arms from the lowest to the highest value in the first condition.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
-    arms = _sorted_arms(results, measure)
-    judged = [arm for arm in arms if any((v["arm"], v["measure"]) == (arm, measure) for v in results["verdicts"])]
+    first = [row for row in results["summary"] if row["condition"] == conditions[0]]
+    means = {row["arm"]: row["values"].get(measure, {}).get("mean", math.inf) for row in first}  # all crashed: last
+    arms = sorted(means, key=lambda arm: (arm != results["reference"], means[arm]))
+    verdicts = [v for v in results["verdicts"] if v["measure"] == measure]
+    judged = [arm for arm in arms if any(v["arm"] == arm for v in verdicts)]
     heights = [3.2, 0.9 + 0.27 * len(judged)] if judged else [3.2]
     figure, axes = plt.subplots(
         len(heights), len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), sum(heights)),
@@ -416,17 +345,13 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
         _slopes(column[0], results, condition, arms, measure)
         column[0].set_title(condition if len(conditions) > 1 else "")
         if judged:
-            _ratios(column[1], results, condition, judged, measure)
-    axes[0, 0].set_ylabel(measure_name(measure))
+            found = {v["arm"]: v for v in verdicts if v["condition"] == condition}
+            _ratios(column[1], {arm: found.get(arm, NO_VERDICT) for arm in judged})
+            for margin in {v["margin"] for v in found.values()}:
+                column[1].axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)
+            column[1].set_xlabel(f"ratio to {results['reference']}")
+    axes[0, 0].set_ylabel(_measure_name(measure))
     return figure
-
-
-def _sorted_arms(results: Mapping[str, Any], measure: str) -> list[str]:
-    """Names of all arms, the reference first; one without a value, since all its runs crashed, last."""
-    first = results["summary"][0]["condition"]
-    rows = [row for row in results["summary"] if row["condition"] == first]
-    means = {row["arm"]: row["values"].get(measure, {}).get("mean", math.inf) for row in rows}
-    return sorted(means, key=lambda arm: (arm != results["reference"], means[arm]))
 
 
 def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[str], measure: str) -> None:
@@ -437,31 +362,19 @@ def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[s
         axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, **look)
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axis.set(xticks=range(len(arms)), xlim=(-0.3, len(arms) - 0.7))
-    axis.set_xticklabels(arms, **(slanted if len(arms) > MANY else {}))
+    axis.set_xticklabels(arms, **(slanted if len(arms) > 5 else {}))
     if measure.startswith("frechet") and "floor_value" in results["record"]:
         axis.axhline(results["record"]["floor_value"], color="black", linestyle=":", lw=1)
     _log_if_wide(axis, "y", axis.dataLim.intervaly)
 
 
-def _ratios(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[str], measure: str) -> None:
-    found = {v["arm"]: v for v in results["verdicts"] if (v["condition"], v["measure"]) == (condition, measure)}
-    nothing = {"word": "", "low": math.nan, "mean": math.nan, "high": math.nan}
-    _verdicts(axis, {arm: found.get(arm, nothing) for arm in arms})
-    for margin in {verdict["margin"] for verdict in found.values()}:
-        axis.axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)
-    axis.set(xlabel=f"ratio to {results['reference']}")
-    _log_if_wide(axis, "x", axis.dataLim.intervalx)
-
-
-def _verdicts(axis: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _ratios(axis: Axes, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
     """Ratios with their intervals, each in the colour and with the marker of its word."""
-    _intervals(
-        axis,
-        {name: tuple(np.exp([row["low"], row["mean"], row["high"]])) for name, row in rows.items()},
-        notes=[row["word"] for row in rows.values()],
-        looks=[LOOKS.get(row["word"], {}) for row in rows.values()],
-    )
+    rows = {name: tuple(np.exp([v["low"], v["mean"], v["high"]])) for name, v in verdicts.items()}
+    words = [v["word"] for v in verdicts.values()]
+    _intervals(axis, rows, words, [LOOKS.get(word, {}) for word in words])
     axis.axvline(1, color="black", linestyle=":", lw=1)
+    _log_if_wide(axis, "x", axis.dataLim.intervalx)
 
 
 def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figure:
@@ -471,14 +384,12 @@ def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figu
     """
     figure, (axis,) = _panels(1, None, 10, 1.2 + 0.29 * max(len(rows), 4))
     shown = [row for row in rows if show in ("all", row["word"])]
-    places = {(row["study"], row["condition"]) for row in rows}
-    several = {study for study, n in Counter(study for study, _ in places).items() if n > 1}
-    names = [
-        f"{row['study']}: {row['arm']}{', ' + row['condition'] if row['study'] in several else ''}, "
-        + measure_name(row["measure"])
-        for row in shown
-    ]
-    _verdicts(axis, dict(zip(names, shown, strict=True)))
+    studies = [study for study, _ in {(row["study"], row["condition"]) for row in rows}]  # once for each condition
+    named = {}
+    for row in shown:
+        condition = f", {row['condition']}" if studies.count(row["study"]) > 1 else ""
+        named[f"{row['study']}: {row['arm']}{condition}, {_measure_name(row['measure'])}"] = row
+    _ratios(axis, named)
     for i in range(1, len(shown)):
         if shown[i]["study"] != shown[i - 1]["study"]:
             axis.axhline(i - 0.5, color="black", alpha=0.3, lw=0.7)

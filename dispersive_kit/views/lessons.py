@@ -17,13 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dispersive_kit.data.toy import GaussianMixture, eight_gaussians, sample_toy
-from dispersive_kit.diffusion.guidance import ClassifierFree
+from dispersive_kit.data.toy import GaussianMixture, eight_gaussians
 from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath, Path, VPPath
 from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, initial_noise, rk4, time_grid
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.views.figures import BLUE, GREEN, GREY, RED, forest, pairwise_distances, scatter
+from dispersive_kit.views.figures import BLUE, GREEN, GREY, RED, forest, heatmaps, pairwise_distances, scatter
 
 Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, 2), t (B,)) -> (B, 2)
 
@@ -36,50 +35,22 @@ PATHS: dict[str, Path] = {
     "DDPM linear": DDPMPath(),
     "DDPM cosine": DDPMPath("cosine"),
 }
-TIMES = tuple(round(0.05 * k, 2) for k in range(21))
-LINE = torch.linspace(2e-3, 1 - 2e-3, 250, dtype=torch.float64)  # away from the ends, where log-SNR is infinite
-EXTENT = 2.8  # half side of a picture of fields
-
-
-def noise_frame(data: str = "eight-gaussians", path: str = "linear", t: float = 0.5) -> Figure:
-    """Left: points of a 2-D set at time t of a path, always the same points and noise. Right: where on the path."""
-    x0, _ = sample_toy(data, 1500)
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    time, p = torch.tensor(t, dtype=torch.float64), PATHS[path]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.45), layout="constrained")
-    left.plot(*p.x_t(x0, eps, time).T, ".", color=BLUE, markersize=2, alpha=0.6)
-    left.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title=f"{data}, t = {t:g}")
-    for name, curve, color, dash in (("α", p.alpha, BLUE, "-"), ("σ", p.sigma, RED, "--")):
-        right.plot(LINE, curve(LINE), color=color, linestyle=dash, label=name)
-        right.plot(t, curve(time), "D", color=color, markersize=9, clip_on=False)
-    right.axvline(t, color=GREY, linewidth=1)
-    title = f"{path}: α = {p.alpha(time):.2f}, σ = {p.sigma(time):.2f}, log-SNR = {p.log_snr(time):.1f}"
-    right.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="t", title=title)
-    right.legend(loc="center right")
-    return figure
 
 
 @torch.no_grad()
 def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figure:
-    """Two velocity fields at time t as arrows, and how far apart they are, over points x_t (n, 2) in grey.
+    """Two velocity fields at time t as arrows, and how far apart they are, over points x_t (n, 2).
 
     Arrows have one scale in both panels and at every t; the difference |v_1 - v_2| is cut off at 2.
     """
-    x, fine = (torch.cartesian_prod(*[torch.linspace(-end, end, n)] * 2) for end, n in ((2.5, 15), (EXTENT, 57)))
+    x, fine = (torch.cartesian_prod(*[torch.linspace(-end, end, n)] * 2) for end, n in ((2.5, 15), (2.8, 57)))
+    figure = scatter({**{f"{name}, t = {t:g}": points for name in fields}, "distance between them": points}, size=3.5)
+    for axis, v in zip(figure.axes, fields.values(), strict=False):
+        axis.quiver(*x.T, *v(x, torch.full((len(x),), t)).T, color=RED, scale=55, width=0.005)
     first, second = (v(fine, torch.full((len(fine),), t)) for v in fields.values())
-    figure, axes = plt.subplots(1, 3, figsize=(10.6, 3.6), layout="constrained")
-    for axis, (name, v), color in zip(axes, fields.items(), (BLUE, RED), strict=False):
-        axis.plot(*points.T, ".", color="0.75", markersize=1.5, zorder=0)
-        axis.quiver(*x.T, *v(x, torch.full((len(x),), t)).T, color=color, scale=55, width=0.005)
-        axis.set_title(f"{name}, t = {t:g}")
-    apart = (first - second).norm(dim=1).reshape(57, 57).T
-    image = axes[2].imshow(apart.numpy(), origin="lower", extent=[-EXTENT, EXTENT] * 2, vmin=0, vmax=2)
-    axes[2].plot(*points.T, ".", color="white", markersize=0.8, alpha=0.5)
-    axes[2].set_title("distance between them")
-    axes[2].grid(False)
-    for axis in axes:
-        axis.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal")
-    figure.colorbar(image, ax=axes[2], extend="max", shrink=0.8)
+    apart = (first - second).norm(dim=1).reshape(57, 57).T.numpy()
+    image = figure.axes[2].imshow(apart, origin="lower", extent=(-2.8, 2.8, -2.8, 2.8), vmin=0, vmax=2)
+    figure.colorbar(image, ax=figure.axes[2], extend="max", shrink=0.8)
     return figure
 
 
@@ -108,7 +79,6 @@ SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # with the evaluatio
     "RK4": (rk4, 4),
     "SDE": (euler_maruyama, 1),
 }
-INTERVALS = {"always": (0.0, 1.0), "only t < 0.5": (0.0, 0.5), "only t > 0.5": (0.5, 1.0)}
 DATA = eight_gaussians()
 CLASSES = [GaussianMixture(DATA.means[rows], DATA.std) for rows in ([0, 1, 7], [2, 3, 4, 5, 6])] + [DATA]
 NULL = 2  # the last of `CLASSES`: all eight
@@ -147,26 +117,18 @@ def stepper(sampler: str = "Euler", num_steps: int = 4, part: float = 1.0) -> Fi
     return figure
 
 
-@cache
-def guided(cfg_scale: float, interval: str) -> Tensor:
-    """Samples (POINTS, 2) of class 0 with the exact velocities and classifier-free guidance."""
-    low, high = INTERVALS[interval]
-    guidance = ClassifierFree(torch.zeros(POINTS, dtype=torch.long), NULL, cfg_scale, low=low, high=high)
-    x = initial_noise(range(POINTS), (2,), dtype=torch.float64)
-    return heun(exact_velocity, x, time_grid(32, t_min=T_END), guidance=guidance)
-
-
-def guidance_frame(cfg_scale: float = 3.0, interval: str = "always") -> Figure:
-    """Samples of one class as it is, and guided; crosses are the centres of its three spots."""
-    now = f"scale {cfg_scale:g}, {interval}"
-    panels = {"scale 1: the class as it is": guided(1.0, "always"), f"guided: {now}": guided(cfg_scale, interval)}
-    figure = scatter(panels, extent=2.6, size=4.2)
-    for axis in figure.axes:
-        axis.plot(*CLASSES[0].means.T, "+", color=RED, markersize=12)
-    return figure
-
-
 # ---- inside a model
+
+
+def level_names(levels: Sequence[float]) -> list[str]:
+    return ["clean" if level == math.inf else f"{level:g}" for level in levels]
+
+
+def block_maps(arms: Mapping[str, Any], levels: Sequence[float], label: str, **how: Any) -> Figure:
+    """`heatmaps` (levels, blocks) of one measure, a panel for each arm, and the difference of two."""
+    figure = heatmaps(arms, rows=level_names(levels), ylabel="log-SNR", difference=True, **{"fmt": ".3g", **how})
+    figure.suptitle(label, fontsize=11)
+    return figure
 
 
 class BlockViews:
@@ -182,30 +144,8 @@ class BlockViews:
 
     def __init__(self, model: DiT, inputs: Mapping[float, Tensor], y: Tensor) -> None:
         self.inputs, self.patch = inputs, model.patch_size
-        self.attention: dict[float, Tensor] = {}
-        self.gates: dict[float, Tensor] = {}
-        self.rms: dict[float, Tensor] = {}
-        self.change: dict[float, Tensor] = {}
-        for t in inputs:
-            self._look(model, t, y)
-
-    @torch.no_grad()
-    def _look(self, model: DiT, t: float, y: Tensor) -> None:
-        x, time = self.inputs[t], torch.full((len(y),), t)
-        qkv: list[Tensor] = []
-        blocks: list[Any] = list(model.blocks)
-        hooks = [block.attn.qkv.register_forward_hook(lambda _m, _a, out: qkv.append(out)) for block in blocks]
-        _, after = model(x, time, y, taps=range(len(blocks)))
-        for hook in hooks:
-            hook.remove()
-        q, k, _ = torch.stack(qkv).unflatten(-1, (3, model.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        stream = torch.stack([model.x_embedder(x) + model.pos_embed, *after])  # (depth + 1, B, N, D)
-        c = model.condition(time, y, None)
-        gates = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, -1))[:, 2::3] for block in blocks])
-        self.attention[t] = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(2)
-        self.gates[t] = gates.square().mean((1, 3)).sqrt()
-        self.rms[t] = stream[1:].square().mean((1, 2, 3)).sqrt()
-        self.change[t] = stream.diff(dim=0).square().mean((1, 2, 3)).sqrt()
+        seen = {t: _look_inside(model, x, torch.full((len(y),), t), y) for t, x in inputs.items()}
+        self.attention, self.gates, self.rms, self.change = ({t: one[k] for t, one in seen.items()} for k in range(4))
 
     def frame(self, block: int, t: float, *, token: int = 5) -> Figure:
         """One block at one time: the first image, whom the token with the star looks at, the gates over time, and the
@@ -220,20 +160,37 @@ class BlockViews:
         shares.plot(at, down, "*", color=RED, markersize=14)
         shares.set(xticks=[], yticks=[], title=f"block {block}: the star attends to")
         figure.colorbar(drawn, ax=shares, extend="max", shrink=0.7)
-        over_time = torch.stack([one[block] for one in self.gates.values()])  # (times, 2)
-        gates.plot(list(self.gates), over_time[:, 0], "o-", color=BLUE, markersize=4, label="attention")
-        gates.plot(list(self.gates), over_time[:, 1], "s--", color=GREEN, markersize=4, label="MLP")
+        for k, (name, look) in enumerate((("attention", "o-"), ("MLP", "s--"))):
+            own = [float(one[block, k]) for one in self.gates.values()]
+            gates.plot(list(self.gates), own, look, color=(BLUE, GREEN)[k], markersize=4, label=name)
         gates.axvline(t, color=GREY)
         gates.set(xlabel="t", ylim=(0, _top(self.gates)), title=f"block {block}: size of its gates")
         places = np.arange(len(self.rms[t]))
         sizes.bar(places - 0.2, self.rms[t].tolist(), 0.4, color=BLUE, label="RMS of its output")
-        look: dict[str, Any] = {"color": "none", "edgecolor": GREEN, "hatch": "//", "label": "of what it added"}
-        sizes.bar(places + 0.2, self.change[t].tolist(), 0.4, **look)
+        added = {"color": "none", "edgecolor": GREEN, "hatch": "//", "label": "of what it added"}
+        sizes.bar(places + 0.2, self.change[t].tolist(), 0.4, **added)
         sizes.plot(block - 0.2, self.rms[t][block] + 0.05 * _top(self.rms), "v", color=RED, markersize=9)
         sizes.set(xticks=places, xlabel="block", ylim=(0, _top(self.rms)), title="features along the blocks")
         for axis in (gates, sizes):
             axis.legend(fontsize=8, loc="upper left")
         return figure
+
+
+@torch.no_grad()
+def _look_inside(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    qkv: list[Tensor] = []
+    blocks: list[Any] = list(model.blocks)
+    hooks = [block.attn.qkv.register_forward_hook(lambda _m, _a, out: qkv.append(out)) for block in blocks]
+    _, after = model(x, t, y, taps=range(len(blocks)))
+    for hook in hooks:
+        hook.remove()
+    q, k, _ = torch.stack(qkv).unflatten(-1, (3, model.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+    attention = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(2)
+    c = model.condition(t, y, None)
+    gates = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, -1))[:, 2::3] for block in blocks])
+    stream = torch.stack([model.x_embedder(x) + model.pos_embed, *after])  # (depth + 1, B, N, D)
+    sizes = (one.square().mean((1, 2, 3)).sqrt() for one in (stream[1:], stream.diff(dim=0)))
+    return attention, gates.square().mean((1, 3)).sqrt(), *sizes
 
 
 def _top(values: Mapping[float, Tensor]) -> float:
@@ -249,26 +206,21 @@ def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:
 
 
 class TapViews:
-    """What each candidate for a tap sees in one batch of B: shape of z, |z_i - z_j|^2 / dim of the pairs i < j, RMS.
+    """What each candidate for a tap sees in one batch: z (B, ...), |z_i - z_j|^2 / dim of the pairs i < j, and RMS.
 
-    `call()` runs the model in training mode on that batch; the paths are tapped in turn, without a gradient.
+    `call()` runs the model in training mode on that batch, once for all paths.
     """
 
     TAUS = np.geomspace(1e-3, 1e2, 61)
 
     def __init__(self, model: nn.Module, call: Callable[[], Any], paths: Sequence[str]) -> None:
-        self.z = {path: self._tapped(model, call, path) for path in paths}
-        self.distances = {path: pairwise_distances(z) for path, z in self.z.items()}
-        self.rms = {path: float(z.double().square().mean().sqrt()) for path, z in self.z.items()}
-
-    @staticmethod
-    def _tapped(model: nn.Module, call: Callable[[], Any], path: str) -> Tensor:
-        reg = Dispersive(model, path, weight=0.0)
+        reg = Dispersive(model, paths, weight=0.0)
         with reg:
             call()
-        z = reg.captured[0].detach()
+        self.z = {path: z.detach() for path, z in zip(reg.paths, reg.captured, strict=True)}
         reg.remove()
-        return z
+        self.distances = {path: pairwise_distances(z) for path, z in self.z.items()}
+        self.rms = {path: float(z.double().square().mean().sqrt()) for path, z in self.z.items()}
 
     def frame(self, path: str, tau: float = 0.5) -> Figure:
         """Size of the features along the model, pairs at this tap against tau, and the pull at every tau."""
@@ -277,8 +229,7 @@ class TapViews:
         for i, (one, z) in enumerate(self.z.items()):
             beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             sizes.annotate(f"{self.rms[one]:.2g}  {tuple(z.shape)}", (0, i), **beside)
-        sizes.set(title="RMS and shape of z")
-        sizes.invert_yaxis()
+        sizes.set(title="RMS and shape of z", ylim=(len(self.z) - 0.5, -0.5))
         pairs.hist(np.clip(self.distances[path], 1e-3, 1e2), bins=self.TAUS[::2].tolist(), color=BLUE)
         pairs.axvline(tau, color=RED, linestyle="--", label=f"tau = {tau:g}")
         pairs.set(xscale="log", xlim=(1e-3, 1e2), yticks=[], xlabel="squared distance / dim", title=f"pairs at {path}")

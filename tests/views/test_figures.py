@@ -83,11 +83,11 @@ def test_what_was_logged_is_drawn_and_lines_without_the_key_are_passed_over():
 
 
 def test_tables_share_one_scale_of_colours_and_the_difference_is_centred():
-    figure = figures.block_maps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, (math.inf, -2), "x")
+    figure = figures.heatmaps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, rows="ab", difference=True)
     figure.canvas.draw()
     base, loss, apart = (axis.collections[0].get_clim() for axis in figure.axes)
     assert base == loss == (0, 1) and apart == (-1, 1)
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["clean", "-2"]
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a", "b"]
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "2", "3"]
 
 

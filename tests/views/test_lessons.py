@@ -1,5 +1,6 @@
 """What the lessons show: true to the library, and drawn on axes that do not move with the sliders."""
 
+import math
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dispersive_kit.data.toy import TOY_SETS
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.views import lessons, style
@@ -67,10 +67,8 @@ def fields(t):
 
 
 FRAMES = {
-    "noise": (lessons.noise_frame, product(TOY_SETS, ("linear", "DDPM cosine"), (0.0, 1.0))),
     "fields": (fields, [(0.1,), (0.9,)]),
     "stepper": (lessons.stepper, product(lessons.SAMPLERS, (1, 32), (0.0, 1.0))),
-    "guidance": (lessons.guidance_frame, product((1.0, 8.0), lessons.INTERVALS)),
 }
 
 
@@ -89,15 +87,6 @@ def test_inside_a_block_axes_stay_whatever_block_and_time(inside):
 def test_the_tap_chooser_keeps_its_axes_whatever_tap_and_tau(taps):
     first, *others = (limits(taps.frame(*corner)) for corner in product(("0", "2"), (1e-3, 20.0)))
     assert all(other[0::2] == first[0::2] and other[1][0] == first[1][0] for other in others)  # counts are of the tap
-
-
-def test_noise_begins_at_the_data_and_ends_at_the_same_noise_on_every_path():
-    def drawn(data, path, t):
-        return np.array(lessons.noise_frame(data, path, t).axes[0].lines[0].get_data())
-
-    for path in lessons.PATHS:
-        assert np.allclose(drawn("spirals", path, 0.0), drawn("spirals", "linear", 0.0), atol=1e-3)
-        assert np.allclose(drawn("spirals", path, 1.0), drawn("checkerboard", path, 1.0), atol=0.1)
 
 
 # ---- sampling
@@ -119,11 +108,6 @@ def test_the_conditional_velocity_is_that_of_the_class_and_the_null_class_is_all
     for k in range(3):
         assert torch.allclose(mixed[y == k], lessons.exact_velocity(x, t, torch.full((6,), k))[y == k])
     assert torch.allclose(mixed[4:], lessons.exact_velocity(x, t)[4:])
-
-
-def test_every_guided_sample_is_in_the_picture():
-    for corner in product((1.0, 8.0), lessons.INTERVALS):
-        assert lessons.guided(*corner).abs().max() < 2.6
 
 
 def test_a_larger_cloud_holds_the_smaller_one():
@@ -155,10 +139,17 @@ def test_each_tap_is_seen_as_it_is(taps):
 def test_the_pull_is_the_gradient_along_the_features_and_dies_at_both_ends(taps):
     z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(dispersive_loss(z, tau=0.7), z)
-    assert lessons.pull_of(pairwise_distances(z), 7, 0.7) == pytest.approx(-float((z * gradient).sum()))
+    assert lessons.pull_of(pairwise_distances(z), 7, 0.7) == pytest.approx(-(z * gradient).sum().item())
     distances = taps.distances["0"]
     ends = [lessons.pull_of(distances, 16, tau) for tau in (1e-6, 1e6)]
     assert max(ends) < 1e-3 < lessons.pull_of(distances, 16, float(np.median(distances)))
+
+
+def test_maps_of_blocks_name_the_levels_and_have_the_difference():
+    figure = lessons.block_maps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, (math.inf, -2), "x")
+    figure.canvas.draw()
+    assert [axis.get_title() for axis in figure.axes] == ["base", "loss", "loss − base"]
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["clean", "-2"]
 
 
 # ---- studies

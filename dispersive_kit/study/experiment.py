@@ -34,7 +34,7 @@ from dispersive_kit.study.notebook import runs_folder
 from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
 from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, train
-from dispersive_kit.training.runs import SAMPLER_NAMES, build_objective
+from dispersive_kit.training.runs import OBJECTIVES, SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
 DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
@@ -200,7 +200,7 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    cells = candidates(encoder(model), parts, draws=DRAWS, path=build_objective(config.objective).path)
+    cells = candidates(encoder(model), parts, draws=DRAWS, path=OBJECTIVES[config.objective]().path)
     return choose_and_test("ridge", cells)[0].accuracy
 
 

@@ -68,6 +68,9 @@ class _TrainingSet:
 
     device: torch.device
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x0 (B, ...) and labels (B,) of one step; `generator` is the step's own."""
         raise NotImplementedError
@@ -93,6 +96,10 @@ class _TrainingSet:
             dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < drop_prob
             y = torch.where(dropped, null_label, labels)
         return Batch(x0, y, labels, objective.draw(x0, generator))
+
+    def frozen_batch(self, objective: Any, size: int = HELD_OUT) -> Batch:
+        """At most `size` samples with their t and eps: the same for every run, arm and step."""
+        return self.batch(objective, seed=0, step=0, size=min(size, len(self)))
 
 
 class DeviceSet(_TrainingSet):
@@ -147,11 +154,6 @@ class LatentSet(_TrainingSet):
         return store.spec.autoencoder.to_model(mean + std * noise), labels
 
 
-def frozen_batch(held_out: DeviceSet | LatentSet, objective: Any, size: int = HELD_OUT) -> Batch:
-    """At most `size` held-out samples with their t and eps: the same for every run, arm and step."""
-    return held_out.batch(objective, seed=0, step=0, size=min(size, len(held_out)))
-
-
 @dataclass(frozen=True)
 class Source:
     """What a run trains on and holds out, and the card that goes into run.json. `verify` reads all of a store of
@@ -184,25 +186,25 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
     if store:
         parts = open_store(name, flip=config.flip)
         train, held_out = (LatentSet(part, device) for part in parts)
-        return Source(train, held_out, _describe_latents(parts[0]), partial(_verify_store, parts[0].store))
+        opened, spec = parts[0].store, parts[0].store.spec
+        card = _card(
+            opened.path.name, str(opened.path.resolve()), spec.sha256, len(train), list(spec.shape), list(spec.classes)
+        )
+        card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
+        return Source(train, held_out, card, partial(_verify_store, opened))
     if points:
         return _points(name, device)
     images, others = (
         load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
-    images = share_of(images, config.data_share)
-    card = {
-        "name": images.name,
-        "source": images.source,
-        "sha256": images.sha256,
-        "samples": len(images),
-        "shape": list(images.images.shape[1:]),
-        "classes": list(images.classes),
-    }
+    images = _share_of(images, config.data_share)
+    card = _card(
+        images.name, images.source, images.sha256, len(images), list(images.images.shape[1:]), list(images.classes)
+    )
     return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), card)
 
 
-def share_of(images: ImageSet, share: float) -> ImageSet:
+def _share_of(images: ImageSet, share: float) -> ImageSet:
     """The first images of every class in the set's own order, a share of each, at least one: smaller shares lie
     within larger ones.
     """
@@ -217,14 +219,8 @@ def _points(name: str, device: torch.device | str) -> Source:
     train, held_out = (
         DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))
     )
-    card = {
-        "name": name,
-        "source": "dispersive_kit.data.toy",
-        "sha256": train.sha256,
-        "samples": TOY_POINTS,
-        "shape": [2],
-        "classes": [str(i) for i in range(int(train.labels.max()) + 1)],
-    }
+    classes = [str(i) for i in range(int(train.labels.max()) + 1)]
+    card = _card(name, "dispersive_kit.data.toy", train.sha256, TOY_POINTS, [2], classes)
     return Source(train, held_out, card)
 
 
@@ -256,14 +252,8 @@ def _verify_store(store: LatentStore) -> None:
         refuse_other(found, card)
 
 
-def _describe_latents(data: Selection) -> dict[str, Any]:
-    spec = data.store.spec
+def _card(name: str, source: str, sha256: str, samples: int, shape: list[int], classes: list[str]) -> dict[str, Any]:
+    """What run.json says of the data."""
     return {
-        "name": data.store.path.name,
-        "source": str(data.store.path.resolve()),
-        "sha256": spec.sha256,
-        "samples": len(data),
-        "shape": list(spec.shape),
-        "classes": list(spec.classes),
-        "autoencoder": asdict(spec.autoencoder),  # to decode the run's samples
-    }
+        "name": name, "source": source, "sha256": sha256, "samples": samples, "shape": shape, "classes": classes,
+    }  # fmt: skip

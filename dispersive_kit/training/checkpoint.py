@@ -33,8 +33,8 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | None = 2) -> Path:
-    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last` (None: keep all).
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2) -> None:
+    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last`.
 
     A checkpoint of a later step goes too: the run went back from it, so it is damaged.
 
@@ -44,22 +44,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int | No
     final = folder / f"step-{checkpoint.step:08d}"
     _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
     with atomic_write(final, CheckpointError) as partial:
-        _write(partial, checkpoint)
-    if keep_last:
-        kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
-        _discard(path for path in checkpoints(folder) if path not in kept)
-    return final
-
-
-def _write(partial: Path, checkpoint: Checkpoint) -> None:
-    partial.mkdir()
-    hashes = {}
-    for name, tensors in checkpoint.groups.items():
-        file = partial / f"{name}.safetensors"
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
-        hashes[file.name] = file_sha256(file)
-    manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        partial.mkdir()
+        hashes = {}
+        for name, tensors in checkpoint.groups.items():
+            file = partial / f"{name}.safetensors"
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
+            hashes[file.name] = file_sha256(file)
+        manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
+    _discard(path for path in checkpoints(folder) if path not in kept)
 
 
 def _discard(paths: Iterable[Path]) -> None:
@@ -119,20 +113,3 @@ def load_latest(folder: Path) -> Checkpoint | None:
     if found:
         raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}. Start a new run")
     return None
-
-
-def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """Split an optimizer's state_dict into tensors (for safetensors) and parameter groups (for JSON)."""
-    tensors = {
-        f"{index}.{name}": value for index, entry in state_dict["state"].items() for name, value in entry.items()
-    }
-    return tensors, state_dict["param_groups"]
-
-
-def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": groups}

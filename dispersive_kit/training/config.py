@@ -1,6 +1,7 @@
 """What a run is: settings that are checked as they are made, and the presets by name."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +24,7 @@ from dispersive_kit.regularizers.schedules import Schedule
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Settings(BaseModel):
+class _Settings(BaseModel):
     """Values of fixed names and types. What does not fit is one ConfigError, which names field, value and cure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -43,7 +44,7 @@ class Settings(BaseModel):
         return type(self)(**{**dict(self), **values})
 
 
-class RegularizerConfig(Settings):
+class RegularizerConfig(_Settings):
     """Which Dispersive Loss is added, if any. What is None is taken from the preset."""
 
     model_config = ConfigDict(title="regularizer")
@@ -101,7 +102,7 @@ class RegularizerConfig(Settings):
         return self
 
 
-class TrainConfig(Settings):
+class TrainConfig(_Settings):
     """One training run. `batch_size` is global: processes and accumulation divide it."""
 
     model_config = ConfigDict(title="training")
@@ -149,6 +150,17 @@ class TrainConfig(Settings):
             )
         return self
 
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then constant or half a cosine down to zero."""
+        warmup = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        decay = 0.5 * (1 + math.cos(math.pi * (step / self.steps))) if self.schedule == "cosine" else 1.0
+        return self.learning_rate * warmup * decay
+
+    def changes_from(self, old: Self) -> list[str]:
+        """What would change the result if a run of `old` went on with these settings, one line each."""
+        a, b = (one.model_dump(exclude=FREE_TO_CHANGE) for one in (old, self))
+        return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 
@@ -175,12 +187,6 @@ RETIRED: dict[str, Any] = {"classes": [], "balanced": False, "ema_widths": [], "
 FREE_TO_CHANGE = {
     "data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images", "tensorboard",
 }  # fmt: skip
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What would change the result if `new` went on from a run of `old`, one line each."""
-    a, b = old.model_dump(exclude=FREE_TO_CHANGE), new.model_dump(exclude=FREE_TO_CHANGE)
-    return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
 
 
 # fmt: off

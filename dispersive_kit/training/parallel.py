@@ -95,52 +95,36 @@ def _shard(model: Any, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor. Its module is slow to import, and a run in one process does not need it."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
 def whole(tensor: Any) -> Tensor:
-    """A sharded tensor gathered from all processes, which must all call this; any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    """A sharded tensor gathered from all processes, which must all call this; any other tensor as it is.
+
+    (To look for the class of sharded tensors would load its module, which is slow and needless in one process.)
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sharded_like(tensor: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, split as `parameter` is."""
-    if is_sharded(parameter) and tensor.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state_dict with whole tensors; all processes must call this."""
+def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The optimizer's tensors, whole and by names like "3.exp_avg", and its groups; all processes must call this."""
     state = optimizer.state_dict()
-    entries = {i: {name: whole(value) for name, value in entry.items()} for i, entry in state["state"].items()}
-    return {**state, "state": entries}
+    entries = state["state"].items()
+    return {f"{i}.{name}": whole(value) for i, entry in entries for name, value in entry.items()}, state["param_groups"]
 
 
-def restore_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `state_of`."""
+def restore_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]
+) -> None:
+    """The inverse of `state_of`: what has the shape of a sharded parameter is split as that is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    entries = {
-        i: {name: sharded_like(value, parameters[i]) for name, value in entry.items()}
-        for i, entry in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": entries})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        like = parameters[int(index)]
+        if hasattr(like, "device_mesh") and value.shape == like.shape:
+            from torch.distributed.tensor import distribute_tensor
 
-
-def any_process(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether `asked` holds on at least one process; all must call this."""
-    if accelerator.num_processes == 1:
-        return asked
-    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum"))
+            value = distribute_tensor(value, like.device_mesh, like.placements)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
 def require_agreement(what: str, value: Any) -> None:
@@ -158,7 +142,6 @@ class StopRequest:
     """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint, instead of in the middle of one.
 
     While entered, the signals only set `signal_number`; a second SIGINT acts at once.
-
     Handlers can be set in the main thread only; elsewhere this does nothing, and signals act as usual.
     """
 
@@ -189,6 +172,13 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        """Whether a process got one of the signals; all must call this."""
+        mine = self.signal_number is not None
+        if accelerator.num_processes == 1:
+            return mine
+        return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum"))
 
     def end_run(self) -> None:
         """Ends the run as the signal would have: KeyboardInterrupt, or exit status 128 + 15.

@@ -36,7 +36,7 @@ from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.baselines import NormMatched
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
-from dispersive_kit.training.config import TrainConfig, differences
+from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
 
 LOCK = ".lock"
@@ -79,7 +79,7 @@ def _left_by_a_start(path: Path) -> bool:
 
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
-    changed = differences(read_config(run_dir), config)
+    changed = config.changes_from(read_config(run_dir))
     old = read_json(run_dir / "run.json", default={})  # it will be written again
     if "exported" in old:
         raise CheckpointError(
@@ -141,22 +141,6 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
     }
 
 
-def forget_metrics_after(run_dir: Path, step: int) -> None:
-    """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
-    file = run_dir / "metrics.jsonl"
-    if file.exists():
-        lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
-        with atomic_write(file, CheckpointError) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in lines))
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # the last line of a killed run may be cut
-        return float("inf")
-
-
 def read_config(run_dir: Path) -> TrainConfig:
     """The configuration of a run.
 
@@ -210,9 +194,7 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
         return build(**sizes, num_classes=num_classes, interval=config.objective == "meanflow")
 
 
-def build_objective(name: str) -> Objective:
-    """The training objective of this name."""
-    return {"flow": FlowMatching, "ddpm": DDPM, "meanflow": MeanFlow}[name]()
+OBJECTIVES: dict[str, Callable[[], Objective]] = {"flow": FlowMatching, "ddpm": DDPM, "meanflow": MeanFlow}
 
 
 def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:

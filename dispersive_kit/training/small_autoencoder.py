@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dispersive_kit.data.folder import list_images, read_image
 from dispersive_kit.data.images import to_float
@@ -16,7 +15,7 @@ KL_WEIGHT = 1e-6  # of Rombach et al., "High-Resolution Image Synthesis with Lat
 LEARNING_RATE = 4e-3
 
 
-def small_autoencoder(seed: int = 0) -> Any:
+def _network(seed: int = 0) -> Any:
     """An untrained AutoencoderKL, four times smaller each way, of the published one's parts."""
     from diffusers import AutoencoderKL
 
@@ -44,8 +43,12 @@ def train_small_autoencoder(
     Raises:
         DataError: no image can be read.
     """
-    x = _read_all(images, image_size)
-    network = small_autoencoder(seed).train()
+    read = (read_image(images, file, image_size).pixels for file in list_images(images).files)
+    pixels = [one for one in read if one is not None]
+    if not pixels:
+        raise DataError(f"no image below {images} can be read")
+    x = to_float(torch.stack(pixels))  # (N, 3, S, S)
+    network = _network(seed).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     error = torch.zeros(())
@@ -58,19 +61,8 @@ def train_small_autoencoder(
         (error + KL_WEIGHT * posterior.kl().mean()).backward()
         optimizer.step()
         schedule.step()
-    network.eval().register_to_config(scaling_factor=1 / _spread(network, x))
+    with torch.no_grad():
+        latents = torch.cat([network.eval().encode(part).latent_dist.mean for part in x.split(64)])
+    network.register_to_config(scaling_factor=1 / float(latents.std()))
     network.save_pretrained(out)
     return float(error.detach())
-
-
-@torch.no_grad()
-def _spread(network: Any, x: Tensor) -> float:
-    return float(torch.cat([network.encode(part).latent_dist.mean for part in x.split(64)]).std())
-
-
-def _read_all(images: Path, size: int) -> Tensor:
-    read = (read_image(images, file, size).pixels for file in list_images(images).files)
-    pixels = [one for one in read if one is not None]
-    if not pixels:
-        raise DataError(f"no image below {images} can be read")
-    return to_float(torch.stack(pixels))  # (N, 3, S, S)

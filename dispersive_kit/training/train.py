@@ -30,19 +30,11 @@ from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.training.batches import Batch, Source, frozen_batch, open_source
-from dispersive_kit.training.checkpoint import (
-    Checkpoint,
-    flatten_optimizer,
-    load_latest,
-    save_checkpoint,
-    unflatten_optimizer,
-)
+from dispersive_kit.training.batches import Batch, Source, open_source
+from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import (
     StopRequest,
-    any_process,
-    local,
     make_accelerator,
     place,
     require_agreement,
@@ -51,12 +43,11 @@ from dispersive_kit.training.parallel import (
     whole,
 )
 from dispersive_kit.training.runs import (
+    OBJECTIVES,
     attach_regularizer,
     build_model,
-    build_objective,
     claim_run_folder,
     draw_preview,
-    forget_metrics_after,
     run_card,
 )
 
@@ -102,9 +93,9 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             stops = False
             if on_cpu or logs or saves or (step + 1) % LOOK_EVERY == 0:
                 _require_finite(broken_at, run)
-                stops = any_process(run.accelerator, bool(stop.signal_number))
+                stops = stop.asked(run.accelerator)
             if last or (step + 1) % config.eval_every == 0:
-                values |= held_out_loss(run.ema.model, run.objective, run.frozen)
+                values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
                 logs = True
             record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
             if logs:
@@ -131,7 +122,7 @@ def _update(run: "Session", step: int, *, measure: bool) -> dict[str, Any]:
             measured["gradient_ratio"] = ratio(1 / config.accumulation)
         values = {name: values.get(name, 0) + value / config.accumulation for name, value in measured.items()}
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = config.learning_rate_at(step)
     values["grad_norm"] = whole(accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip))
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -160,11 +151,11 @@ def _losses(
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
         # FSDP hands out returned features by a side branch, on which no denoising gradient comes back.
         if not (run.config.fsdp and run.returned_taps):
-            ratio = gradient_ratio(dispersive, taps, added=added)
+            ratio = _gradient_ratio(dispersive, taps, added=added)
     return (loss + dispersive if added else loss), values, ratio
 
 
-def gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> Callable[[float], Tensor]:
+def _gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> Callable[[float], Tensor]:
     """|d dispersive / dz| over |d loss / dz| at the tapped activations z: how hard the regulariser pulls.
 
     The backward pass of the training goes through z anyway, where a hook sees the gradient of all that is trained on;
@@ -189,15 +180,7 @@ def gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> Ca
     return after_backward
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to zero."""
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    progress = step / config.steps
-    decay = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
-    return config.learning_rate * warmup * decay
-
-
-def held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
+def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
     """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t.
 
     A part of t that a small batch leaves empty is left out.
@@ -235,10 +218,15 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages, parameters = ([local(p) for p in m.parameters()] for m in (self.model, model))
+        averages, parameters = ([_local(p) for p in m.parameters()] for m in (self.model, model))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @dataclass
@@ -304,7 +292,7 @@ class Session:
         # Under FSDP gathering is a joint act, so every process does it and the first one writes.
         models = {"model": self.model, "ema": self.ema.model}
         tensors = {name: {k: whole(v) for k, v in m.state_dict().items()} for name, m in models.items()}
-        moments, groups = flatten_optimizer(state_of(self.optimizer))
+        moments, groups = state_of(self.optimizer)
         first = self.accelerator.is_main_process
         if first:
             state = {"param_groups": groups, "ema_updates": self.ema.updates}
@@ -336,7 +324,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
 
     Each stage is given what the stage before made: processes, data, model, folder, weights, placement, optimizer.
     """
-    objective = build_objective(config.objective)
+    objective = OBJECTIVES[config.objective]()
     with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
         accelerator = make_accelerator(config.precision, tensorboard=run_dir if config.tensorboard else None)
         source = open_source(config, accelerator.device)
@@ -353,7 +341,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
         network = place(accelerator, model, ema.model, compiled=config.compile_blocks, fsdp=config.fsdp)
         optimizer = _optimizer(model, latest, accelerator)
         if accelerator.is_main_process:
-            forget_metrics_after(run_dir, done)
+            _forget_metrics_after(run_dir / "metrics.jsonl", done)
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
         for tracker in accelerator.trackers:
             held.callback(tracker.finish)
@@ -368,7 +356,7 @@ def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
             optimizer=optimizer,
             regularizer=regularizer,
             source=source,
-            frozen=frozen_batch(source.held_out, objective),
+            frozen=source.held_out.frozen_batch(objective),
             dispersion_batch=card["dispersion_batch"],
             done=done,
             held=held.pop_all(),
@@ -392,5 +380,20 @@ def _optimizer(model: nn.Module, latest: Checkpoint | None, accelerator: Acceler
     """AdamW over the model as placed; each step sets its learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     if latest:
-        restore_state(optimizer, unflatten_optimizer(latest.groups["optimizer"], latest.state["param_groups"]))
+        restore_state(optimizer, latest.groups["optimizer"], latest.state["param_groups"])
     return accelerator.prepare_optimizer(optimizer)
+
+
+def _forget_metrics_after(file: Path, step: int) -> None:
+    """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
+        with atomic_write(file, CheckpointError) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a killed run may be cut
+        return float("inf")

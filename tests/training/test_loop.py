@@ -9,8 +9,8 @@ from dispersive_kit.data import load_images
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
-from dispersive_kit.training.batches import DeviceSet, sample_index, share_of, stream
-from dispersive_kit.training.train import Session, begin, gradient_ratio, learning_rate
+from dispersive_kit.training.batches import DeviceSet, _share_of, sample_index, stream
+from dispersive_kit.training.train import Session, _gradient_ratio, begin
 
 SMOKE = train_preset("smoke", steps=6)
 PAPER_SET = {"regularizer.preset": "paper"}
@@ -48,7 +48,7 @@ def test_both_arms_are_fed_the_same_numbers_at_every_step(tmp_path, monkeypatch)
 
 def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larger_one(tmp_path):
     images = load_images("digits")
-    parts = [share_of(images, share) for share in (0.1, 0.3, 1.0)]
+    parts = [_share_of(images, share) for share in (0.1, 0.3, 1.0)]
     rows = [{row.tobytes() for row in part.images.numpy()} for part in parts]
     assert rows[0] < rows[1] < rows[2]
     for part, share in zip(parts, (0.1, 0.3, 1.0), strict=True):
@@ -88,7 +88,7 @@ def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(added):
     z = x @ w
     loss, dispersive = z.sin().square().mean(), 0.3 * dispersive_loss(z)
     pull, push = (torch.autograd.grad(value, z, retain_graph=True)[0].norm() for value in (dispersive, loss))
-    ratio = gradient_ratio(dispersive, [z], added=added)
+    ratio = _gradient_ratio(dispersive, [z], added=added)
     ((loss + dispersive if added else loss) / 3).backward()
     torch.testing.assert_close(ratio(1 / 3), pull / push)
 
@@ -284,5 +284,5 @@ def test_streams_of_different_name_or_step_differ():
 
 def test_the_learning_rate_warms_up_and_decays_to_nothing():
     config = train_preset("digits", steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [learning_rate(config, s) for s in range(100)]
+    rates = [config.learning_rate_at(s) for s in range(100)]
     assert rates[0] < 0.11 and max(rates) <= 1 and rates[-1] < 0.001 and rates.index(max(rates)) in range(8, 12)

@@ -203,12 +203,12 @@ def encode(
     number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     encoder = Encoder(config)
     here = 1 if calls > 1 else gpus or len(os.sched_getaffinity(0))  # a launcher has started the others
-    processes = min(processes or here, encoder.size.shards)
+    processes = min(processes or here, len(encoder.shards))
     if number == 0:
         classes = encoder.folder.classes  # a folder too high or too low is seen here, before the night
         first = f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
         print(f"{encoder.size}\n{len(classes):,} classes, the first folders below it: {first}")
-        print(f"{processes} processes, each at a shard of its own; {_room(out, encoder.size.bytes)}", flush=True)
+        print(f"{processes} processes, each at a shard of its own; {_room(out, encoder.bytes)}", flush=True)
     if plan_only:
         return
     try:
@@ -229,17 +229,16 @@ def encode(
 
 def _room(out: Path, wanted: int) -> str:
     """What is free where the store will lie, of which it may already have used some."""
-    from dispersive_kit.data.encode import size_in_words
     from dispersive_kit.data.files import free_bytes
 
     used = sum(f.stat().st_size for f in out.glob("shard-*")) if out.is_dir() else 0
     free = free_bytes(out)
     if wanted > free + used:
         raise DataError(
-            f"the store needs {size_in_words(wanted - used)} more, and the disk of {out} has {size_in_words(free)} "
-            "free: make room, choose another disk, or store half with --no-flip"
+            f"the store needs {(wanted - used) / 1e6:,.1f} MB more, and the disk of {out} has {free / 1e6:,.1f} "
+            "MB free: make room, choose another disk, or store half with --no-flip"
         )
-    return f"{size_in_words(free)} free on the disk of {out}"
+    return f"{free / 1e6:,.1f} MB free on the disk of {out}"
 
 
 def check(store: Folder, vae: str | None = None) -> None:

@@ -15,12 +15,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from dispersive_kit.data.files import atomic_write, lock, read_json, write_json
 from dispersive_kit.data.folder import ImageFile, list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.data.latents import DTYPES, PLAN, RECORDS, SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
-from dispersive_kit.errors import ConfigError, DataError, form_error
+from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
 READERS, READ_AHEAD = 4, 64  # threads that read and crop, and images that wait for the autoencoder
@@ -60,24 +59,6 @@ class EncodeConfig:
             raise ConfigError(f"unknown dtype {self.dtype!r}; there are: {', '.join(DTYPES)}")
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A finished shard, and what was met on the way."""
-
-    card: ShardCard
-    moments: dict[str, Any]
-    class_counts: dict[str, int]
-    odd: dict[str, int]
-    left_out: list[dict[str, str]]
-
-
-def _read_record(file: Path) -> _Record:
-    try:
-        return TypeAdapter(_Record).validate_python(read_json(file))
-    except ValidationError as fault:
-        raise form_error(fault, f"{file} is damaged, delete it and give the command again", DataError) from fault
-
-
 class Encoder:
     """One process at work on a store.
 
@@ -100,11 +81,9 @@ class Encoder:
                 f"image_size {config.image_size} gives latents of {self.shape[-1]}, which is no whole part of it: take "
                 "a multiple of what the autoencoder divides by"
             )
-        self.size = StorePlan(len(self.folder.files), self.shape, config.flip, config.shard_size)
-
-    @cached_property
-    def shards(self) -> list[str]:
-        return [f"shard-{i:05d}.safetensors" for i in range(self.size.shards)]
+        self.total = len(self.folder.files)
+        self.bytes, self.size = store_size(self.total, self.shape, flip=config.flip, shard_size=config.shard_size)
+        self.shards = [f"shard-{i:05d}.safetensors" for i in range(math.ceil(self.total / config.shard_size))]
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -144,8 +123,8 @@ class Encoder:
 
     def done(self) -> int:
         """Images in the shards that are finished."""
-        size, total = self.config.shard_size, len(self.folder.files)
-        return sum(min(size, total - i * size) for i, shard in enumerate(self.shards) if self.finished(shard))
+        size = self.config.shard_size
+        return sum(min(size, self.total - i * size) for i, shard in enumerate(self.shards) if self.finished(shard))
 
     def work(self, number: int, of: int, progress: Progress) -> None:
         """Make what is not finished of the shards `number`, `number` + `of`, ..."""
@@ -178,15 +157,19 @@ class Encoder:
         parts = [torch.empty(0, 1 + config.flip, 2, *self.shape, dtype=number_type)]
         while batch := list(itertools.islice(images, config.batch_size)):
             parts.append(self._encode(batch, number_type))
-            progress(done + sum(map(len, parts)), self.size.images)
+            progress(done + sum(map(len, parts)), self.total)
         posterior = torch.cat(parts)
         content = save({"posterior": posterior, "labels": torch.tensor(labels, dtype=torch.long)})
         with atomic_write(config.store / shard) as partial:
             partial.write_bytes(content)
-        card = ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())
-        counts = Counter(self.folder.classes[label] for label in labels)
-        record = _Record(card, moments(posterior), dict(counts), dict(odd), left_out)
-        write_json(self.records / f"{shard}.json", asdict(record))
+        record = {
+            "card": asdict(ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())),
+            "moments": moments(posterior),
+            "class_counts": Counter(self.folder.classes[label] for label in labels),
+            "odd": odd,
+            "left_out": left_out,
+        }
+        write_json(self.records / f"{shard}.json", record)
 
     def _read_ahead(self, pool: ThreadPoolExecutor, files: tuple[str, ...]) -> Iterator[ImageFile]:
         """Images in the order of `files`, with at most READ_AHEAD read and waiting."""
@@ -223,13 +206,14 @@ class Encoder:
         Raises:
             DataError: not one image could be read; with `strict`, an earlier command left one out.
         """
-        records = [_read_record(self.records / f"{shard}.json") for shard in self.shards]
-        left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
-        if not any(record.card.rows for record in records):
+        records = [read_json(self.records / f"{shard}.json") for shard in self.shards]
+        left_out = [self._leave_out(**photo) for record in records for photo in record["left_out"]]
+        if not any(record["card"]["rows"] for record in records):
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
-        odd = sum((Counter(record.odd) for record in records), Counter[str]())
-        counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
-        mean, std = mean_and_std(record.moments for record in records)
+        odd, counts = (
+            sum((Counter(record[kind]) for record in records), Counter()) for kind in ("odd", "class_counts")
+        )
+        mean, std = mean_and_std(record["moments"] for record in records)
         plan = self.plan
         plan["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         spec = TypeAdapter(Spec).validate_python(
@@ -238,7 +222,7 @@ class Encoder:
                 "class_counts": [counts[name] for name in self.folder.classes],
                 "channel_mean": mean,
                 "channel_std": std,
-                "shards": [record.card for record in records],
+                "shards": [record["card"] for record in records],
             }
         )
         file = self.config.store / SPEC
@@ -271,7 +255,7 @@ def encode(
             image at all; latents that are not finite; a full disk; a process that failed.
     """
     encoder.begin()
-    (number, calls), total = part, encoder.size.images
+    (number, calls), total = part, encoder.total
     progress = progress or _bar(total, encoder.done(), hidden=number > 0)
     if processes == 1:
         encoder.work(number, calls, progress)
@@ -293,8 +277,8 @@ def _spawn(encoder: Encoder, processes: int, first: int, of: int, progress: Prog
     workers = spawn(_work, (encoder.config, first, of), processes, join=False, daemon=True)
     try:
         while not workers.join(timeout=1):
-            progress(encoder.done(), encoder.size.images)
-        progress(encoder.done(), encoder.size.images)
+            progress(encoder.done(), encoder.total)
+        progress(encoder.done(), encoder.total)
     except ProcessException as error:
         raise DataError(
             f"one of {processes} processes failed: {str(error).strip().splitlines()[-1]}. What is finished stays: put "
@@ -331,40 +315,12 @@ def _bar(total: int, done: int, *, hidden: bool) -> Progress:
     return lambda now, total: bar.update(now - bar.n) and None
 
 
-@dataclass(frozen=True)
-class StorePlan:
-    """How large a store of so many images will be, by arithmetic alone; shape is of one latent (C, h, w)."""
-
-    images: int
-    shape: tuple[int, ...]
-    flip: bool = True
-    shard_size: int = 4096
-
-    @property
-    def image_bytes(self) -> int:
-        """Mean and std, of the image and of its mirror image, in 16 bits each; and the label."""
-        return 2 * (1 + self.flip) * math.prod(self.shape) * 2 + 8
-
-    @property
-    def shards(self) -> int:
-        return math.ceil(self.images / self.shard_size)
-
-    @property
-    def bytes(self) -> int:
-        return self.images * self.image_bytes + self.shards * 168  # of a safetensors header, to within a few
-
-    def __str__(self) -> str:
-        mirrored = "with mirror images" if self.flip else "without mirror images"
-        return (
-            f"{self.images:,} images {mirrored}, latents {'x'.join(map(str, self.shape))}: {self.image_bytes:,} bytes "
-            f"each, {size_in_words(self.bytes)} in {self.shards:,} shards of at most "
-            f"{size_in_words(self.shard_size * self.image_bytes)}"
-        )
-
-
-def size_in_words(count: int) -> str:
-    """1,234,567 -> 1.2 MB (powers of ten, as disks are sold)."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
+def store_size(images: int, shape: tuple[int, ...], *, flip: bool = True, shard_size: int = 4096) -> tuple[int, str]:
+    """Bytes of a store of so many latents of this shape (C, h, w), by arithmetic alone, and the same in words."""
+    each = 2 * (1 + flip) * math.prod(shape) * 2 + 8  # mean and std, of the mirror image too, in 16 bits; the label
+    shards = math.ceil(images / shard_size)
+    total = images * each + shards * 168  # of a safetensors header, to within a few
+    return total, (
+        f"{images:,} images {'with' if flip else 'without'} mirror images, latents {'x'.join(map(str, shape))}: "
+        f"{each:,} bytes each, {total / 1e6:,.1f} MB in {shards:,} shards of at most {shard_size * each / 1e6:,.1f} MB"
+    )

@@ -57,11 +57,12 @@ def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Pa
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _flush(partial)
+            for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
+                _flush(path)
             if target.is_dir():  # which cannot be replaced at one stroke
                 _remove(target.rename(target.with_name(f"{PARTIAL}removed-{target.name}")))
             partial.replace(target)
-            _flush(target.parent, deep=False)
+            _flush(target.parent)
         finally:
             _remove(partial)
 
@@ -73,12 +74,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path, *, deep: bool = True) -> None:
-    """A file, or a folder and all that is in it, from the cache to the disk."""
+def _flush(path: Path) -> None:
+    """From the cache to the disk."""
     if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
         return
-    for inner in path.iterdir() if deep and path.is_dir() else ():
-        _flush(inner)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

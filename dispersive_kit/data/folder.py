@@ -127,7 +127,7 @@ def _decode(content: bytes, size: int) -> tuple[Tensor, tuple[str, ...]]:
         upright: Any = ImageOps.exif_transpose(opened)
         odd = (opened.mode,) if opened.mode != "RGB" else ()
         turned = ("EXIF-rotated",) if opened.getexif().get(0x0112, 1) != 1 else ()  # the orientation tag
-        return adm_crop(_to_rgb(upright), size), (*odd, *turned)
+        return _adm_crop(_to_rgb(upright), size), (*odd, *turned)
 
 
 def _to_rgb(image: Any) -> Any:
@@ -140,7 +140,7 @@ def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def adm_crop(image: Any, size: int) -> Tensor:
+def _adm_crop(image: Any, size: int) -> Tensor:
     """ADM's centre crop of a PIL image, uint8 (3, S, S): halve with a box filter, then bicubic, then crop.
 
     Dhariwal & Nichol, "Diffusion Models Beat GANs" (arXiv 2105.05233), `center_crop_arr` of their code; DiT and SiT

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dispersive_kit.data import folder, load_images
 from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
-from dispersive_kit.data.folder import adm_crop, list_images, read_image
+from dispersive_kit.data.folder import _adm_crop, list_images, read_image
 from dispersive_kit.errors import DataError
 
 
@@ -39,7 +39,7 @@ def test_every_kind_of_image_is_read_or_listed(tmp_path):
     assert left_out["n02/deeper/still/empty.JPEG"] == "empty file"
     assert left_out["n02/deeper/still/text.png"] == "UnidentifiedImageError: cannot identify image file"
     upright = read_image(root, "n02/deeper/still/turned.jpg", 16).pixels
-    lying = adm_crop(Image.open(deep / "turned.jpg").convert("RGB"), 16)
+    lying = _adm_crop(Image.open(deep / "turned.jpg").convert("RGB"), 16)
     turned = lying.rot90(-1, (1, 2))
     assert (upright.int() - turned.int()).abs().max() <= 2  # resized in another order
     with pytest.raises(DataError, match=r"empty\.JPEG cannot be read .*--strict"):
@@ -109,7 +109,7 @@ def test_the_crop_is_that_of_adm(size):
     pil = pil.resize(tuple(round(x * scale) for x in pil.size), resample=Image.BICUBIC)
     arr = np.array(pil)
     y, x = (arr.shape[0] - S) // 2, (arr.shape[1] - S) // 2
-    assert np.array_equal(adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
+    assert np.array_equal(_adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
 
 
 @pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])

@@ -1,11 +1,10 @@
 """Dispersive Loss: the family as functions, the plug-in for any `nn.Module`, and what it is compared with."""
 
-from .attach import Dispersive
-from .baselines import REPA, LayerSync, NormMatched, contrastive_loss
-from .losses import dispersive_loss, floor
-from .options import KINDS, PRESETS, LossOptions
-from .schedules import Schedule
-from .stats import Stats
+from dispersive_kit.regularizers.attach import Dispersive
+from dispersive_kit.regularizers.losses import KINDS, PRESETS, LossOptions, dispersive_loss, floor
+from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, contrastive_loss
+from dispersive_kit.regularizers.stats import Stats
+from dispersive_kit.regularizers.taps import Schedule
 
 __all__ = [
     "KINDS",

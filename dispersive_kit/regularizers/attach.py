@@ -1,6 +1,5 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -9,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DispersiveError
-from .gather import all_gather
-from .losses import measure
-from .options import LossOptions, check_choice, check_number, preset_settings
-from .schedules import Schedule
-from .stats import Record, Stats, Watch
-from .taps import At, Attached, Select
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers.gather import all_gather
+from dispersive_kit.regularizers.losses import LossOptions, check_choice, check_number, measure, preset_settings
+from dispersive_kit.regularizers.stats import Record, Stats, Watch
+from dispersive_kit.regularizers.taps import At, Attached, Schedule, Select
 
 LONG_UNUSED = 3  # steps
 
@@ -40,7 +37,8 @@ class Dispersive(Attached):
     With several taps the loss is their mean. The hook never raises, `loss()` does. One thing it cannot see: in a
     model compiled as a whole, that a later layer writes over the tapped output in place.
 
-    Raises DispersiveError: unknown path or option; at odds with each other; no torch.distributed for `gather`.
+    Raises:
+        DispersiveError: unknown path or option; at odds with each other; no torch.distributed for `gather`.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Dispersive(Attached):
         self._watch = Watch()
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
         self._step: int | None = None
-        self._unused: float = 0  # steps in a row whose rows no later micro-batch has met
+        self._met, self._unmet = False, 0  # whether kept rows ever met a micro-batch, and steps at which none did
 
     @classmethod
     def from_preset(cls, model: nn.Module, name: str, at: At = None, **overrides: Any) -> "Dispersive":
@@ -77,7 +75,11 @@ class Dispersive(Attached):
 
     @property
     def stats(self) -> Stats:
-        """What the last `loss()` in training saw. Raises DispersiveError: there was none yet."""
+        """What the last `loss()` in training saw.
+
+        Raises:
+            DispersiveError: there was none yet.
+        """
         if not self._records:
             raise DispersiveError(f"no statistics of {', '.join(self.paths)} yet: call loss() in training first")
         return Stats(self._records)
@@ -95,8 +97,9 @@ class Dispersive(Attached):
         t, y: (B,), for t_window and ignore_same_class. step: the optimizer step, for schedule and memory.
         taps: features (B, ...) that the model returned itself, in the order of `paths`, instead of captured.
 
-        Raises DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator
-        one step late); shapes or labels that do not fit. The message names the tap and the cure.
+        Raises:
+            DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
+                late); shapes or labels that do not fit. The message names the tap and the cure.
         """
         if not self._active():
             return self._zero()
@@ -127,8 +130,7 @@ class Dispersive(Attached):
     def _remember(self, path: str, *new: Any) -> tuple[Any, ...]:
         """z, t, y with what earlier micro-batches left, which carries no gradient."""
         old = self._kept.get(path, (None,) * len(new))
-        if old[0] is not None:
-            self._unused = -math.inf  # it is in use: not a word more of it
+        self._met |= old[0] is not None
         if old[0] is not None and old[0].shape[1:] != new[0].shape[1:]:
             raise DispersiveError(
                 f"the features are {tuple(new[0].shape)}, and those in memory {tuple(old[0].shape)}: memory needs "
@@ -146,10 +148,10 @@ class Dispersive(Attached):
                 f"the memory of {', '.join(self.paths)} is cleared at each optimizer step, and step is {step!r}: call "
                 "loss(step=step)"
             ) from error
-        if step != self._step:
-            self._unused += bool(self._kept)
+        if step != self._step and self._kept:
             self._kept.clear()
-            if self._unused == LONG_UNUSED:
+            self._unmet += not self._met
+            if self._unmet == LONG_UNUSED and not self._met:
                 warnings.warn(
                     f"the memory of {', '.join(self.paths)} was cleared {LONG_UNUSED} times and never met a second "
                     "micro-batch: step= is to count optimizer steps, and be the same for all micro-batches of one",

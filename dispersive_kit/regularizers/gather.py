@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import DispersiveError
+from dispersive_kit.errors import DispersiveError
 
 MOST_AXES = 8  # that are compared
 
 
-class AllGather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """Rows of all processes in the order of rank; the backward sums every process's gradient for the own rows."""
 
     @staticmethod
@@ -35,8 +35,9 @@ class AllGather(torch.autograd.Function):
 def all_gather(z: Tensor) -> Tensor:
     """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
 
-    Raises DispersiveError: torch.distributed is not initialised; on a CPU, where looking costs nothing, batches
-    of different size, shape or dtype.
+    Raises:
+        DispersiveError: torch.distributed is not initialised; on a CPU, where looking costs nothing, batches of
+            different size, shape or dtype.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DispersiveError(
@@ -46,11 +47,11 @@ def all_gather(z: Tensor) -> Tensor:
     if dist.get_world_size() == 1:
         return z
     if z.device.type == "cpu":
-        check_even(z)
-    return AllGather.apply(z)
+        _check_even(z)
+    return _AllGather.apply(z)
 
 
-def check_even(z: Tensor) -> None:
+def _check_even(z: Tensor) -> None:
     own = [crc32(str(z.dtype).encode()), z.ndim, *z.shape]
     padded = torch.tensor((own + [0] * MOST_AXES)[: MOST_AXES + 2])
     flat = padded.new_empty(dist.get_world_size() * len(padded))

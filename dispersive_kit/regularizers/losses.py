@@ -1,22 +1,138 @@
-"""The Dispersive Loss family as pure functions of a batch of features.
+"""The Dispersive Loss family as pure functions of a batch of features, its kinds, presets and options.
 
 Wang & He, "Diffuse and Disperse", arXiv 2506.09027. No positive pairs, no parameters, no random numbers.
 """
 
+import difflib
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DispersiveError
-from .options import KINDS, PRESETS, LossOptions
-from .pairwise import Kernel, Pairs, PairSum, compute_dtype, full_precision
-
-__all__ = ["KINDS", "PRESETS", "LossOptions", "dispersive_loss", "floor", "measure"]
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers.pairwise import Kernel, Pairs, PairSum, compute_dtype, full_precision
 
 EPS = 1e-12
+
+
+class _Kind(NamedTuple):
+    tau: float | None  # default of the one scale; None: the kind has none
+    diagonal: bool  # default
+    unit: bool = False  # rows are put on the unit sphere
+    log: bool = False  # a log-mean-exp of -D / tau, rather than a mean
+
+
+KINDS = {
+    "infonce_l2": _Kind(0.5, True, log=True),
+    "infonce_cosine": _Kind(0.5, True, unit=True, log=True),
+    "sphere": _Kind(0.5, False, unit=True, log=True),
+    "angular": _Kind(0.5, False, unit=True, log=True),
+    "hinge": _Kind(1.0, False),
+    "covariance": _Kind(None, True),
+    "vicreg": _Kind(1.0, False),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4},  # JAX, local batch 16
+    "official-pytorch": {"kind": "infonce_l2", "weight": 0.25, "tau": 1.0, "depth": 1.0},  # local batch 32
+    # For small models and short runs: of the eleven forms in study 3-why, tuned alike on 8 x 8 digits, the one with the
+    # least mean, and not shown to be better than no loss: Frechet distance 0.96 times as large, [0.90, 1.02], over nine
+    # seeds; 5.1 times with `paper`. At one learning rate for all it is equivalent to no loss at weights of 0.003 and
+    # below, and worse from 0.03 on (study 3b-dose).
+    "small": {"kind": "infonce_cosine", "weight": 0.01, "tau": 0.5, "pool": "mean", "depth": 1 / 4},
+}
+
+
+def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`PRESETS[name]`, changed by `overrides`; another kind comes with its own tau, unless given.
+
+    Raises:
+        DispersiveError: no preset has this name.
+    """
+    check_choice("preset", name, tuple(PRESETS))
+    settings = dict(PRESETS[name])
+    if overrides.get("kind", settings["kind"]) != settings["kind"]:
+        del settings["tau"]  # not comparable across kinds
+    return {**settings, **overrides}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `dispersive_loss`, checked.
+
+    Raises:
+        DispersiveError: unknown, out of range, or at odds with each other.
+    """
+
+    kind: str = "infonce_l2"
+    tau: float | str | None = None
+    diagonal: bool | None = None
+    pool: str = "none"
+    normalize: str = "none"
+    norm_penalty: float = 0.0
+    t_window: float | None = None
+    ignore_same_class: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, tuple(KINDS))
+        check_choice("diagonal", self.diagonal, (True, False, None))
+        check_choice("pool", self.pool, ("none", "mean", "tokens"))
+        check_choice("normalize", self.normalize, ("none", "layer", "unit"))
+        check_choice("ignore_same_class", self.ignore_same_class, (True, False))
+        check_number("norm_penalty", self.norm_penalty, at_least=0.0)
+        if self.t_window is not None:
+            check_number("t_window", self.t_window, above=0.0)
+        if self.tau is not None and (self.tau != "auto" or self.kind == "vicreg"):
+            check_number("tau", self.tau, above=0.0)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        kind, why = KINDS[self.kind], ""
+        if kind.tau is None and self.tau is not None:
+            why = f"has no scale: leave out tau (it was {self.tau!r})"
+        elif self.of_channels and (self.t_window or self.ignore_same_class):
+            why = "compares channels, not pairs of images: leave out t_window and ignore_same_class"
+        elif self.norm_penalty and (kind.unit or self.normalize != "none"):
+            why = "sees normalised rows here, whose norm needs no penalty: leave out norm_penalty"
+        if why:
+            raise DispersiveError(f"kind {self.kind!r} {why}")
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "LossOptions":
+        for name in options:
+            check_choice("option", name, [f.name for f in fields(cls)])
+        return cls(**options)
+
+    @property
+    def scale(self) -> float | str | None:
+        return KINDS[self.kind].tau if self.tau is None else self.tau
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether channels are compared, and not images."""
+        return self.kind in ("covariance", "vicreg")
+
+    @property
+    def with_diagonal(self) -> bool:
+        return KINDS[self.kind].diagonal if self.diagonal is None else self.diagonal
+
+
+def check_choice(what: str, value: Any, known: Sequence[Any]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        near = difflib.get_close_matches(str(value), map(str, known), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DispersiveError(f"{what} {value!r} is unknown: {hint}choose from {', '.join(map(str, known))}")
+
+
+def check_number(what: str, value: Any, above: float = -math.inf, at_least: float = -math.inf) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value <= above or value < at_least:
+        bound = f"above {above:g}" if math.isfinite(above) else f"of at least {at_least:g}"
+        raise DispersiveError(f"{what} is {value!r}: give a finite number {bound}")
 
 
 def dispersive_loss(
@@ -91,22 +207,25 @@ class Measured(NamedTuple):
 @torch._disable_dynamo  # as torch.compiler.disable, but does not import Dynamo (2 s) before something is compiled
 def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tensor | None = None) -> Measured:
     """`dispersive_loss` and what came out on the way."""
-    check_features(z, t, y)
+    _check_features(z, t, y)
     with full_precision(z.device):
         x = rows_of(z, options)  # (R, dim)
-        pairs = select_pairs(options, t, y, x)
-        loss, dropped, mass, tau, gram = (
-            decorrelation(x, options)
-            if options.kind in ("covariance", "vicreg")
-            else pairwise(x, options, temperature(x, options), pairs)
-        )
+        tau = temperature(x, options)
+        if options.of_channels:
+            compared, variance = _standardised(x, options)
+            total, dropped, gram = PairSum.apply(compared, SQUARE, Pairs())  # |X X^T|_F^2 = sum_mn C_mn^2
+            loss, mass = _of_channels(total, compared, variance, tau, options), torch.full_like(tau, math.nan)
+        else:
+            kernel = _kernel_of(options.kind, tau, x.shape[1])
+            total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
+            loss, mass = _of_pairs(total, dropped, kernel, tau, len(x), options)
         if options.norm_penalty:
             loss = loss + options.norm_penalty * x.square().mean()
     loss = loss.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
     return Measured(loss, dropped, mass.detach(), tau, gram, rows=len(x), dim=x.shape[1])
 
 
-def check_features(z: Any, t: Any, y: Any) -> None:
+def _check_features(z: Any, t: Any, y: Any) -> None:
     if not isinstance(z, Tensor) or not z.is_floating_point() or z.layout != torch.strided:
         kind = f"{z.dtype} {z.layout} tensor" if isinstance(z, Tensor) else type(z).__name__
         raise DispersiveError(f"the features are a {kind}: give a dense tensor of floating point")
@@ -136,15 +255,15 @@ def rows_of(z: Tensor, options: LossOptions) -> Tensor:
     return F.normalize(x, dim=1, eps=EPS) if KINDS[options.kind].unit else x
 
 
-def select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
-    y = per_row(x, y, "ignore_same_class needs y: pass y= (B,)") if options.ignore_same_class else None
-    t = per_row(x, t, "t_window needs t: pass t= (B,)") if options.t_window else None
+def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
+    y = _per_row(x, y, "ignore_same_class needs y: pass y= (B,)") if options.ignore_same_class else None
+    t = _per_row(x, t, "t_window needs t: pass t= (B,)") if options.t_window else None
     if t is not None and not t.is_floating_point():
         t = t.long()  # the difference of unsigned numbers wraps round
     return Pairs(y, t, options.t_window or 0.0)
 
 
-def per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
+def _per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
     """A label (B,) for every row (R,), also where tokens are rows."""
     if label is None:
         raise DispersiveError(missing)
@@ -152,9 +271,10 @@ def per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
 
 
 def temperature(x: Tensor, options: LossOptions) -> Tensor:
-    """tau (0-d); "auto" is the median D over the pairs of the first 512 rows."""
+    """tau (0-d), nan for a kind that has none; "auto" is the median D over the pairs of the first 512 rows."""
     if options.scale != "auto":
-        return torch.full((), float(options.scale or 0), dtype=x.dtype, device=x.device)
+        scale = math.nan if options.scale is None else float(options.scale)
+        return torch.full((), scale, dtype=x.dtype, device=x.device)
     rows = x.detach()[:512]
     rows = rows - rows.mean(0)
     gram = rows @ rows.T
@@ -170,13 +290,13 @@ def distance(u: Tensor, kind: str, dim: int) -> Tensor:
     return u / {"infonce_cosine": 2, "sphere": 1}.get(kind, dim)
 
 
-def angular_slope(u: Tensor, tau: Tensor) -> Tensor:
+def _angular_slope(u: Tensor, tau: Tensor) -> Tensor:
     """d(-D / tau) / du; sin(angle / 2) is kept off 0 and 1, where the angle has no derivative."""
     s = (u / 4).clamp(min=1e-12, max=1 - 1e-7).sqrt()
     return (s * (1 - s.square()).sqrt()).mul_(-4 * math.pi * tau).reciprocal_()
 
 
-def kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
+def _kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
     if kind == "hinge":
         return Kernel(
             lambda u: (tau - u / dim).clamp(min=0).square(),
@@ -184,50 +304,51 @@ def kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
             log=False,
         )
     if kind == "angular":
-        return Kernel(lambda u: distance(u, kind, dim) / -tau, lambda u: angular_slope(u, tau))
+        return Kernel(lambda u: distance(u, kind, dim) / -tau, lambda u: _angular_slope(u, tau))
     slope = distance(torch.ones_like(tau), kind, dim) / -tau
     shift = 1 / tau if kind == "infonce_cosine" else 0.0  # D = -cos = |u_i - u_j|^2 / 2 - 1
     return Kernel(lambda u: u * slope + shift, lambda u: slope.expand_as(u).clone())
 
 
-def pairwise(x: Tensor, options: LossOptions, tau: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
-    """(loss, dropped, mass, tau, Gram); the diagonal, where D is 0 exactly, is added in closed form."""
-    kernel = kernel_of(options.kind, tau, x.shape[1])
-    total, dropped, gram = PairSum.apply(x, kernel, pairs)
-    own = len(x) if options.with_diagonal else 0
-    count = (len(x) * (len(x) - 1) + own - dropped).to(x.dtype)
+SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
+
+
+def _of_pairs(
+    total: Tensor, dropped: Tensor, kernel: Kernel, tau: Tensor, rows: int, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """(loss, mass) from the sum over the pairs i != j; the diagonal, where D is 0 exactly, is added in closed form."""
+    own = rows if options.with_diagonal else 0
+    count = (rows * (rows - 1) + own - dropped).to(tau.dtype)
     at_zero = kernel.value(torch.zeros_like(tau))
     if not kernel.log:
-        return (total + own * at_zero) / count.clamp(min=1), dropped, torch.full_like(tau, math.nan), tau, gram
+        return (total + own * at_zero) / count.clamp(min=1), torch.full_like(tau, math.nan)
     mass = torch.ones_like(tau)
     if own:  # exp(L) = 1 / B + (1 - 1 / B) exp(L without the diagonal)
         diagonal = at_zero + math.log(own)
         mass = torch.sigmoid(total - diagonal)
         total = torch.logaddexp(total, diagonal)
-    loss = torch.where(count > 0, total - count.clamp(min=1).log(), 0 * total)
-    return loss, dropped, mass, tau, gram
+    return torch.where(count > 0, total - count.clamp(min=1).log(), 0 * total), mass
 
 
-def decorrelation(x: Tensor, options: LossOptions) -> tuple[Tensor, ...]:
-    """As `pairwise`, for the covariance and vicreg kinds."""
-    B, dim = x.shape
+def _standardised(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Rows whose products are covariances, or correlations, and the variance (dim,) of each channel."""
+    B = len(x)
     if B < 2:
         raise DispersiveError(f"kind {options.kind!r} needs a batch of at least 2")
     x = x - x.mean(0)
     x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice: the first mean is rounded where the offset is large
-    variance = x.square().sum(0)  # (dim,)
-    if options.kind == "covariance":
-        x = x / (variance + EPS).sqrt()
-    square = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
-    total, dropped, gram = PairSum.apply(x, square, Pairs())  # |X X^T|_F^2 = |X^T X|_F^2 = sum_mn C_mn^2
+    variance = x.square().sum(0)
+    return (x / (variance + EPS).sqrt() if options.kind == "covariance" else x), variance
+
+
+def _of_channels(total: Tensor, x: Tensor, variance: Tensor, tau: Tensor, options: LossOptions) -> Tensor:
+    """The loss from sum_mn C_mn^2, in which the diagonal m = n is."""
+    dim = x.shape[1]
     if not options.with_diagonal:
         total = total - x.square().sum(0).square().sum()
-    nan = torch.full_like(total, math.nan).detach()
     if options.kind == "covariance":
-        return total / dim**2, dropped, nan, nan, gram
-    tau = torch.full_like(nan, float(options.scale))  # type: ignore[arg-type]
-    spread = (tau - (variance + 1e-4).sqrt()).clamp(min=0).mean()
-    return spread + total / (25 * dim), dropped, nan, tau, gram
+        return total / dim**2
+    return (tau - (variance + 1e-4).sqrt()).clamp(min=0).mean() + total / (25 * dim)
 
 
 def floor(
@@ -242,7 +363,9 @@ def floor(
     """Lower bound of the loss of `batch` rows, -inf where there is none; reached where `dispersive_loss` says.
 
     dim: that of the rows, for covariance. dropped: pairs i != j that do not count, of batch (batch - 1).
-    Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
+
+    Raises:
+        DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)
     own = batch if options.with_diagonal else 0
@@ -255,18 +378,18 @@ def floor(
     share = own / max(1, batch * (batch - 1) - dropped + own)  # of the diagonal among the pairs that count
     if not KINDS[kind].log:
         return share * scale**2 if kind == "hinge" else 0.0
-    near = (1 / scale if kind == "infonce_cosine" else 0.0) + log(share)
+    near = (1 / scale if kind == "infonce_cosine" else 0.0) + _log(share)
     bounded = kind != "infonce_l2" and share < 1
-    far = log(1 - share) - largest_mean(kind, 2 if dropped else batch) / scale if bounded else -math.inf
+    far = _log(1 - share) - _largest_mean(kind, 2 if dropped else batch) / scale if bounded else -math.inf
     top = max(near, far)
     return top + math.log1p(math.exp(-abs(near - far))) if top > -math.inf else top
 
 
-def log(x: float) -> float:
+def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
-def largest_mean(kind: str, B: int) -> float:
+def _largest_mean(kind: str, B: int) -> float:
     """Largest mean of D over the pairs i != j: by Jensen it bounds the log-mean-exp."""
     if kind == "angular":  # a random plane parts at most floor(B^2 / 4) of the B (B - 1) / 2 pairs
         return (B * B // 4) / (B * (B - 1) / 2)

@@ -88,10 +88,11 @@ class PairSum(torch.autograd.Function):
             # Distances do not see a shift, and the product of centred rows has four digits more.
             rows = x if kernel.inner else x - x.mean(0)
             squared = torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
-            blocks, weight, sums, drops, corner = split(len(x)), None, [], [], None
+            blocks, weight, sums, drops, corner = _split(len(x)), None, [], [], None
             for i, j in blocks:
-                f, slope, gram, dropped = block(rows, squared, i, j, kernel, pairs)
-                sums.append(log_sum_exp(f) if kernel.log else f.sum())
+                gram = _symmetric_product(rows) if len(blocks) == 1 else rows[i:j] @ rows.T
+                f, slope, dropped = _block(gram, squared, i, j, kernel, pairs)
+                sums.append(_log_sum_exp(f) if kernel.log else f.sum())
                 drops.append(dropped)
                 if corner is None:
                     n = min(j, CORNER)
@@ -112,35 +113,36 @@ class PairSum(torch.autograd.Function):
         kernel = ctx.kernel
         with full_precision(rows.device):
             if weight is not None:
-                return pull(weight, rows, 0, grad, kernel.inner), None, None
+                return _pull(weight, rows, 0, grad, kernel.inner), None, None
             out = torch.empty_like(rows)
-            for i, j in split(len(rows)):
-                f, slope, _gram, _dropped = block(rows, squared, i, j, kernel, ctx.pairs)
+            for i, j in _split(len(rows)):
+                f, slope, _dropped = _block(rows[i:j] @ rows.T, squared, i, j, kernel, ctx.pairs)
                 weight = slope.mul_(f.sub_(total).exp_()) if kernel.log else slope
-                out[i:j] = pull(weight, rows, i, grad, kernel.inner)
+                out[i:j] = _pull(weight, rows, i, grad, kernel.inner)
         return out, None, None
 
 
-def split(R: int) -> list[tuple[int, int]]:
+def _split(R: int) -> list[tuple[int, int]]:
     step = R if R * R <= WHOLE else max(1, BLOCK // R)
     return [(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def block(
-    rows: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel values, slopes and Gram product, (j - i, R) each, and how many pairs i != j were dropped."""
-    gram = symmetric_product(rows) if j - i == len(rows) else rows[i:j] @ rows.T
+def _block(
+    gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel values and slopes of the rows i to j, (j - i, R) as their Gram product, and how many pairs i != j were
+    dropped.
+    """
     if kernel.inner:
-        return kernel.value(gram), kernel.slope(gram), gram, gram.new_zeros(())
+        return kernel.value(gram), kernel.slope(gram), gram.new_zeros(())
     u = gram.mul(-2).add_(squared).add_(squared[i:j, None]).clamp_(min=0)
     f, slope = kernel.value(u), kernel.slope(u)
     drop = pairs.dropped(i, j, f)
     f.masked_fill_(drop, float("-inf") if kernel.log else 0.0)
-    return f, slope.masked_fill_(drop, 0.0), gram, drop.sum() - (j - i)
+    return f, slope.masked_fill_(drop, 0.0), drop.sum() - (j - i)
 
 
-def symmetric_product(rows: Tensor) -> Tensor:
+def _symmetric_product(rows: Tensor) -> Tensor:
     """rows @ rows.T (R, R) for five eighths of the work: four strips of the lower triangle, mirrored."""
     R = len(rows)
     gram = rows.new_empty(R, R)
@@ -152,14 +154,14 @@ def symmetric_product(rows: Tensor) -> Tensor:
     return gram
 
 
-def log_sum_exp(f: Tensor) -> Tensor:
+def _log_sum_exp(f: Tensor) -> Tensor:
     """Finite, with a softmax of zero, where no pair counts."""
     info = torch.finfo(f.dtype)
     top = f.max().clamp(min=info.min / 2)
     return (f - top).exp_().sum().clamp(min=info.tiny).log() + top
 
 
-def pull(weight: Tensor, rows: Tensor, i: int, grad: Tensor, inner: bool) -> Tensor:
+def _pull(weight: Tensor, rows: Tensor, i: int, grad: Tensor, inner: bool) -> Tensor:
     """Gradient (b, D) of the rows i to i + b, from the derivatives f' (b, R), symmetric over all, of their pairs."""
     if inner:
         return (weight * (2 * grad)) @ rows

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DispersiveError
-from .losses import Measured, floor
-from .options import KINDS, LossOptions
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, floor
 
 AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
 VITALS = 5
@@ -45,7 +44,7 @@ class Record(NamedTuple):
             "gap": loss - low,
             "off_diagonal_mass": mass,
             "feature_rms": rms,
-            "effective_rank": effective_rank(torch.tensor(flat[VITALS:])),
+            "effective_rank": _effective_rank(torch.tensor(flat[VITALS:])),
             "batch_size": float(self.batch),
             "pairs": R * (R - 1) + R * diagonal - dropped,
             "tau": tau,
@@ -53,7 +52,7 @@ class Record(NamedTuple):
         }
 
 
-def effective_rank(gram: Tensor) -> float:
+def _effective_rank(gram: Tensor) -> float:
     """exp of the entropy of the centred rows' singular values, scaled to sum 1 (Roy & Vetterli, 2007)."""
     gram = gram.double().view(math.isqrt(gram.numel()), -1)
     gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
@@ -70,23 +69,20 @@ class Stats:
     1,024 of them), batch_size (the dispersion batch), pairs, tau, weight (lambda times schedule).
 
     Nothing is copied from the device until the first number is read, and then all, once. `read()` gives them
-    as a dict, `by_tap()` one for each path.
+    as a dict.
     """
 
     def __init__(self, records: list[Record]) -> None:
         self._records = records
 
     @cached_property
-    def _numbers(self) -> dict[str, dict[str, float]]:
+    def _numbers(self) -> list[dict[str, float]]:
         parts = [torch.cat([record.vitals, record.gram.flatten()]) for record in self._records]
         flat = torch.cat(parts).cpu().split([len(part) for part in parts])
-        return {r.path: r.numbers(part.tolist()) for r, part in zip(self._records, flat, strict=True)}
-
-    def by_tap(self) -> dict[str, dict[str, float]]:
-        return self._numbers
+        return [record.numbers(part.tolist()) for record, part in zip(self._records, flat, strict=True)]
 
     def read(self) -> dict[str, float]:
-        taps = list(self._numbers.values())
+        taps = self._numbers
         return {name: sum(tap[name] for tap in taps) / len(taps) for name in taps[0]}
 
     def __getattr__(self, name: str) -> float:

@@ -1,29 +1,79 @@
-"""Modules found by path, hooked, and read: what every regulariser on inner activations needs."""
+"""Modules found by path, hooked, and read, and a schedule: what every regulariser on inner activations needs."""
 
 import copy
 import difflib
 import fnmatch
+import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DispersiveError
-from .options import check_number
-from .schedules import Schedule
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers.losses import check_choice, check_number
 
 At = str | nn.Module | Sequence[str | nn.Module] | None
 Select = Callable[[Any], Tensor] | int | str | None
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
+UNARMED = "has captured nothing: call the model inside `with` before loss()"
+UNSEEN = (
+    "has captured nothing since the last loss(): the model was not called in training mode inside `with`, or "
+    "does not call this module, or torch.compile had compiled it before the hook was set, which it then does "
+    "not see. Cure for the last: attach before the first call, or torch.compiler.reset() after attaching, or "
+    "compile block by block. A compiled copy of the model (an average) that is called with gradients on hides "
+    "the hook too: call it under torch.no_grad()"
+)
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 
 
-class Tap:
+SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factor on the weight of a regulariser at an optimizer step counted from 0.
+
+    constant: 1. warmup: min(1, (step + 1) / steps). cosine-to-zero: (1 + cos(pi min(1, step / steps))) / 2.
+    stop-at: 1 before `steps`, then 0 (HASTE: stop once it hurts).
+    """
+
+    shape: str = "constant"
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.shape, SHAPES)
+        if self.shape != "constant" and (not isinstance(self.steps, int) or self.steps < 1):
+            raise DispersiveError(f"schedule {self.shape!r} over {self.steps!r} steps: give a whole number above 0")
+
+    def factor(self, step: int | None) -> float:
+        """At step `step`.
+
+        Raises:
+            DispersiveError: no step where the schedule needs one, or a negative one.
+        """
+        if self.shape == "constant":
+            return 1.0
+        try:
+            done = operator.index(step) / self.steps  # type: ignore[arg-type]
+        except TypeError as error:
+            raise DispersiveError(f"schedule {self.shape!r} got step {step!r}: call loss(step=step)") from error
+        if done < 0:
+            raise DispersiveError(f"schedule {self.shape!r} got step {step}: steps are counted from 0")
+        if self.shape == "warmup":
+            return min(1.0, done + 1 / self.steps)
+        if self.shape == "stop-at":
+            return float(done < 1)
+        return (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class _Tap:
     """A forward hook that keeps the first output of its module while armed, and never raises.
 
     A copy of the model (an EMA by deepcopy) carries the same hook: the check of the module's identity keeps
@@ -65,8 +115,8 @@ class Attached:
         if not isinstance(schedule, Schedule | None):
             raise DispersiveError(f"schedule is a {type(schedule).__name__}: give a Schedule, or None")
         self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
-        self.taps = find_taps(model, at, depth)
-        self._state = "has captured nothing: call the model inside `with` before loss()"
+        self.taps = _find_taps(model, at, depth)
+        self._armed_once = self._removed = False
         self._told = False  # that it is 0 in eval mode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -76,7 +126,7 @@ class Attached:
         for name, value in vars(self).items():
             if isinstance(value, nn.Module):
                 setattr(twin, name, copy.deepcopy(value, memo))
-        twin.taps = find_taps(twin.model, self.paths, 1 / 4) if self._state else []
+        twin.taps = _find_taps(twin.model, self.paths, 1 / 4) if not self._removed else []
         twin._forget_all()
         return twin
 
@@ -90,19 +140,13 @@ class Attached:
     @property
     def captured(self) -> list[Tensor]:
         """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
-        return [pick(tap.output[0], self.select) for tap in self.taps if tap.output is not None]
+        return [_pick(tap.output[0], self.select) for tap in self.taps if tap.output is not None]
 
     def __enter__(self) -> Self:
         self._require_hooks()
         for tap in self.taps:
             tap.output, tap.armed = None, self.model.training
-        self._state = (
-            "has captured nothing since the last loss(): the model was not called in training mode inside `with`, or "
-            "does not call this module, or torch.compile had compiled it before the hook was set, which it then does "
-            "not see. Cure for the last: attach before the first call, or torch.compiler.reset() after attaching, or "
-            "compile block by block. A compiled copy of the model (an average) that is called with gradients on hides "
-            "the hook too: call it under torch.no_grad()"
-        )
+        self._armed_once = True
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -114,10 +158,10 @@ class Attached:
         for tap in self.taps:
             tap.armed, tap.output = False, None
             tap.handle.remove()
-        self._state = ""
+        self._removed = True
 
     def _require_hooks(self) -> None:
-        if not self._state:
+        if self._removed:
             raise DispersiveError(f"the taps {', '.join(self.paths)} were removed: attach anew")
 
     def _active(self) -> bool:
@@ -155,11 +199,11 @@ class Attached:
             )
         return [self._checked(tap, (z, []), None) for tap, z in zip(self.taps, taps, strict=True)]
 
-    def _checked(self, tap: Tap, output: Captured | None, select: Select) -> Tensor:
+    def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
         if output is None:
-            raise DispersiveError(f"tap {tap.path!r} {self._state}")
+            raise DispersiveError(f"tap {tap.path!r} {UNSEEN if self._armed_once else UNARMED}")
         try:
-            z = pick(output[0], select)
+            z = _pick(output[0], select)
         except DispersiveError as error:
             raise DispersiveError(f"tap {tap.path!r}: {error}") from error
         if torch._C._functorch.is_functorch_wrapped_tensor(z):
@@ -178,7 +222,7 @@ class Attached:
                 f"tap {tap.path!r}: loss() was called under no_grad, so it would do nothing: call it outside. weight=0 "
                 "measures without a gradient"
             )
-        if overwritten(z, output[1]):
+        if _overwritten(z, output[1]):
             raise DispersiveError(
                 f"tap {tap.path!r}: its output was overwritten after it returned, as by ReLU(inplace=True): tap the "
                 "module that overwrites it, or set inplace=False there"
@@ -186,7 +230,7 @@ class Attached:
         return z
 
 
-def overwritten(z: Tensor, versions: list[tuple[Tensor, int]]) -> bool:
+def _overwritten(z: Tensor, versions: list[tuple[Tensor, int]]) -> bool:
     """Whether a module's output was written to after it returned, where it is z or shares its memory.
 
     What `select` computed from the output shares no memory with it: then any tensor of the output counts.
@@ -198,7 +242,7 @@ def overwritten(z: Tensor, versions: list[tuple[Tensor, int]]) -> bool:
     return any(tensor._version != version for tensor, version in own or versions)
 
 
-def pick(output: Any, select: Select) -> Tensor:
+def _pick(output: Any, select: Select) -> Tensor:
     """z of a module's output: the tensor, the only tensor of a tuple, or what `select` says."""
     kind = type(output).__name__
     if isinstance(select, int | str) and isinstance(output, Tensor):
@@ -218,15 +262,15 @@ def pick(output: Any, select: Select) -> Tensor:
     return z
 
 
-def find_taps(model: Any, at: Any, depth: float) -> list[Tap]:
+def _find_taps(model: Any, at: Any, depth: float) -> list[_Tap]:
     """Hooks every module that `at` names, once; all names are checked before the first hook is set."""
     if not isinstance(model, nn.Module):
         raise DispersiveError(f"model is a {type(model).__name__}: give the nn.Module to attach to")
-    modules = {bare(name): module for name, module in model.named_modules(remove_duplicate=False) if bare(name)}
+    modules = {_bare(name): module for name, module in model.named_modules(remove_duplicate=False) if _bare(name)}
     wanted = [block_at(modules, depth)] if at is None else at
     found: dict[nn.Module, str] = {}
     for one in wanted if isinstance(wanted, list | tuple) else [wanted]:
-        for path in resolve(one, modules):
+        for path in _resolve(one, modules):
             found.setdefault(modules[path], path)
     if not found:
         raise DispersiveError("at= names no module: give a path such as 'blocks.2'")
@@ -236,23 +280,24 @@ def find_taps(model: Any, at: Any, depth: float) -> list[Tap]:
                 f"{path!r} is a {type(module).__name__}, which is never called itself: tap a part of it "
                 f"({path + '.0'!r}), or all ({path + '.*'!r})"
             )
-    return [Tap(path, module) for module, path in found.items()]
+    return [_Tap(path, module) for module, path in found.items()]
 
 
-def bare(name: str) -> str:
+def _bare(name: str) -> str:
     """A path without the names that wrappers put in: 'module.blocks.2' is 'blocks.2'."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
+def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     names = ", ".join(list(modules)[:8])
     if isinstance(one, nn.Module):
         compiled = getattr(one, "_orig_mod", one)  # `modules` has the block itself, not what torch.compile put round it
         paths = [path for path, module in modules.items() if module in (one, compiled)][:1]
         hint = f"at= is a {type(one).__name__} that is not inside the model: take a module from it ({names}, ...)"
     elif isinstance(one, str):
-        patterns = bare(one).split(".")
-        paths = [path for path in modules if matches(path.split("."), patterns)]
+        patterns = _bare(one).split(".")  # a * stands for one name
+        long = [path.split(".") for path in modules if path.count(".") + 1 == len(patterns)]
+        paths = [".".join(names) for names in long if all(map(fnmatch.fnmatchcase, names, patterns))]
         near = difflib.get_close_matches(one, list(modules), 3)
         hint = f"the model has no module {one!r}: choose from {', '.join(near) or names}, ..."
     else:
@@ -260,10 +305,6 @@ def resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     if not paths:
         raise DispersiveError(hint)
     return paths
-
-
-def matches(names: list[str], patterns: list[str]) -> bool:
-    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
 
 
 def block_at(modules: dict[str, nn.Module], depth: float) -> str:

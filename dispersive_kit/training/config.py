@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from dispersive_kit.errors import ConfigError, DispersiveError, form_error
-from dispersive_kit.regularizers.options import PRESETS, LossOptions, check_number, preset_settings
-from dispersive_kit.regularizers.schedules import Schedule
+from dispersive_kit.regularizers.losses import PRESETS, LossOptions, check_number, preset_settings
+from dispersive_kit.regularizers.taps import Schedule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

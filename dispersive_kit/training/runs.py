@@ -34,7 +34,7 @@ from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.baselines import NormMatched
+from dispersive_kit.regularizers.rivals import NormMatched
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory

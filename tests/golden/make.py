@@ -145,9 +145,6 @@ def plug_ins() -> Values:
         loss = kit.contrastive_loss(z, positive, alpha=0.5, kind=kind)
         grads = torch.autograd.grad(loss, [z, positive])
         found[f"contrastive {kind}"] = torch.cat([loss[None], *[g.flatten() for g in grads]]).detach()
-    for view in ("noise", "time", "both"):
-        pair = kit.second_view(t, normal(6, 2), view, torch.Generator().manual_seed(1))
-        found[f"second view {view}"] = torch.cat([one.flatten().double() for one in pair])
     return found
 
 

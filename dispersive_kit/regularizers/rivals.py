@@ -8,29 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DispersiveError
-from .attach import Dispersive
-from .losses import dispersive_loss, distance, rows_of, temperature
-from .options import LossOptions, check_choice, check_number
-from .pairwise import full_precision
-from .schedules import Schedule
-from .taps import At, Attached, Select
-
-VIEWS = ("noise", "time", "both")
-
-
-def second_view(t: Tensor, eps: Tensor, view: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(t, eps) of another look at the same images: fresh noise, a fresh uniform time, or both.
-
-    t (B,), eps (B, ...); feed the model x_t of these for the positive of `contrastive_loss`.
-    """
-    check_choice("view", view, VIEWS)
-    device = generator.device
-    if view != "time":
-        eps = torch.randn(eps.shape, generator=generator, device=device, dtype=eps.dtype).to(eps.device)
-    if view != "noise":
-        t = torch.rand(t.shape, generator=generator, device=device, dtype=t.dtype).to(t.device)
-    return t, eps
+from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers.attach import Dispersive
+from dispersive_kit.regularizers.losses import (
+    LossOptions,
+    check_number,
+    dispersive_loss,
+    distance,
+    rows_of,
+    temperature,
+)
+from dispersive_kit.regularizers.pairwise import full_precision
+from dispersive_kit.regularizers.taps import At, Attached, Schedule, Select
 
 
 def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **options: Any) -> Tensor:
@@ -40,7 +29,8 @@ def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **optio
     the correlation between the views for covariance (Barlow Twins, arXiv 2103.03230), and E_i |z_i - z+_i|^2
     / dim for vicreg. alpha = 0 is Dispersive Loss, alpha = 1 the contrastive counterpart.
 
-    Raises DispersiveError: alpha outside [0, 1], views of different shape, or as `dispersive_loss`.
+    Raises:
+        DispersiveError: alpha outside [0, 1], views of different shape, or as `dispersive_loss`.
     """
     check_number("alpha", alpha, at_least=0.0)
     if alpha > 1 or getattr(positive, "shape", None) != z.shape:
@@ -51,10 +41,10 @@ def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **optio
     loss = dispersive_loss(z, **options)
     pull = {k: v for k, v in options.items() if k not in ("t", "y")}
     with full_precision(z.device):
-        return loss + alpha * positive_term(z, positive, LossOptions.of(pull)).to(loss.dtype)
+        return loss + alpha * _positive_term(z, positive, LossOptions.of(pull)).to(loss.dtype)
 
 
-def positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
+def _positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
     a, b = rows_of(z, options), rows_of(positive, options)  # (R, dim)
     u = (a - b).square().sum(1).clamp(min=1e-12)  # (R,)
     if options.kind == "covariance":
@@ -72,7 +62,8 @@ class NormMatched(Dispersive):
     Set `rms` to what features reach under Dispersive Loss, and all that follows from their size alone follows here
     too. Used as `Dispersive` is; `stats` are those of Dispersive Loss with the same options, which is not added.
 
-    Raises DispersiveError: rms not above 0; else as `Dispersive`.
+    Raises:
+        DispersiveError: rms not above 0; else as `Dispersive`.
     """
 
     def __init__(self, model: nn.Module, at: At = None, *, rms: float, **options: Any) -> None:
@@ -112,19 +103,23 @@ class LayerSync(Attached):
             raise DispersiveError(f"{shallow} comes after {deep}: the first is to be the shallow one, which is taught")
 
     def loss(self, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
-        """Weighted loss (0-d), zero in eval. Raises DispersiveError: as `Dispersive.loss`; unequal shapes."""
+        """Weighted loss (0-d), zero in eval.
+
+        Raises:
+            DispersiveError: as `Dispersive.loss`; unequal shapes.
+        """
         if not self._active():
             return self._zero()
         shallow, deep = self._take(taps)
-        return self._weight(step) * alignment(shallow, deep.detach(), self.paths[0])
+        return self._weight(step) * _alignment(shallow, deep.detach(), self.paths[0])
 
 
 class REPA(Attached):
     """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
 
     encoder: any callable of the clean images, giving (B, E), aligned with the mean of the tokens, or (B, N, E),
-    token by token. projector: an nn.Module from the block's width to E (`make_projector`), whose parameters
-    belong into the optimizer.
+    token by token. projector: an nn.Module from the block's width to E (the paper's: three layers with SiLU), whose
+    parameters belong into the optimizer.
     """
 
     def __init__(
@@ -145,7 +140,8 @@ class REPA(Attached):
     def loss(self, x0: Tensor, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Weighted loss (0-d) for the clean images x0 (B, ...) of the batch, zero in eval.
 
-        Raises DispersiveError: as `Dispersive.loss`; features of another shape than the projected tokens.
+        Raises:
+            DispersiveError: as `Dispersive.loss`; features of another shape than the projected tokens.
         """
         if not self._active():
             return self._zero()
@@ -158,11 +154,11 @@ class REPA(Attached):
                 tokens = tokens.to(next((p.dtype for p in self.projector.parameters()), tokens.dtype))
             if target.ndim == 2 and tokens.ndim == 3:
                 tokens = tokens.mean(1)
-            terms.append(alignment(self.projector(tokens), target.detach(), path))
+            terms.append(_alignment(self.projector(tokens), target.detach(), path))
         return self._weight(step) * torch.stack(terms).mean()
 
 
-def alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
+def _alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
     """-E cos over the last axis."""
     if z.shape != target.shape:
         raise DispersiveError(
@@ -170,10 +166,3 @@ def alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
             "the encoder or the choice of blocks must make the two shapes equal"
         )
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
-
-
-def make_projector(width: int, target: int, hidden: int = 2048) -> nn.Sequential:
-    """REPA's three layers with SiLU."""
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, target)
-    )

@@ -1,4 +1,4 @@
-"""The baselines: what alpha = 0 and alpha = 1 are, who gets the gradient, REPA with an encoder of real weights."""
+"""The rivals: what alpha = 0 and alpha = 1 are, who gets the gradient, REPA with an encoder of real weights."""
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from dispersive_kit.regularizers import (
     contrastive_loss,
     dispersive_loss,
 )
-from dispersive_kit.regularizers.baselines import make_projector, second_view
 
 F64 = torch.float64
 
@@ -51,7 +50,7 @@ def test_the_positive_term_falls_as_the_views_meet_and_pulls_them_together(kind)
 
 
 def test_infonce_is_the_textbook_loss_of_simclr_with_the_log_outside():
-    # mutation: `positive_term` not divided by tau
+    # mutation: `_positive_term` not divided by tau
     z, positive = views()
     D = lambda a, b: (a - b).square().sum(-1) / 6  # noqa: E731
     want = (
@@ -72,15 +71,6 @@ def test_wrong_alpha_or_views_are_refused(alpha, shape):
         contrastive_loss(z, torch.zeros(shape), alpha=alpha)
 
 
-@pytest.mark.parametrize(("view", "new_t", "new_eps"), [("noise", 0, 1), ("time", 1, 0), ("both", 1, 1)])
-def test_second_view_changes_what_it_says(view, new_t, new_eps):
-    t, eps = torch.full((4,), 2.0), torch.full((4, 3), 9.0)
-    state = torch.get_rng_state()
-    t2, eps2 = second_view(t, eps, view, torch.Generator().manual_seed(0))
-    assert (torch.equal(t, t2), torch.equal(eps, eps2)) == (not new_t, not new_eps)
-    assert t2.shape == t.shape and eps2.shape == eps.shape and torch.equal(state, torch.get_rng_state())
-
-
 def test_layer_sync_teaches_the_shallow_block_only():
     # mutation: no `deep.detach()`
     model = MLP(hidden_size=16).train()
@@ -99,12 +89,12 @@ def test_layer_sync_teaches_the_shallow_block_only():
 
 
 def test_repa_aligns_with_efficientnet_features_of_real_images():
-    # mutation: encoder features not detached from x0 and `alignment` of +cos
+    # mutation: encoder features not detached from x0 and `_alignment` of +cos
     torch.manual_seed(0)
     images = torch.tensor(load_digits().images[:16] / 16 * 255).to(torch.uint8)[:, None]
     net = efficientnet_lite0()
     model = build_dit("DiT-T/2", input_size=8, depth=4, in_channels=1, num_classes=0).train()
-    projector = make_projector(96, 1280, hidden=64)
+    projector = nn.Sequential(nn.Linear(96, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1280))
     repa = REPA(model, encoder=lambda x: net.features(preprocess(x, size=32)), projector=projector, weight=1.0)
     x, t = images.float() / 127.5 - 1, torch.full((16,), 0.2)
     optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=1e-3)

@@ -324,11 +324,10 @@ def _measure_name(measure: str) -> str:
 
 
 def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
-    """A column for each condition: above, one line a seed through all arms; below, the ratio to the reference with its
-    95 % interval of each arm that has a verdict, and the margin of what counts as equal; without a verdict the lines
-    alone. A crash is a gap in its line. Results as in results.json.
+    """A column for each condition: above, one line a seed through all arms, a gap where a run crashed; below, of each
+    arm that has a verdict, the ratio to the reference with its 95 % interval, and the margin of what counts as equal.
 
-    The reference stands first, then the arms from the lowest to the highest value in the first condition.
+    The reference stands first, then the arms by their value in the first condition. Results as in results.json.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
     first = [row for row in results["summary"] if row["condition"] == conditions[0]]
@@ -385,11 +384,9 @@ def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figu
     figure, (axis,) = _panels(1, None, 10, 1.2 + 0.29 * max(len(rows), 4))
     shown = [row for row in rows if show in ("all", row["word"])]
     studies = [study for study, _ in {(row["study"], row["condition"]) for row in rows}]  # once for each condition
-    named = {}
-    for row in shown:
-        condition = f", {row['condition']}" if studies.count(row["study"]) > 1 else ""
-        named[f"{row['study']}: {row['arm']}{condition}, {_measure_name(row['measure'])}"] = row
-    _ratios(axis, named)
+    where = [f", {row['condition']}" if studies.count(row["study"]) > 1 else "" for row in shown]
+    names = [f"{r['study']}: {r['arm']}{at}, {_measure_name(r['measure'])}" for r, at in zip(shown, where, strict=True)]
+    _ratios(axis, dict(zip(names, shown, strict=True)))
     for i in range(1, len(shown)):
         if shown[i]["study"] != shown[i - 1]["study"]:
             axis.axhline(i - 0.5, color="black", alpha=0.3, lw=0.7)

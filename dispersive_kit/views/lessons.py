@@ -139,13 +139,13 @@ class BlockViews:
         inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
 
     Attributes, each t -> tensor: attention (depth, B, N, N), mean over heads; gates (depth, 2), the RMS of those of
-    attention and MLP; rms and change (depth,), of the block's output and of what the block added to it.
+    attention and MLP; rms (depth,), of the block's output.
     """
 
     def __init__(self, model: DiT, inputs: Mapping[float, Tensor], y: Tensor) -> None:
         self.inputs, self.patch = inputs, model.patch_size
         seen = {t: _look_inside(model, x, torch.full((len(y),), t), y) for t, x in inputs.items()}
-        self.attention, self.gates, self.rms, self.change = ({t: one[k] for t, one in seen.items()} for k in range(4))
+        self.attention, self.gates, self.rms = ({t: one[k] for t, one in seen.items()} for k in range(3))
 
     def frame(self, block: int, t: float, *, token: int = 5) -> Figure:
         """One block at one time: the first image, whom the token with the star looks at, the gates over time, and the
@@ -165,14 +165,10 @@ class BlockViews:
             gates.plot(list(self.gates), own, look, color=(BLUE, GREEN)[k], markersize=4, label=name)
         gates.axvline(t, color=GREY)
         gates.set(xlabel="t", ylim=(0, _top(self.gates)), title=f"block {block}: size of its gates")
-        places = np.arange(len(self.rms[t]))
-        sizes.bar(places - 0.2, self.rms[t].tolist(), 0.4, color=BLUE, label="RMS of its output")
-        added = {"color": "none", "edgecolor": GREEN, "hatch": "//", "label": "of what it added"}
-        sizes.bar(places + 0.2, self.change[t].tolist(), 0.4, **added)
-        sizes.plot(block - 0.2, self.rms[t][block] + 0.05 * _top(self.rms), "v", color=RED, markersize=9)
-        sizes.set(xticks=places, xlabel="block", ylim=(0, _top(self.rms)), title="features along the blocks")
-        for axis in (gates, sizes):
-            axis.legend(fontsize=8, loc="upper left")
+        places = range(len(self.rms[t]))
+        sizes.bar(places, self.rms[t].tolist(), 0.6, color=[RED if i == block else BLUE for i in places])
+        sizes.set(xticks=places, xlabel="block", ylim=(0, _top(self.rms)), title="RMS of the features after each block")
+        gates.legend(loc="upper left")
         return figure
 
 
@@ -188,9 +184,7 @@ def _look_inside(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, .
     attention = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(2)
     c = model.condition(t, y, None)
     gates = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, -1))[:, 2::3] for block in blocks])
-    stream = torch.stack([model.x_embedder(x) + model.pos_embed, *after])  # (depth + 1, B, N, D)
-    sizes = (one.square().mean((1, 2, 3)).sqrt() for one in (stream[1:], stream.diff(dim=0)))
-    return attention, gates.square().mean((1, 3)).sqrt(), *sizes
+    return attention, gates.square().mean((1, 3)).sqrt(), torch.stack(after).square().mean((1, 2, 3)).sqrt()
 
 
 def _top(values: Mapping[float, Tensor]) -> float:

@@ -1,5 +1,6 @@
 """The commands around notebooks, studies and a class: dispersive-kit run | runs | study | lab | console | doctor."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -104,10 +105,10 @@ def study_report(plan: Name, out: Path | None = None) -> None:
 
 def _report_study(plan: Any, results: dict[str, Any], folder: Path) -> None:
     from dispersive_kit.study.report import as_table
-    from dispersive_kit.study.study_report import verdict_rows, write_study_report
+    from dispersive_kit.study.verdict import verdict_rows, write_study_page
 
     folder.mkdir(parents=True, exist_ok=True)
-    page = write_study_report(plan, results, _study_figures(results, folder), folder / "report.html")
+    page = write_study_page(plan, results, _study_figures(results, folder), folder / "report.html")
     used = results["cpu_hours"]["used"]
     print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
 
@@ -152,7 +153,7 @@ def study_table(write: bool = False) -> None:
         write: Put them into the README of this checkout, and draw notebooks/figures/verdicts.png.
     """
     from dispersive_kit.study.notebook import PACKAGE
-    from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_hash, evidence_markdown
+    from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_markdown
     from dispersive_kit.views.figures import style, verdict_forest
 
     if not write:
@@ -166,7 +167,8 @@ def study_table(write: bool = False) -> None:
     readme.write_text(f"{before}{BEGIN}\n{evidence_markdown()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     style()
     picture = root / "notebooks" / "figures" / "verdicts.png"  # it carries the hash of the table it belongs to
-    verdict_forest(all_verdicts()).savefig(picture, metadata={"Description": evidence_hash()})
+    drawn_from = hashlib.sha256(evidence_markdown().encode()).hexdigest()
+    verdict_forest(all_verdicts()).savefig(picture, metadata={"Description": drawn_from})
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:

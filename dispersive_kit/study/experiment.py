@@ -28,12 +28,11 @@ from dispersive_kit.evaluation import Panel, balanced_labels, draw_images, gener
 from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
-from dispersive_kit.study.arms import read_metrics
 from dispersive_kit.study.machine import describe_environment, in_pool
 from dispersive_kit.study.notebook import runs_folder
 from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
 from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
-from dispersive_kit.training import TrainConfig, load_run, train
+from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
 from dispersive_kit.training.runs import OBJECTIVES, SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
@@ -134,9 +133,6 @@ def _is_done(plan: Plan, cell: Cell, out: Path) -> bool:
     return (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
 
 
-# ---- what is measured of one run
-
-
 def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
     """Values by name, numbers that describe without being judged, and the record of how they came about."""
     model, card = load_run(folder)
@@ -202,9 +198,6 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
     cells = candidates(encoder(model), parts, draws=DRAWS, path=OBJECTIVES[config.objective]().path)
     return choose_and_test("ridge", cells)[0].accuracy
-
-
-# ---- from all runs to results
 
 
 def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:

@@ -1,23 +1,14 @@
 """The plan of a study, written and hashed before its first run: that is its pre-registration.
 
-title: The published settings against none
-question: Does it lower the distance of samples to real digits?
-train: {preset: digits, steps: 300}           # what all runs share: a training preset and changes to it
-arms:                                         # what they differ in
-  base: {}
-  paper: {regularizer.preset: paper}
-reference: base
-conditions: {fast: {learning_rate: 0.004}}    # settings in which all arms are compared
-seeds: [0, 1, 2, 3, 4, 5]
-primary: {arm: paper, condition: fast, measure: frechet}
-...
+Which training all runs share, what the arms differ in, in which conditions they are compared, on how many seeds, and
+what will be called better: `notebooks/studies/2a-published-short.yaml` is one.
 
 Two runs that share a seed share initial weights, order of images, times, noise and label drops: they are a pair.
 """
 
 import hashlib
 import json
-from collections import Counter
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,10 +23,9 @@ from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEVEL = 0.05
 DIRECTION = {"frechet": -1, "held_out": -1, "probe": 1}  # the sign that a better arm's log-ratio has
-LEAST_SEEDS, MOST_SEEDS = 6, 20  # five pairs cannot reach p < 0.05; an exact test looks at 2^n choices of signs
 
 _Text = Annotated[str, Field(min_length=1)]
-_Seeds = list[Annotated[int, Field(ge=0)]]
+_Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=20)]  # a test looks at 2^n choices of signs
 _Settings = dict[str, JsonValue]
 
 
@@ -77,7 +67,7 @@ class Sampling(_Form):
         return {"frechet": first, **{f"frechet cfg {w:g}": w for w in others}}
 
 
-class Tuning(_Form):
+class _Tuning(_Form):
     """Trials of settings for each arm, equally many, on seeds that are not used again."""
 
     trials: dict[str, Annotated[list[_Settings], Field(min_length=1)]]
@@ -117,28 +107,17 @@ class Plan(_Form):
     secondaries: list[Contrast]
     margin: dict[str, PositiveFloat]
     margin_from: _Text
-    tuning: Tuning
+    tuning: _Tuning
     stop_rule: _Text
     cpu_hours: PositiveFloat
-    _file: Path
-    _sha256: str
-
-    @property
-    def file(self) -> Path:
-        return self._file
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256
+    # Of the file, and not of its content
+    called: str = ""  # what `dispersive-kit study run` takes
+    file: Path = Path()
+    sha256: str = ""
 
     @property
     def name(self) -> str:
-        return self._file.stem
-
-    @property
-    def called(self) -> str:
-        """What `dispersive-kit study run` takes: the name of a shipped plan, or the path of another."""
-        return self.name if self.file.parent == studies_folder() else str(self.file)
+        return self.file.stem
 
     @property
     def contrasts(self) -> list[Contrast]:
@@ -178,7 +157,7 @@ class Plan(_Form):
     def _check(self) -> "Plan":
         for contrast in self.contrasts:
             contrast.condition = contrast.condition or next(iter(self.conditions))
-        for check in (_check_names, _check_contrasts, _check_seeds, _check_tuning, _check_settings):
+        for check in (_check_names, _check_seeds, _check_settings):
             check(self)
         return self
 
@@ -211,7 +190,7 @@ def load_plan(name: str) -> Plan:
     except ValidationError as error:
         raise form_error(error, str(file)) from error
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # canonical
-    plan._file, plan._sha256 = file, hashlib.sha256(text.encode()).hexdigest()
+    plan.called, plan.file, plan.sha256 = name, file, hashlib.sha256(text.encode()).hexdigest()
     return plan
 
 
@@ -220,47 +199,35 @@ def _check_names(plan: Plan) -> None:
         raise ConfigError(f"reference {plan.reference!r} is no arm; there are: {', '.join(plan.arms)}")
     if unknown := set(plan.margin) - set(DIRECTION):
         raise ConfigError(f"a margin of {min(unknown)!r}; there are: {', '.join(DIRECTION)}")
-
-
-def _check_contrasts(plan: Plan) -> None:
     measures = [*plan.evaluation.frechets, "held_out", *(["probe"] if plan.evaluation.probe else [])]
     known = {"arm": set(plan.arms) - {plan.reference}, "condition": set(plan.conditions), "measure": set(measures)}
+    said: set[str] = set()
     for contrast in plan.contrasts:
         for part, names in known.items():
             if (given := getattr(contrast, part)) not in names:
                 raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
         if contrast.kind not in plan.margin:
             raise ConfigError(f"no margin for {contrast.measure!r}, so nothing could be equivalent by it")
-    if twice := [one for one, n in Counter(map(str, plan.contrasts)).items() if n > 1]:
-        raise ConfigError(f"the contrast ({twice[0]}) stands twice")
+        if str(contrast) in said:
+            raise ConfigError(f"the contrast ({contrast}) stands twice")
+        said.add(str(contrast))
 
 
 def _check_seeds(plan: Plan) -> None:
-    n, wanted = len(plan.seeds), max(1, len(plan.secondaries))
-    smallest_p = 2.0 ** (1 - n)  # all signs one way: 2 of 2^n
+    n, family, trials = len(plan.seeds), max(1, len(plan.secondaries)), plan.tuning.trials
+    best = 2.0 ** (1 - n) * family  # all signs one way: 2 of 2^n
+    if best >= LEVEL:
+        raise ConfigError(
+            f"{n} seeds cannot reach p < {LEVEL}: the exact sign-flip test, by Holm over {family} secondaries, gives "
+            f"{best:.3g} at best; take at least {math.floor(2 + math.log2(family / LEVEL))} seeds, or fewer secondaries"
+        )
     if len(set(plan.seeds)) < n:
         raise ConfigError("a seed stands twice: each is one pair")
-    if n > MOST_SEEDS:
-        raise ConfigError(f"{n} seeds are more than an exact test can list; take at most {MOST_SEEDS}")
-    if n < LEAST_SEEDS:
-        raise ConfigError(
-            f"{n} seeds cannot reach p < {LEVEL}, the exact sign-flip test gives {smallest_p:.3g} at best; "
-            f"take at least {LEAST_SEEDS}"
-        )
-    if smallest_p * wanted >= LEVEL:
-        raise ConfigError(
-            f"with {n} seeds the best p of {wanted} secondaries is {smallest_p * wanted:.3g} by Holm; "
-            "take more seeds, or fewer secondaries"
-        )
-
-
-def _check_tuning(plan: Plan) -> None:
-    trials, seeds = plan.tuning.trials, plan.tuning.seeds
-    if bool(trials) != bool(seeds):
+    if bool(trials) != bool(plan.tuning.seeds):
         raise ConfigError("tuning needs both trials and seeds of its own")
     if trials and (set(trials) != set(plan.arms) or len(set(map(len, trials.values()))) > 1):
         raise ConfigError("each arm needs equally many tuning trials, the reference among them")
-    if shared := set(seeds) & set(plan.seeds):
+    if shared := set(plan.tuning.seeds) & set(plan.seeds):
         raise ConfigError(f"seed {min(shared)} is for tuning and for confirmation; keep them apart")
 
 

@@ -5,7 +5,8 @@ difference, log 2 is twice the value.
 """
 
 import functools
-import hashlib
+import itertools
+import json
 import math
 import statistics
 from collections import Counter
@@ -19,20 +20,29 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dispersive_kit.errors import DataError, form_error
 from dispersive_kit.study.plan import DIRECTION, LEVEL, Contrast, Plan, load_plan, shipped_plans, studies_folder
+from dispersive_kit.study.report import Row, folded, html_table, quoted, write_page
 
 CRASH = math.log(10)  # a run that crashed counts as ten times worse than its pair
 INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
 SPEAKS = {"better": "**for**", "worse": "**against**", "equivalent": "no difference", "inconclusive": "open"}
 BEGIN, END = "<!-- written by: dispersive-kit study table --write -->", "<!-- up to here -->"
+ABOUT_VERDICTS = (
+    "Exact sign-flip test on paired log-ratios, two-sided; secondaries adjusted by Holm. The interval is Student's on "
+    "the log-ratio, given as a ratio. Equivalent: the 90 % interval lies within the margin (two one-sided t-tests). "
+    "Crashed: of the arm, of the reference. Gradient: of the loss over that of denoising, at the median step; "
+    "inactive: under a thousandth. Margin, on the log-ratio: "
+)
+ABOUT_ARMS = (
+    "Geometric means and spread over seeds; medians of the rest. feature_rms: of the last batch at the arm's own tap. "
+    "pooled_rank: RankMe of 500 clean held-out images, mean over tokens, after the block a quarter in, whatever the "
+    "arm. held_out_t0 to t3: held-out denoising loss by quarters of t, from the data to noise, the same draws each."
+)
 _MEASURES = {"frechet": "FD", "held_out": "held-out loss", "probe": "probe accuracy"}
 
 Run = dict[str, Any]
 
 
-# ---- from pairs to one word
-
-
-def log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], better: int) -> NDArray[np.float64]:
+def _log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], better: int) -> NDArray[np.float64]:
     """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side, and as 0 where both
     crashed: say so to `judge_pairs`.
     """
@@ -45,17 +55,15 @@ def log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], b
     return np.array([one(a, b) for a, b in zip(arm, reference, strict=True)])
 
 
-def sign_flip_p(x: NDArray[np.float64]) -> float:
+def _sign_flip_p(x: NDArray[np.float64]) -> float:
     """Exact two-sided p that the mean of x (n,) is 0, over all 2^n signs: no assumption but symmetry about 0."""
     from scipy.stats import permutation_test
 
-    test = permutation_test(
-        (x,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=True, batch=2**14
-    )  # fmt: skip
-    return float(test.pvalue)
+    how: dict[str, Any] = {"permutation_type": "samples", "n_resamples": np.inf, "vectorized": True, "batch": 2**14}
+    return float(permutation_test((x,), np.mean, **how).pvalue)
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def _holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p of a family: max over the smaller ones of (m - rank) p, at most 1."""
     order, m, worst = np.argsort(p, kind="stable"), len(p), 0.0
     adjusted = [0.0] * m
@@ -84,7 +92,7 @@ def judge_pairs(
     was fixed as what counts as none. Else "better" or "worse" where the adjusted p is below 0.05; else "inconclusive".
 
     Args:
-        better: -1 if less of the measure is better, 1 if more is. p_adjusted: from `holm`; None: alone in its family.
+        better: -1 if less of the measure is better, 1 if more is. p_adjusted: by Holm; None: alone in its family.
         empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
 
     Returns:
@@ -93,7 +101,7 @@ def judge_pairs(
     """
     from scipy.stats import sem, t
 
-    p, mean, equivalent = sign_flip_p(x), float(x.mean()), _tost_p(x, margin)
+    p, mean, equivalent = _sign_flip_p(x), float(x.mean()), _tost_p(x, margin)
     adjusted = p if p_adjusted is None else p_adjusted
     half = float(t.ppf(1 - LEVEL / 2, len(x) - 1) * sem(x))
     word = "inconclusive"
@@ -106,14 +114,11 @@ def judge_pairs(
             "margin": margin}  # fmt: skip
 
 
-# ---- from runs to verdicts
-
-
 def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
     sides = [_sides(plan, runs, contrast) for contrast in plan.contrasts]
-    pairs = [log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
-    adjusted = [None, None, *holm([sign_flip_p(x) for x in pairs[2:]])]
+    pairs = [_log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
+    adjusted = [None, None, *_holm([_sign_flip_p(x) for x in pairs[2:]])]
     roles = ["primary", "co-primary", *["secondary"] * len(plan.secondaries)]
     found = []
     for role, c, side, x, p in zip(roles, plan.contrasts, sides, pairs, adjusted, strict=True):
@@ -152,32 +157,22 @@ def _flags(runs: Sequence[Run], contrast: Contrast, reference: str) -> dict[str,
 
 def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each condition and arm: geometric mean and spread between seeds of each value, medians of the rest."""
-    return [
-        {"condition": condition, "arm": arm, **_summary([r for r in _of(runs, arm, condition) if r["status"] == "ok"])}
-        for condition in plan.conditions
-        for arm in plan.arms
-    ]
+    rows = []
+    for condition, arm in itertools.product(plan.conditions, plan.arms):
+        ended = [run for run in _of(runs, arm, condition) if run["status"] == "ok"]
+        first = ended[0] if ended else {"values": {}, "described": {}}
+        logs = {name: [math.log(run["values"][name]) for run in ended] for name in first["values"]}
+        known = [name for name in first["described"] if all(name in run["described"] for run in ended)]
+        rows.append({
+            "condition": condition, "arm": arm, "n": len(ended),
+            "values": {name: {"mean": math.exp(statistics.fmean(x)), "sd_log": statistics.stdev(x) if x[1:] else None}
+                       for name, x in logs.items()},
+            "described": {name: statistics.median(run["described"][name] for run in ended) for name in known},
+        })  # fmt: skip
+    return rows
 
 
-def _summary(ended: Sequence[Run]) -> dict[str, Any]:
-    if not ended:
-        return {"n": 0, "values": {}, "described": {}}
-    first = ended[0]
-    values = {name: _spread([run["values"][name] for run in ended]) for name in first["values"]}
-    names = [name for name in first["described"] if all(name in run["described"] for run in ended)]
-    described = {name: statistics.median(run["described"][name] for run in ended) for name in names}
-    return {"n": len(ended), "values": values, "described": described}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    logs = [math.log(value) for value in values]
-    return {"mean": math.exp(statistics.fmean(logs)), "sd_log": statistics.stdev(logs) if len(logs) > 1 else None}
-
-
-# ---- results as they are kept
-
-
-class Results(BaseModel):
+class _Results(BaseModel):
     """The form of a results.json: all runs of a plan, and what follows from them."""
 
     model_config = ConfigDict(extra="allow")
@@ -205,7 +200,7 @@ def read_results(plan: Plan, file: Path) -> dict[str, Any]:
     """
     again = f"dispersive-kit study run {plan.called} writes it"
     try:
-        results = Results.model_validate_json(file.read_text(encoding="utf-8")).model_dump()
+        results = _Results.model_validate_json(file.read_text(encoding="utf-8")).model_dump()
     except FileNotFoundError:
         raise DataError(f"{plan.name} has no results yet, {file} is not there: {again}") from None
     except ValidationError as error:
@@ -231,19 +226,12 @@ def shipped_results() -> dict[str, dict[str, Any]]:
 
 def all_verdicts() -> list[dict[str, Any]]:
     """The verdicts of all studies that come with the kit, each with its `study`, and the `runs` it rests on by id."""
-    return [
-        {**v, "study": name, "runs": [run["id"] for run in _both_arms(results, v)]}
-        for name, results in shipped_results().items()
-        for v in results["verdicts"]
-    ]
-
-
-def _both_arms(results: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Run]:
-    return [run for arm in (results["reference"], verdict["arm"])
-            for run in _of(results["runs"], arm, verdict["condition"])]  # fmt: skip
-
-
-# ---- the table of the README
+    found = []
+    for name, results in shipped_results().items():
+        for v in results["verdicts"]:
+            both = [_of(results["runs"], arm, v["condition"]) for arm in (results["reference"], v["arm"])]
+            found.append({**v, "study": name, "runs": [run["id"] for runs in both for run in runs]})
+    return found
 
 
 def evidence_markdown() -> str:
@@ -262,11 +250,6 @@ def evidence_markdown() -> str:
     table = [f"| {' | '.join(line)} |" for line in lines]
     studies = [f"- `{name}`: {title}" for name, title in titles.items()]
     return "\n".join(["", said, "", figure, "", *table, "", *studies, ""])
-
-
-def evidence_hash() -> str:
-    """sha256 of `evidence_markdown`, which the figure carries: drawn from other verdicts it is found out."""
-    return hashlib.sha256(evidence_markdown().encode()).hexdigest()
 
 
 def _evidence_cells(verdict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -294,3 +277,57 @@ def _mean(results: Mapping[str, Any], verdict: Mapping[str, Any], arm: str) -> s
             value = row["values"][verdict["measure"]]["mean"]
             return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
     return "crashed"
+
+
+def verdict_rows(results: Mapping[str, Any]) -> list[Row]:
+    """A row for each verdict, under a header."""
+    rows: list[Row] = [("", "arm", "condition", "measure", "verdict", "ratio", "95 %", "p", "Holm", "p, equal",
+                        "margin", "pairs", "crashed", "gradient")]  # fmt: skip
+    for v in results["verdicts"]:
+        low, ratio, high = (f"{math.exp(v[end]):.3f}" for end in ("low", "mean", "high"))
+        numbers = [f"{v[name]:.3f}" for name in ("p", "p_adjusted", "p_equivalent", "margin")]
+        pull = (
+            "" if v["gradient_ratio"] is None else f"{v['gradient_ratio']:.2g}{' (inactive)' if v['inactive'] else ''}"
+        )
+        crashed = f"{v['crashes']}, {v['reference_crashes']}"
+        rows.append((v["role"], v["arm"], v["condition"], v["measure"], v["word"], ratio, f"{low} to {high}", *numbers,
+                     v["n"], crashed, pull))  # fmt: skip
+    return rows
+
+
+def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
+    """Write the page of a study; figures are HTML. Returns `file`."""
+    hours, record = results["cpu_hours"], results["record"]
+    measures = list(dict.fromkeys(name for row in results["summary"] for name in row["values"]))
+    described = ["feature_rms", "pooled_rank", "gradient_ratio", *(f"held_out_t{i}" for i in range(4))]
+    arms: list[Row] = [
+        ("condition", "arm", "runs", *(f"{m}{x}" for m in measures for x in ("", ", SD of log")), *described)
+    ]
+    for row in results["summary"]:
+        spread = [row["values"].get(name, {}).get(x) for name in measures for x in ("mean", "sd_log")]
+        shown = (None if x is None else f"{x:.4g}" for x in (*spread, *map(row["described"].get, described)))
+        arms.append((row["condition"], row["arm"], row["n"], *shown))
+    runs: list[Row] = [("id", "status", *measures, "CPU s")]
+    for run in results["runs"]:
+        shown = (f"{run['values'][name]:.4g}" if name in run["values"] else "" for name in measures)
+        runs.append((run["id"], f"{run['status']} {run['error']}", *shown, f"{run['cpu_seconds']:.0f}"))
+    measured = f"{record['name']}; real against real {record['floor_value']:.2f}. " if record else ""
+    return write_page(
+        file,
+        results["title"],
+        quoted(results["question"], "p"),
+        quoted(
+            f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
+            f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned.",
+            "p.quiet",
+        ),
+        html_table(verdict_rows(results)),
+        quoted(ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
+        *figures,
+        "<h2>All arms</h2>" + html_table(arms),
+        quoted(measured + ABOUT_ARMS, "p.quiet"),
+        folded("the plan", quoted(plan.file.read_text(encoding="utf-8"))),
+        folded("how it was measured", quoted(json.dumps(record, indent=1))),
+        folded("code and machine", quoted(json.dumps(results["environments"], indent=1))),
+        folded(f"{len(results['runs'])} runs", html_table(runs)),
+    )

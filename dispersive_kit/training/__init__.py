@@ -2,7 +2,7 @@
 
 from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, TrainConfig, train_preset, with_settings
 from dispersive_kit.training.progress import progress
-from dispersive_kit.training.runs import export_run, load_run, run_folder, shipped_names
+from dispersive_kit.training.runs import export_run, load_run, read_metrics, run_folder, shipped_names
 from dispersive_kit.training.train import StepRecord, train
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "export_run",
     "load_run",
     "progress",
+    "read_metrics",
     "run_folder",
     "shipped_names",
     "train",

@@ -141,6 +141,11 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
     }
 
 
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_config(run_dir: Path) -> TrainConfig:
     """The configuration of a run.
 

@@ -29,8 +29,6 @@ from torch import Tensor
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny")
-
-
 Factory = TypeVar("Factory", bound=Callable[[], Any])
 REGISTERED: dict[str, Callable[[], Any]] = {}
 

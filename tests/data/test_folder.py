@@ -112,14 +112,6 @@ def test_the_crop_is_that_of_adm(size):
     assert np.array_equal(_adm_crop(image, S).permute(1, 2, 0).numpy(), arr[y : y + S, x : x + S])
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
-def test_every_usual_name_of_a_held_out_part_is_known(tmp_path, held_out):
-    for part in ("train", held_out):
-        write_photos(tmp_path / "set" / part, ["cat", "dog"], 4)
-    train, test = (load_images(str(tmp_path / "set"), split, size=16) for split in ("train", "test"))
-    assert train.classes == test.classes == ("cat", "dog") and len(train) == len(test) == 4
-
-
 @pytest.mark.parametrize("parts", [["train"], ["train", "val"], ["test"]])
 def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path, parts):
     for part in parts:

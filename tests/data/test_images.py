@@ -27,10 +27,8 @@ def test_uint8_survives_the_round_trip_and_out_of_range_is_clamped():
 
 
 def test_missing_cifar_says_where_to_put_it(tmp_path):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=rf"{tmp_path}.*cifar-10-batches-py.*cifar10\.npz"):
         load_images("cifar10", data_dir=tmp_path, download=False)
-    assert str(tmp_path) in str(caught.value) and "cifar-10-batches-py" in str(caught.value)
-    assert "cifar10.npz" in str(caught.value)
 
 
 def test_unknown_names_are_refused_with_what_there_is(tmp_path):
@@ -55,9 +53,7 @@ def write_packed(file, labels=(0, 1, 2, 0), **changes):
 def test_packed_arrays_are_read_by_split(tmp_path):
     write_packed(tmp_path / "cifar10.npz")
     train = load_images("cifar10", data_dir=tmp_path)
-    assert (
-        train.images.shape == (3, 3, 5, 5) and train.labels.tolist() == [0, 1, 2] and train.classes == ("a", "b", "c")
-    )
+    assert train.images.shape == (3, 3, 5, 5) and train.labels.tolist() == [0, 1, 2] and len(train.classes) == 3
     assert train.images[0, :, 0, 0].tolist() == [0, 1, 2]
     assert len(load_images("cifar10", "test", data_dir=tmp_path)) == 1
 
@@ -76,9 +72,8 @@ def test_a_bad_packed_file_is_refused_by_name(tmp_path, spoil, words):
     file = tmp_path / "cifar10.npz"
     write_packed(file)
     spoil(file)
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=rf"cifar10\.npz.*{words}"):
         load_images("cifar10", data_dir=tmp_path)
-    assert "cifar10.npz" in str(caught.value)
 
 
 def write_mnist(root, n=6):
@@ -179,7 +174,7 @@ def write_split_folder(root, held_out="test", classes=("dog", "emu")):
     return str(root)
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
+@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
 def test_both_splits_of_a_folder_have_the_classes_of_train(tmp_path, held_out):
     folder = write_split_folder(tmp_path, held_out)
     train, test = load_images(folder, "train", size=8), load_images(folder, "test", size=8)

@@ -105,12 +105,6 @@ def test_a_truncated_spec_is_refused_by_name(copied, share):
         LatentStore(copied)
 
 
-def edit(store, change):
-    fields = json.loads((store / "spec.json").read_text())
-    change(fields)
-    (store / "spec.json").write_text(json.dumps(fields))
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -122,7 +116,9 @@ def edit(store, change):
     ],
 )
 def test_a_spec_that_was_edited_is_refused_with_the_field(copied, change, said):
-    edit(copied, change)
+    fields = json.loads((copied / "spec.json").read_text())
+    change(fields)
+    (copied / "spec.json").write_text(json.dumps(fields))
     with pytest.raises(DataError, match=said):
         LatentStore(copied)
 

@@ -19,7 +19,7 @@ from dispersive_kit.models.dit import DiT, build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MLP",

@@ -80,8 +80,10 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def sample(
-    run: Folder,
+    run: Annotated[Path | None, tyro.conf.Positional] = None,
+    *,
     out: Path,
+    published: Path | None = None,
     num: int = 100,
     label: int | None = None,
     num_steps: int = 25,
@@ -90,48 +92,70 @@ def sample(
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
 ) -> None:
-    """Draw images from a trained run: a PNG grid of the first hundred, and one .npz (arr_0, uint8 NHWC).
+    """Draw images from a trained run or a published checkpoint: a grid of the first hundred, and one .npz.
+
+    The .npz holds arr_0, uint8 NHWC.
 
     Args:
         run: Folder of a trained run, or name of a shipped one (digits-base).
         out: Folder to write grid.png and samples.npz into; refused if it holds something already.
+        published: In place of a run: a public DiT or SiT checkpoint, such as DiT-XL-2-256x256.pt; it needs --vae.
         num: Number of images.
         label: Class of all images; all classes in turn if not given.
         num_steps: Steps of the sampler: Heun, of DDPM runs DDIM, of MeanFlow runs its own.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Seed of the first image; image i has seed + i.
         weights: The average (ema), or the weights as last trained (model).
-        vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
+        vae: The autoencoder that decodes latents: of a published checkpoint its folder or hub id; of a run only if it
+            was moved, and its weights must be the same.
     """
     import numpy as np
     import torch
     from torchvision.utils import save_image
 
-    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
+    from dispersive_kit.evaluation import balanced_labels, generate
     from dispersive_kit.evaluation.generate import this_process
-    from dispersive_kit.training import load_run
-    from dispersive_kit.training.runs import run_folder
 
-    net, card = load_run(run_folder(run), weights=weights)
+    if (run is None) == (published is None):
+        raise ConfigError("name either a run or, with --published, a checkpoint file")
     device = this_process().device
-    if len(net.sample_shape) != 3:
-        raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
+    source = _published(published, vae, device) if published else _trained(run, weights, vae, device)
+    net, objective, decode, name = source
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}")
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    decode, objective = decoder_of(card, device=device, path=vae), card["config"].objective
-    net = net.to(device)
-    images = generate(
-        net, labels, objective=objective, num_steps=num_steps, cfg_scale=cfg_scale, first_seed=seed, decode=decode
-    )
+    settings: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
+    images = generate(net.to(device), labels, objective=objective, decode=decode, **settings)
     if not this_process().is_main_process:
         return
     out.mkdir(parents=True, exist_ok=True)
     save_image(images[:100].float() / 255, out / "grid.png", nrow=10, padding=1)  # 50,000 would need 40 GB
     np.savez(out / "samples.npz", images.permute(0, 2, 3, 1).numpy())
-    print(f"{num} images of {card['run']} at step {card['step']}: {out / 'grid.png'}, {out / 'samples.npz'}")
+    print(f"{num} images of {name}: {out / 'grid.png'}, {out / 'samples.npz'}")
+
+
+def _trained(run: Path | None, weights: str, vae: str | None, device: Any) -> tuple[Any, str, Any, str]:
+    """Model, objective, decoder and name of a run."""
+    from dispersive_kit.evaluation import decoder_of
+    from dispersive_kit.training import load_run
+
+    net, card = load_run(str(run), weights=weights)
+    if len(net.sample_shape) != 3:
+        raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
+    decode = decoder_of(card, device=device, path=vae)
+    return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
+
+
+def _published(file: Path, vae: str | None, device: Any) -> tuple[Any, str, Any, str]:
+    from dispersive_kit.data.autoencoders import load_autoencoder
+    from dispersive_kit.models.published import load_published
+
+    if vae is None:
+        raise ConfigError(f"{file} draws latents: name their autoencoder, such as --vae stabilityai/sd-vae-ft-ema")
+    net = load_published(file)
+    return net, net.objective, load_autoencoder(vae, device=device).images, file.name
 
 
 def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], out: Path | None = None) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
 from PIL import Image
 
 import dispersive_kit
 from dispersive_kit.cli import COMMANDS, main
+from dispersive_kit.models.dit import build_dit
 
 TRAIN = ["train", "--preset", "smoke", "--steps", "4"]
 
@@ -190,3 +193,16 @@ def test_a_command_leaves_the_group_of_its_processes_as_it_ends():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     main(["study", "list"])
     assert not dist.is_initialized()
+
+
+def test_published_checkpoints_are_sampled(tmp_path, capsys):
+    state = build_dit("DiT-T/2", input_size=8, in_channels=4, num_classes=10, learn_sigma=True).state_dict()
+    torch.save({"ema": state}, file := tmp_path / "DiT-T-2.pt")
+    sizes = {"block_out_channels": (8, 8), "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 4}
+    vae = AutoencoderKL(**sizes, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4)
+    vae.save_pretrained(tmp_path / "vae")
+    command = ["sample", "--published", str(file), "--num", "3", "--num-steps", "2", "--cfg-scale", "2"]
+    assert "--vae" in refused(capsys, *command, "--out", tmp_path / "s")
+    assert "either a run or" in refused(capsys, "sample", "digits-base", *command[1:], "--out", tmp_path / "s")
+    main([*command, "--vae", str(tmp_path / "vae"), "--out", str(tmp_path / "s")])
+    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)

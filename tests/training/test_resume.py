@@ -16,7 +16,7 @@ import torch
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import RegularizerConfig, checkpoint, load_run, train, train_preset
-from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
 COMMAND = [
@@ -47,20 +47,13 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_a_run_stopped_between_checkpoints_resumes_to_the_same_bits(tmp_path, whole):
-    for record in train(CONFIG, tmp_path / "run"):
-        if record.step == 8:
-            break  # the newest checkpoint is of step 6
-    run(tmp_path / "run", resume=True)
-    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole))
-
-
-def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(tmp_path, whole):
+def test_a_run_stopped_between_checkpoints_resumes_to_the_same_bits_and_the_same_log(tmp_path, whole):
     for record in train(CONFIG, tmp_path / "run"):
         if record.step == 11:
-            break
+            break  # the newest checkpoint is of step 9
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 12, "lo')  # a kill in the middle of a line
     run(tmp_path / "run", resume=True)
+    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole))
     first, second = ((f / "metrics.jsonl").read_text() for f in (whole, tmp_path / "run"))
     assert first == second
 
@@ -153,34 +146,21 @@ def test_when_every_checkpoint_is_damaged_the_run_is_refused_by_name(tmp_path):
         load_run(folder)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, whole):
-    folder = interrupted(tmp_path / "run")
-    before = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # what a write to a full disk looks like: it fails
-    try:
-        with pytest.raises(CheckpointError, match="could not be written"):
-            run(folder, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    after = load_latest(folder / "checkpoints")
-    assert after.step == before.step == 9 and not list((folder / "checkpoints").glob(".partial*"))
-    run(folder, resume=True)
-    assert_same_bits(final_tensors(folder), final_tensors(whole))
-
-
-def test_a_full_disk_leaves_the_configuration_and_the_log_whole(tmp_path):
+@pytest.mark.parametrize("largest", [200_000, 0])
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_configuration(tmp_path, whole, largest):
     folder = interrupted(tmp_path / "run")
     before = {name: (folder / name).read_text() for name in ("config.json", "run.json")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # what a write to a full disk looks like: it fails
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
             run(folder, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {name: (folder / name).read_text() for name in before} == before
-    assert not list(folder.glob(".partial*"))
+    assert load_latest(folder / "checkpoints").step == 9 and not list(folder.rglob(".partial*"))
+    run(folder, resume=True)
+    assert_same_bits(final_tensors(folder), final_tensors(whole))
 
 
 # A file system of 30 MB of its own, in a mount namespace of its own: two checkpoints of 12 MB fit, a third does not.

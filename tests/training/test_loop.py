@@ -67,11 +67,11 @@ def test_the_placebo_brings_the_features_to_its_size_and_spreads_them_no_more_th
     }
     last = {}
     for name, regularizer in arms.items():
-        config = train_preset("digits", steps=60, warmup_steps=5, eval_every=60, checkpoint_every=60)
+        config = SMOKE.changed(steps=30, eval_every=30, checkpoint_every=30, preview_images=0)
         last[name] = run(config.changed(regularizer=regularizer), tmp_path / name)[-1].values
     assert last["base"]["feature_rms"] < 1.5 and abs(last["placebo"]["feature_rms"] - 3.0) < 0.3
     relative = {name: values["dispersive"] for name, values in last.items()}
-    assert relative["paper"] < -4 < relative["placebo"]  # -log 64 = -4.16: only the paper arm is at its floor
+    assert relative["paper"] < -3.4 < relative["placebo"]  # -log 32 = -3.47: only the paper arm is at its floor
     assert last["placebo"]["gradient_ratio"] > 0
 
 

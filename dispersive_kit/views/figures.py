@@ -292,7 +292,7 @@ def forest(
             axis.axvline(levels[label], color="black", linestyle=":")
         axis.set(xlabel=label, **axes)
         if axes.get("xscale") == "log":
-            _log_if_wide(axis, "x", (1, math.inf))
+            _log_if_wide(axis, "x", axis.dataLim.intervalx)
     return figure
 
 
@@ -312,7 +312,8 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"], ends: Sequence[float]) ->
         return
     axis.set(**{f"{which}scale": "log"})
     side = axis.xaxis if which == "x" else axis.yaxis
-    side.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    subs = (1, 1.5, 2, 3, 5, 7) if ends[1] < 30 * ends[0] else (1, 2, 5) if ends[1] < 300 * ends[0] else (1, 3)
+    side.set_major_locator(LogLocator(subs=subs))
     side.set_major_formatter("{x:g}")
     side.set_minor_formatter(NullFormatter())
 

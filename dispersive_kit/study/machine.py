@@ -31,17 +31,15 @@ def describe_environment() -> dict[str, Any]:
     """Commit (with "-dirty" where files were changed since; None outside a checkout), hash of the package, versions,
     device.
     """
-    root = PACKAGE.parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = (
-            subprocess.run(git, capture_output=True, text=True, check=True).stdout if (root / ".git").exists() else ""
-        )
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout that it trusts
         found = ""
+    checkout = (PACKAGE.parent / ".git").exists()  # and not a package installed somewhere inside another one
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return {
-        "commit": found.strip() or None,
+        "commit": found.strip() if checkout and found else None,
         "package_sha256": package_hash(),
         "versions": versions(),
         "platform": platform.platform(),

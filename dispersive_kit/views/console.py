@@ -1,6 +1,6 @@
 """Demos that compute in the browser, and the lecture console, which is all of them in large type.
 
-    playground(B=8)                      # in a notebook, as the last line of a cell
+    playground()                         # in a notebook, as the last line of a cell
     console()
     write_console(Path("console.html"))  # the same as one file, which fetches nothing
 
@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.regularizers.losses import LossOptions
 from dispersive_kit.training.runs import run_folder
 from dispersive_kit.views.figures import BLUE, RED
-from dispersive_kit.views.lessons import PATHS, SAMPLERS, SHOWN, block_maps, cloud, level_names, trajectory
+from dispersive_kit.views.lessons import PATHS, SAMPLERS, block_maps, cloud, level_names, trajectory
 from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
 # What the playground offers: name -> (options of the loss, y axis)
@@ -43,11 +43,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "l2, no diagonal": ({"kind": "infonce_l2", "diagonal": False}, (-5.0, 0.6)),
     "cosine": ({"kind": "infonce_cosine"}, (-1.2, 4.3)),
     "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
-    "covariance": ({"kind": "covariance"}, (0.4, 1.05)),
+    "covariance": ({"kind": "covariance", "tau": None}, (0.4, 1.05)),  # which has no temperature
 }
-EXTENT = 7.8  # half side of its plane: the largest scale, and its arrows
-ARROW = 1.3  # length of an arrow for B |g| >= 1; none below 1e-3, logarithmic between
-GRID = np.geomspace(0.1, 6.0, 15)  # scales of the curve beside the plane
 TAUS, BATCHES, SCALES = (0.25, 0.5, 1.0, 2.0), (2, 4, 8, 16, 32), (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
 EACH = 6  # images of an arm in one round of the quiz
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
@@ -55,58 +52,45 @@ CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 10000)  # training
 STEPS = (1, 2, 4, 8, 16)
 
 
-def playground(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> Explorer:
+def playground() -> Explorer:
     """Points that can be dragged, where the loss pushes each, and how far the loss is from its floor."""
-    return Explorer(_playground(variant, tau, B, s), _first_look(variant, tau, B, s))
+    z, scales = cloud(16).clone().requires_grad_(), np.geomspace(0.1, 6, 15)
+    loss, low = dispersive_loss(z, tau=0.5), _floor("l2", 0.5, 16)
+    (gradient,) = torch.autograd.grad(loss, z)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    left.quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
+    left.plot(*z.detach().T, "o", color=BLUE)
+    left.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title="pushed downhill")
+    right.plot(scales, [float(dispersive_loss(k * cloud(16), tau=0.5)) for k in scales], color=BLUE)
+    right.plot(1, loss.item(), "o", color=RED)
+    right.axhline(low, color="black", linestyle="--")
+    right.set(xscale="log", xlabel="scale s", title="loss at every scale")
+    alt = f"16 points and where each is pushed; their loss at every scale: {loss.item():.3f} at 1, floor {low:.3f}."
+    return Explorer(_playground(), still(figure, alt))
 
 
-def _playground(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> dict[str, Any]:
-    choices: dict[str, Sequence[Any]] = {"variant": list(VARIANTS), "tau": TAUS, "B": BATCHES, "s": SCALES}
+def _playground() -> dict[str, Any]:
+    choices = {"variant": list(VARIANTS), "tau": TAUS, "B": BATCHES, "s": SCALES}
     return {
         "kind": "playground",
         "controls": choices,
-        "start": [list(values).index(one) for values, one in zip(choices.values(), (variant, tau, B, s), strict=True)],
-        "clouds": {str(size): cloud(size).tolist() for size in BATCHES},
+        "start": (0, 1, 3, 3),
+        "clouds": {str(B): cloud(B).tolist() for B in BATCHES},
         "variants": {
             name: {"kind": options["kind"], "diagonal": LossOptions(**options).with_diagonal, "limits": limits}
             for name, (options, limits) in VARIANTS.items()
         },
         "floors": {f"{v},{t:g},{n}": _floor(v, t, n) for v, t, n in itertools.product(VARIANTS, TAUS, BATCHES)},
-        "extent": EXTENT,
-        "arrow": ARROW,
-        "grid": GRID.tolist(),
     }
 
 
-def _options(variant: str, tau: float) -> dict[str, Any]:
-    options = VARIANTS[variant][0]
-    return {**options} if options["kind"] == "covariance" else {**options, "tau": tau}  # which has no scale
-
-
 def _floor(variant: str, tau: float, B: int) -> float | None:
-    options = _options(variant, tau)
-    low = floor(options["kind"], B, options.get("tau"), dim=2, diagonal=options.get("diagonal"))
+    options = {"tau": tau, "diagonal": None, **VARIANTS[variant][0]}
+    low = floor(options["kind"], B, options["tau"], dim=2, diagonal=options["diagonal"])
     return low if low > -np.inf else None
 
 
-def _first_look(variant: str = "l2", tau: float = 0.5, B: int = 16, s: float = 1.0) -> str:
-    """The playground as it begins: points and their pushes, and the loss of this cloud at every scale."""
-    z, options, low = (s * cloud(B)).requires_grad_(), _options(variant, tau), _floor(variant, tau, B)
-    loss = dispersive_loss(z, **options)
-    (gradient,) = torch.autograd.grad(loss, z)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    left.quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
-    left.plot(*z.detach().T, "o", color=BLUE)
-    left.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title="pushed downhill")
-    right.plot(GRID, [float(dispersive_loss(k * cloud(B), **options)) for k in GRID], color=BLUE)
-    right.plot(s, loss.item(), "o", color=RED)
-    right.axhline(VARIANTS[variant][1][0] if low is None else low, color="black", linestyle="--")
-    right.set(xscale="log", ylim=VARIANTS[variant][1], xlabel="scale s", title="loss at every scale")
-    words = f"{B} points at scale {s:g}, and where each is pushed: {variant}, tau = {tau:g}, loss {loss.item():.3f}"
-    return still(figure, words + (", without a floor." if low is None else f", floor {low:.3f}."))
-
-
-def blind_quiz(samples: Mapping[str, Tensor], *, question: str = "Which look better?", seed: int = 0) -> Explorer:
+def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
     """A blind test over two arms' uint8 images (N, C, H, W), image i from the same noise in both.
 
     A round shows `EACH` images an arm, so there are N // EACH rounds, in which the arms change sides (seed). After the
@@ -115,15 +99,13 @@ def blind_quiz(samples: Mapping[str, Tensor], *, question: str = "Which look bet
     Raises:
         ConfigError: not two arms, unequal shapes, or too few images for one round.
     """
-    spec = _quiz(samples, question, seed)
+    spec = _quiz(samples, seed)
     first = spec["rounds"][0][::-1] if spec["swapped"][0] else spec["rounds"][0]
-    images = "".join(
-        f'{side} <img src="{image}" alt="" width="220"> ' for side, image in zip(("left", "right"), first, strict=True)
-    )
+    images = "".join(f'<img src="{image}" alt="" width="220" hspace="20">' for image in first)
     return Explorer(spec, f'<figure role="img" aria-label="{spec["alt"]}">{images}</figure>')
 
 
-def _quiz(samples: Mapping[str, Tensor], question: str = "Which look better?", seed: int = 0) -> dict[str, Any]:
+def _quiz(samples: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
     if len(samples) != 2 or len({images.shape for images in samples.values()}) != 1:
         shapes = {name: tuple(images.shape) for name, images in samples.items()}
         raise ConfigError(f"a quiz compares two arms of equally many images, got {shapes}")
@@ -135,14 +117,7 @@ def _quiz(samples: Mapping[str, Tensor], question: str = "Which look better?", s
         raise ConfigError(f"a round takes {EACH} images of each arm: give at least so many")
     swapped = torch.randint(2, (len(rounds),), generator=torch.Generator().manual_seed(seed)).bool().tolist()
     alt = f"Left and right, {EACH} images each from the same noises, of one arm each."
-    return {
-        "kind": "quiz",
-        "question": question,
-        "arms": list(samples),
-        "rounds": rounds,
-        "swapped": swapped,
-        "alt": alt,
-    }
+    return {"kind": "quiz", "arms": list(samples), "rounds": rounds, "swapped": swapped, "alt": alt}
 
 
 def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
@@ -180,16 +155,8 @@ def _sampler() -> dict[str, Any]:
     controls = {"sampler": list(SAMPLERS), "steps": STEPS, "part": _short(np.linspace(0, 1, 21))}
     ways = {f"{s},{n}": _short(trajectory(s, n)[:, :200]) for s in SAMPLERS for n in STEPS}  # (n + 1, 200, 2)
     calls = {name: calls for name, (_, calls) in SAMPLERS.items()}
-    exact = _short(trajectory("RK4", 128)[-1, :200])
-    return {
-        "kind": "sampler",
-        "controls": controls,
-        "start": (0, 2, 20),
-        "ways": ways,
-        "calls": calls,
-        "exact": exact,
-        "traced": SHOWN,
-    }
+    start, exact = (0, STEPS.index(4), 20), _short(trajectory("RK4", 128)[-1, :200])
+    return {"kind": "sampler", "controls": controls, "start": start, "ways": ways, "calls": calls, "exact": exact}
 
 
 def _training() -> dict[str, Any]:
@@ -257,10 +224,10 @@ def block_neighbours() -> Explorer:
 
 def console(seed: int = 0) -> Explorer:
     """Every demo in large type. seed: of the sides in the blind test."""
-    return Explorer(_console(seed), _first_look())
+    return Explorer(_console(seed), playground().still)
 
 
-def _console(seed: int = 0) -> dict[str, Any]:
+def _console(seed: int) -> dict[str, Any]:
     files = stored("classroom.npz")
     demos = {
         "playground": _playground(),
@@ -270,7 +237,7 @@ def _console(seed: int = 0) -> dict[str, Any]:
         "guidance": _guidance(files),
         "map": _map(files),
         "umap": _umap(),
-        "quiz": _quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed),
+        "quiz": _quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed),
     }
     return {"kind": "console", "demos": demos}
 
@@ -279,7 +246,7 @@ def console_html() -> str:
     """The console as one page. The browser itself refuses every address, and every script but this one."""
     page = Path(__file__).with_name("console.html").read_text(encoding="utf-8")
     script = "\n" + MODULE.read_text(encoding="utf-8") + "\nalone();\n"
-    data = json.dumps(_console(), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return page.replace("{{ digest }}", digest).replace("{{ script }}", script).replace("{{ data }}", data)
 

@@ -12,6 +12,10 @@ const FILM_MS = 4000; // what a smooth play takes from end to end
 const PINGS = 20; // to the kernel and back
 const FRAME_MS = 500; // how long one of a few frames is seen
 
+const EXTENT = 7.8, ARROW = 1.3; // of the playground: half side of its plane, length of an arrow for B |g| >= 1
+const GRID = Array.from({ length: 15 }, (_, i) => 0.1 * 60 ** (i / 14)); // scales of the curve beside it
+const TRACED = 24; // samples whose way is drawn
+
 const CSS = `
 .dk { font: 14px/1.3 sans-serif; color: ${INK}; background: #fff; padding: 2px }
 .dk button, .dk select { font: inherit; color: inherit; background: #fff; border: 1px solid ${GREY}; border-radius: 5px;
@@ -304,10 +308,10 @@ function playground(root, spec) {
   const picture = element("div", { class: "picture" });
   root.append(row, picture);
   picture.innerHTML = svg("", `<g class="drawn"></g><g class="points"></g>`);
-  const canvas = picture.firstChild, [back, dots] = canvas.children, extent = spec.extent;
+  const canvas = picture.firstChild, [back, dots] = canvas.children;
   canvas.setAttribute("role", "group"); // its points are controls
-  const [left, top, side] = [20, 44, SQUARE], unit = side / (2 * extent);
-  const plane = panel([left, top, side, side], [-extent, extent], [-extent, extent]);
+  const [left, top, side] = [20, 44, SQUARE], unit = side / (2 * EXTENT);
+  const plane = panel([left, top, side, side], [-EXTENT, EXTENT], [-EXTENT, EXTENT]);
   let z; // the points at scale 1
 
   function restart() {
@@ -318,7 +322,7 @@ function playground(root, spec) {
   }
 
   function move(i, x, y) {
-    z[i] = [x, y].map(v => clamp(v, -extent, extent) / value("s"));
+    z[i] = [x, y].map(v => clamp(v, -EXTENT, EXTENT) / value("s"));
     draw();
   }
 
@@ -329,7 +333,7 @@ function playground(root, spec) {
   dots.addEventListener("pointermove", event => {
     if (!event.target.hasPointerCapture(event.pointerId)) return;
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(canvas.getScreenCTM().inverse());
-    move(Number(event.target.dataset.i), (at.x - left) / unit - extent, extent - (at.y - top) / unit);
+    move(Number(event.target.dataset.i), (at.x - left) / unit - EXTENT, EXTENT - (at.y - top) / unit);
   });
   dots.addEventListener("keydown", event => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
@@ -344,7 +348,7 @@ function playground(root, spec) {
     const scaled = k => z.map(([x, y]) => [k * x, k * y]), points = scaled(s);
     const { loss, gradient } = dispersive(points, kind, tau), floor = spec.floors[`${variant},${tau},${B}`];
     const size = B * Math.sqrt(gradient.reduce((sum, [x, y]) => sum + x * x + y * y, 0) / B);
-    const losses = spec.grid.map(k => [Math.log10(k), dispersive(scaled(k), kind, tau).loss]);
+    const losses = GRID.map(k => [Math.log10(k), dispersive(scaled(k), kind, tau).loss]);
     points.forEach((point, i) => {
       const [x, y] = plane.pixel(point);
       dots.children[i].setAttribute("cx", x);
@@ -363,7 +367,7 @@ function playground(root, spec) {
   function pushes(points, gradient) {
     return points.map((point, i) => {
       const norm = Math.hypot(...gradient[i]) + 1e-300;
-      const length = spec.arrow * clamp(1 + Math.log10(points.length * norm) / 3, 0, 1);
+      const length = ARROW * clamp(1 + Math.log10(points.length * norm) / 3, 0, 1);
       const tip = point.map((v, k) => v - gradient[i][k] / norm * length);
       return length ? plane.line([point, tip], RED, 4) + plane.dots([tip], RED, 8, 1) : "";
     }).join("");
@@ -440,7 +444,7 @@ function sampler(root, spec) {
       `${x.length} samples after step ${whole} of ${steps} of ${name}, part ${(at / made.part.last).toFixed(2)} of the `
         + `way, ${calls} of the velocity, beside the same noise carried exactly to eight Gaussians.`,
       left.frame(`${name}: step ${whole} of ${steps}, ${calls}`),
-      x.slice(0, spec.traced).map((p, i) => left.line([...past.map(visited => visited[i]), p], "#9a9a9a", 1.5)),
+      x.slice(0, TRACED).map((p, i) => left.line([...past.map(visited => visited[i]), p], "#9a9a9a", 1.5)),
       left.dots(x, RED, 6), right.frame("the same noise, carried exactly"), right.dots(spec.exact, BLUE, 6));
   }
 
@@ -538,7 +542,7 @@ function quiz(root, spec) {
   const said = element("output", { "aria-live": "polite" }), picture = element("div", { class: "picture" });
   const votes = { left: "left", right: "right", neither: "no difference" }, picked = [];
   const buttons = Object.entries(votes).map(([side, name]) => button(name, () => answer(side)));
-  root.append(element("div", { class: "controls" }, element("span", {}, spec.question), ...buttons, said), picture);
+  root.append(element("div", { class: "controls" }, element("span", {}, "Which look better?"), ...buttons, said), picture);
 
   function ask() {
     const k = picked.length, [left, right] = spec.swapped[k] ? [1, 0] : [0, 1];

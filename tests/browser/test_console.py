@@ -179,7 +179,7 @@ def test_the_loss_and_gradient_of_the_page_are_those_of_the_package(watch: Watch
         for B in (2, 3, 8, 32):
             for tau in TAUS:
                 z = (2 * torch.rand((), generator=rng) * torch.randn(B, 2, generator=rng)).double().requires_grad_()
-                loss = dispersive_loss(z, **options, **({} if options["kind"] == "covariance" else {"tau": tau}))
+                loss = dispersive_loss(z, **{"tau": tau, **options})
                 cases.append((options, tau, z, loss.item(), torch.autograd.grad(loss, z)[0]))
     given = [[z.tolist(), {"diagonal": options["kind"] != "hinge", **options}, tau] for options, tau, z, *_ in cases]
     found = page.evaluate("given => given.map(one => window.dispersive(...one))", given)

@@ -21,7 +21,7 @@ CELLS = (
     "widgets.explore(view, {'word': ('ab', 'cd'), 'size': (1, 2, 3, 4, 5, 6)}, alt='{word} {size} times')",
     "widgets.scrub({k: view(k, '#') for k in range(1, 15)}, label='step', alt='{label} signs')",
     "widgets.latency_test()",
-    "playground(B=4)",
+    "playground()",
     "block_neighbours()",
     "widgets.explore(lambda part: view(6 // part, 'x'), {'part': (1, 2, 0)}, alt='x {part}')",
     "print('done in 0 s')",

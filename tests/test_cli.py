@@ -13,7 +13,9 @@ from PIL import Image
 
 import dispersive_kit
 from dispersive_kit.cli import COMMANDS, main
+from dispersive_kit.errors import CheckpointError
 from dispersive_kit.models.dit import build_dit
+from dispersive_kit.training import load_run
 
 TRAIN = ["train", "--preset", "smoke", "--steps", "4"]
 
@@ -79,7 +81,6 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)
     assert "no run" in refused(capsys, "evaluate", tmp_path)
     assert "this is not FID" in refused(capsys, "evaluate", trained, "--metrics", "FID", "--extractor", "pixels-pca32")
-    assert "this is not IS" in refused(capsys, "evaluate", trained, "--metrics", "IS", "--extractor", "pixels-pca32")
     assert "no Inception weights" in refused(capsys, "evaluate", trained, "--extractor", "inception")
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((20, 9, 9, 1), np.uint8))
     assert "--data" in refused(capsys, "evaluate", tmp_path / "samples.npz")
@@ -87,7 +88,7 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     assert "--num 20" in refused(capsys, *samples)
     assert "(1, 8, 8)" in refused(capsys, *samples, "--num", "20")
     for weights in ("optimizer", "model:0.08"):
-        assert "weights" in refused(capsys, "evaluate", trained, "--weights", weights, "--extractor", "pixels-pca32")
+        assert "weights" in refused(capsys, "sample", trained, "--weights", weights, "--out", new)
     assert "has no parameter" in refused(capsys, "run", "06", "-p", "sed=3", "--out", new)
     assert "is int" in refused(capsys, "run", "06", "-p", "seed=three", "--out", new)
     assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)
@@ -167,7 +168,8 @@ def test_options_that_would_change_nothing_are_refused(trained, tmp_path, capsys
 
 
 def test_what_is_out_of_reach_is_named(trained, tmp_path, capsys):
-    assert "no checkpoint of step 3; kept are: 4" in refused(capsys, "evaluate", trained, "--num", "20", "--step", "3")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3; kept are: 4"):
+        load_run(trained, step=3)
     beyond = ["--seed", "99999999999999999999"]
     assert "64 bits" in refused(capsys, *TRAIN, "--out", tmp_path / "t", *beyond)
     assert "64 bits" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "2", *beyond)

@@ -130,26 +130,6 @@ def _kernel_sums(x: Array, weights: Array) -> Array:
     return total
 
 
-def classifier_score(logits: NDArray, halves: Halves, *, splits: int = 1) -> Valued:
-    """exp(E_x KL(p(y|x) | p(y))) of logits (N, K), and its value on halves (Salimans et al., arXiv 1606.03498).
-
-    1 if all images look alike to the classifier, K if it is sure of each and all classes are equally frequent.
-    splits: mean over consecutive equal parts, as in the published Inception Scores.
-    """
-    (x,) = _checked(logits)
-    log_p = x - np.logaddexp.reduce(x, axis=1, keepdims=True)
-    part = np.arange(len(x)) * splits // len(x)
-    value = _scores(log_p, part == np.arange(splits)[:, None]).mean()
-    return float(value), _scores(log_p, halves)
-
-
-def _scores(log_p: Array, members: Halves) -> Array:
-    p, n = np.exp(log_p), members.sum(1)
-    marginal = members @ p / n[:, None]  # (R, K)
-    log_marginal = np.log(np.maximum(marginal, np.finfo(float).tiny))
-    return np.exp(members @ (p * log_p).sum(1) / n - (marginal * log_marginal).sum(1))
-
-
 def prdc(generated: NDArray, real: NDArray, halves: Halves, *, k: int = 5) -> dict[str, Valued]:
     """Precision, recall, density and coverage of generated (N, D) against real (M, D).
 
@@ -165,7 +145,7 @@ def prdc(generated: NDArray, real: NDArray, halves: Halves, *, k: int = 5) -> di
     if len(x) // (2 if len(halves) else 1) <= k or len(y) <= k:
         raise ConfigError(f"{len(x)} generated and {len(y)} real images are too few for {k} neighbours")
     members = torch.from_numpy(np.concatenate([np.ones((1, len(x)), dtype=bool), halves]))  # (1 + R, N)
-    radius_y = _nearest_others(y, k)[0][:, -1]
+    radius_y = _nearest(y, None, k)[0][:, -1]
     radius_x = _radii_within(x, members, k)  # (1 + R, N)
     weights = members.double()
     hits, covered, recalled = torch.zeros(len(x)), torch.zeros(len(members)), torch.zeros(len(members))
@@ -189,13 +169,14 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _nearest_others(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices (N, k) of the k nearest other rows, ascending; a copy of a row counts as another."""
+def _nearest(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices (N, k) of the rows of y nearest to each row of x; None: other rows of x, copies too."""
     found = []
     for start in range(0, len(x), CHUNK):
-        part = _distances(x[start : start + CHUNK], x)  # (c, N)
-        rows = torch.arange(len(part))
-        part[rows, start + rows] = torch.inf
+        part = _distances(x[start : start + CHUNK], x if y is None else y)
+        if y is None:
+            rows = torch.arange(len(part))
+            part[rows, start + rows] = torch.inf
         found.append(part.topk(k, largest=False))
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
@@ -205,7 +186,7 @@ def _radii_within(x: Tensor, members: Tensor, k: int) -> Tensor:
 
     Looked for among the nearest 32 (fewer than k of these in a random half: once in 10^5 points at k = 5).
     """
-    near, index = _nearest_others(x, min(KEPT, len(x) - 1))  # (N, K)
+    near, index = _nearest(x, None, min(KEPT, len(x) - 1))  # (N, K)
     radii = []
     for member in members:
         rank = member[index].cumsum(1)
@@ -242,25 +223,14 @@ def memorisation(generated: NDArray, held_out: NDArray, train: NDArray, *, resam
         ConfigError: features that do not belong together; half of the held-out rows are training rows.
     """
     generated, held_out, train = _checked(generated, held_out, train)
-    distance, index = _nearest_rows(generated, train)
-    real, _ = _nearest_rows(held_out, train)
+    (distance, index), (real, _) = (
+        [found[:, 0].numpy() for found in _nearest(torch.from_numpy(x), torch.from_numpy(train), 1)]
+        for x in (generated, held_out)
+    )
     usual = float(np.median(real))
     if usual == 0:
         raise ConfigError("half of the held-out images are in the training set: the splits are not apart")
     ratio = float(np.median(distance)) / usual
     halves = np.array([np.median(distance[half]) / usual for half in half_samples(len(distance), resamples)])
-    return Memorisation(
-        ratio,
-        *interval(ratio, halves),
-        floor=float(np.median(real[::2]) / np.median(real[1::2])),
-        copies=float((distance <= np.quantile(real, 0.01)).mean()),
-        distance=distance,
-        index=index,
-    )
-
-
-def _nearest_rows(x: Array, y: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Distance (N,) and index (N,) of the row of y nearest to each row of x."""
-    b = torch.from_numpy(y)
-    found = [_distances(part, b).min(1) for part in torch.from_numpy(x).split(CHUNK)]
-    return torch.cat([one.values for one in found]).numpy(), torch.cat([one.indices for one in found]).numpy()
+    floor, copies = np.median(real[::2]) / np.median(real[1::2]), (distance <= np.quantile(real, 0.01)).mean()
+    return Memorisation(ratio, *interval(ratio, halves), float(floor), float(copies), distance, index)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +33,7 @@ class FeatureExtractor:
         name: stands in the number's name, `FD[name, N=...]`. weights_sha256: None where there are no weights.
         preprocess: in words, the resize among it. note: e.g. the accuracy of a trained extractor.
         extract: images -> base features. project: base features -> features; None: they are the same.
-        head: base features -> logits (N, K), where the network is a classifier. device: where `extract` computes.
+        device: where `extract` computes.
     """
 
     name: str
@@ -45,7 +44,6 @@ class FeatureExtractor:
     weights_sha256: str | None = None
     note: str = ""
     project: Callable[[Tensor], Tensor] | None = None
-    head: Callable[[Tensor], Tensor] | None = None
     device: torch.device | str = "cpu"
 
     def card(self) -> dict[str, Any]:
@@ -54,11 +52,7 @@ class FeatureExtractor:
         return {key: getattr(self, key) for key in keys}
 
     def __call__(self, images: Tensor) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W); raises as `features_and_logits`."""
-        return self.features_and_logits(images)[0]
-
-    def features_and_logits(self, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Features (N, dim) and, where there is a head, logits (N, K); processes take batches in turn.
+        """Features (N, dim) of uint8 images (N, C, H, W); processes take batches in turn.
 
         Raises:
             ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
@@ -70,25 +64,22 @@ class FeatureExtractor:
             )
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
             raise KitError(f"{self.name} differs between the processes; start them with the same settings and threads")
-        features, logits = zip(*shared_out(lambda rows: self._of_batch(images[rows]), len(images)), strict=True)
-        return np.concatenate(features), np.concatenate(logits) if self.head else None
+        return np.concatenate(shared_out(lambda rows: self._of_batch(images[rows]), len(images)))
 
     @torch.no_grad()
-    def _of_batch(self, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def _of_batch(self, images: Tensor) -> NDArray[np.float32]:
         base = self.extract(images.to(self.device)).cpu()
-        features = base if self.project is None else self.project(base)
-        return features.float().numpy(), None if self.head is None else self.head(base).float().numpy()
+        return (base if self.project is None else self.project(base)).float().numpy()
 
 
 def make_extractor(
-    name: str, train: ImageSet, held_out: ImageSet, *, data_dir: str | None = None, device: torch.device | str = "cpu"
+    name: str, train: ImageSet, held_out: ImageSet, *, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
     """The extractor of a command line name.
 
     Args:
         name: "classifier", trained on `train`; "pixels-pca32" and "effnet-lite0-pca64", whose components are fitted to
-            `train`; "inception".
-        data_dir: where the weights of "inception" lie; `data_folder()` if not given.
+            `train`; "inception", whose weights lie in `data_folder()`.
 
     Raises:
         ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
@@ -97,7 +88,7 @@ def make_extractor(
         "classifier": lambda: _small_classifier(train, held_out),
         "pixels-pca32": lambda: _pca(_pixels(train.images), train.images, 32),
         "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, EFFNET_PCA_IMAGES).images, 64),
-        "inception": lambda: _inception(Path(data_dir or data_folder()) / INCEPTION_WEIGHTS, device),
+        "inception": lambda: _inception(data_folder() / INCEPTION_WEIGHTS, device),
     }
     if name not in makers:
         raise ConfigError(f"unknown extractor {name!r}; there are: {', '.join(makers)}")
@@ -173,7 +164,6 @@ def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
         extract=features,
         weights_sha256=weights_sha256(network.state_dict()),
         note=f"held-out accuracy {right / len(held_out):.3f}",
-        head=network["head"],
     )
 
 
@@ -187,7 +177,6 @@ def _effnet_lite0(device: torch.device | str) -> FeatureExtractor:
         preprocess="bicubic to 224 x 224 with antialias, (x - 127) / 128, grey repeated",
         extract=_in_parts(lambda images: network.features(efficientnet.preprocess(images)), device),
         weights_sha256=efficientnet.WEIGHTS_SHA256,
-        head=deepcopy(network._fc).cpu(),
         device=device,
     )
 
@@ -215,7 +204,6 @@ def _inception(weights: Path, device: torch.device | str) -> FeatureExtractor:
     except ImportError as error:
         raise CheckpointError("torch-fidelity is not installed: pip install 'dispersive-kit[eval]'") from error
     network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights)).to(device)
-    head = network.fc.weight.T.cpu()  # without its bias, as published Inception Scores are
     return FeatureExtractor(
         name=INCEPTION,
         version="2015-12-05, torch-fidelity",
@@ -223,6 +211,5 @@ def _inception(weights: Path, device: torch.device | str) -> FeatureExtractor:
         preprocess="bilinear to 299 x 299 as TensorFlow 1 does, (x - 128) / 128, grey repeated",
         extract=_in_parts(lambda images: network(images.expand(-1, 3, -1, -1))[0], device),
         weights_sha256=INCEPTION_SHA256,
-        head=lambda base: base @ head,
         device=device,
     )

@@ -12,7 +12,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.data import ImageSet, load_images
@@ -29,32 +28,23 @@ from dispersive_kit.evaluation.generate import (
     load_reference,
     this_process,
 )
-from dispersive_kit.evaluation.record import WORDS, Record, describe_set, number_name, refuse, weights_sha256
+from dispersive_kit.evaluation.record import Record, describe_set, number_name, refuse_fid, weights_sha256
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 from dispersive_kit.training.runs import SAMPLER_NAMES, run_folder
 
-METRICS = ("FD", "KID", "PRDC", "CS")
-METRICS_OF = {"panel": METRICS, "FD": ("FD",), "FID": ("FD",), "IS": ("CS",)}
-HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "CS"}
+METRICS = ("FD", "KID", "PRDC")
 NEIGHBOURS, RESAMPLES = 5, 100
-IS_SPLITS = 10  # the published Inception Scores are means over ten parts
 
 
-def _measured(
-    metrics: Sequence[str], x: Array, y: Array, halves: Halves, logits: NDArray | None = None, splits: int = 1
-) -> dict[str, Valued]:
-    """Each number of x (N, D) against y (M, D) by name; CS of the logits (N, K) of x where there are any."""
+def _measured(metrics: Sequence[str], x: Array, y: Array, halves: Halves) -> dict[str, Valued]:
+    """Each number of x (N, D) against y (M, D) by name."""
     found: dict[str, Valued] = {}
     if "FD" in metrics:
         found["FD"] = distances.frechet_on_halves(x, y, halves)
     if "KID" in metrics:
         found["KID"] = distances.kid(x, y, halves)
-    if "PRDC" in metrics:
-        found |= distances.prdc(x, y, halves, k=NEIGHBOURS)
-    if "CS" in metrics and logits is not None:
-        found["CS"] = distances.classifier_score(logits, halves, splits=splits)
-    return found
+    return found | (distances.prdc(x, y, halves, k=NEIGHBOURS) if "PRDC" in metrics else {})
 
 
 def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
@@ -96,38 +86,29 @@ class Panel:
         The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
         n, others = len(generated), draw_images(self.real, len(generated))
-        found = self._measure(generated, distances.half_samples(n, self.resamples), n)
+        found = self._measure(generated, distances.half_samples(n, self.resamples))
         if n not in self._floors:
-            self._floors[n] = self._measure(others.images, np.zeros((0, len(others)), dtype=bool), n)
-        everything = {
-            **_shared_protocol(self.extractor, describe_set(self.reference), describe_set(others), self.resamples),
-            "neighbours": NEIGHBOURS,
-            **(protocol or {}),
-        }
-        return [
-            Record(
-                number_name(metric, everything["extractor"], n, everything["reference"]),
-                value,
-                *_ends(metric, value, halves, n),
-                floor=self._floors[n][metric][0],
-                n=n,
-                n_reference=len(self.reference),
-                protocol=everything,
-                better="higher" if metric in HIGHER_IS_BETTER else "lower",
-            )
-            for metric, (value, halves) in found.items()
-        ]
+            self._floors[n] = self._measure(others.images, np.zeros((0, len(others)), dtype=bool))
+        everything = _protocol(
+            self.extractor, describe_set(self.reference), describe_set(others), self.resamples,
+            neighbours=NEIGHBOURS, **(protocol or {}),
+        )  # fmt: skip
+        records = []
+        for metric, (value, halves) in found.items():
+            name = number_name(metric, everything["extractor"], n, everything["reference"])
+            numbers = (value, *_ends(metric, value, halves, n), self._floors[n][metric][0])
+            better: Literal["lower", "higher"] = "lower" if metric in ("FD", "KID") else "higher"
+            records.append(Record(name, *numbers, n, len(self.reference), everything, better))
+        return records
 
-    def _measure(self, images: Tensor, halves: Halves, n: int) -> dict[str, Valued]:
-        published = number_name("CS", self.extractor.card(), n, {}).startswith("IS")
-        x, logits = self.extractor.features_and_logits(images)
-        return _measured(self.metrics, x.astype(np.float64), self.y, halves, logits, IS_SPLITS if published else 1)
+    def _measure(self, images: Tensor, halves: Halves) -> dict[str, Valued]:
+        return _measured(self.metrics, self.extractor(images).astype(np.float64), self.y, halves)
 
 
-def _shared_protocol(
-    extractor: FeatureExtractor, reference: dict[str, Any], floor: dict[str, Any], resamples: int
+def _protocol(
+    extractor: FeatureExtractor, reference: dict[str, Any], floor: dict[str, Any], resamples: int, **own: Any
 ) -> dict[str, Any]:
-    """What every number of this kit says about how it was measured."""
+    """What every number of this kit says about how it was measured, and its own."""
     return {
         "reference": reference,
         "floor": floor,
@@ -136,6 +117,7 @@ def _shared_protocol(
         "uint8_rule": "round(127.5 x + 127.5), clamped to 0..255",
         "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
         "versions": versions(),
+        **own,
     }
 
 
@@ -150,14 +132,10 @@ def measure_memorisation(
     """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
     sets = (extractor(images) for images in (generated, held_out.images, train.images))
     found, n, floor = distances.memorisation(*sets, resamples=RESAMPLES), len(generated), describe_set(held_out)
-    everything = {
-        **_shared_protocol(extractor, {**describe_set(train), "held_out": floor}, floor, RESAMPLES),
-        "copies": found.copies,
-        **(protocol or {}),
-    }
-    name = number_name("nearest-train", everything["extractor"], n, everything["reference"])
-    values = (found.ratio, found.low, found.high, found.floor)
-    return Record(name, *values, n, len(train), everything, better="about 1"), found
+    reference = {**describe_set(train), "held_out": floor}
+    everything = _protocol(extractor, reference, floor, RESAMPLES, copies=found.copies, **(protocol or {}))
+    name = number_name("nearest-train", everything["extractor"], n, reference)
+    return Record(name, found.ratio, found.low, found.high, found.floor, n, len(train), everything, "about 1"), found
 
 
 @dataclass(frozen=True)
@@ -166,8 +144,8 @@ class Evaluation:
 
     extractor: Extractors = "classifier"
     """Feature space, which names the numbers; `inception` needs its weights in the data folder."""
-    metrics: Literal["panel", "FD", "FID", "IS"] = "panel"
-    """All metrics or one. FID and IS are refused unless their conditions hold."""
+    metrics: Literal["panel", "FD", "FID"] = "panel"
+    """All metrics, or the Frechet distance alone; FID is refused unless it is that of the published protocol."""
     reference: Literal["test", "train"] = "test"
     """Real images to compare with."""
     num: int = 500
@@ -178,16 +156,10 @@ class Evaluation:
     """Classifier-free guidance; 1 is none."""
     seed: int = 0
     """Of the first image; image i has seed + i."""
-    weights: Literal["ema", "model"] = "ema"
-    """The average (ema), or the weights as last trained (model)."""
-    step: int | None = None
-    """A kept checkpoint of the run; the newest if not given."""
     memorisation: bool = False
     """Also compare distances to the nearest training image with those of held-out images."""
     data: str | None = None
     """Data set the samples of an .npz are compared with; a run knows its own."""
-    data_dir: str | None = None
-    """Folder in which mnist, cifar10 and the weights of inception lie."""
     vae: str | None = None
     """Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same."""
 
@@ -197,7 +169,7 @@ class Evaluation:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
 
 
-OF_SAMPLING = ("num_steps", "cfg_scale", "seed", "weights", "step", "vae")
+OF_SAMPLING = ("num_steps", "cfg_scale", "seed", "vae")
 
 
 def evaluate(source: Path, how: Evaluation) -> list[Record]:
@@ -205,27 +177,26 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
 
     Raises:
         CheckpointError: no run. DataError: data or samples cannot be read. ConfigError: options that do not fit, or
-            FID or IS asked of numbers that are not.
+            FID asked of a number that is not.
     """
     device = this_process().device
     if source.suffix == ".npz":
         images, protocol = _samples_of(source, how)
-        options: dict[str, Any] = {"data_dir": how.data_dir, "size": images.shape[-1]}
-        train, held_out = (load_images(str(how.data), split, **options) for split in ("train", "test"))
+        train, held_out = (load_images(str(how.data), split, size=images.shape[-1]) for split in ("train", "test"))
     else:
-        model, card = load_run(run_folder(source), weights=how.weights, step=how.step)
-        config, decode = card["config"], decoder_of(card, device=device, path=how.vae)
-        places = {"data": how.data or config.data, "data_dir": how.data_dir or config.data_dir}
-        train, held_out = load_reference(config.changed(**places), decode)
-    extractor = make_extractor(how.extractor, train, held_out, data_dir=how.data_dir, device=device)
+        model, card = load_run(run_folder(source))
+        decode = decoder_of(card, device=device, path=how.vae)
+        train, held_out = load_reference(card["config"].changed(data=how.data or card["config"].data), decode)
+    extractor = make_extractor(how.extractor, train, held_out, device=device)
     reference, others = (held_out, train) if how.reference == "test" else (train, held_out)
-    if how.metrics in WORDS.values():
-        refuse(how.metrics, extractor.card(), how.num, describe_set(reference))
+    if how.metrics == "FID":
+        refuse_fid(extractor.card(), how.num, describe_set(reference))
     if source.suffix != ".npz":
         images, protocol = _drawn(model.to(device), card, decode, how)
     if images.shape[1:] != train.images.shape[1:]:
         raise ConfigError(f"the samples are {tuple(images.shape[1:])}, {train.name} is {tuple(train.images.shape[1:])}")
-    records = Panel(extractor, others, reference, metrics=METRICS_OF[how.metrics]).measure(images, protocol=protocol)
+    metrics = METRICS if how.metrics == "panel" else ("FD",)
+    records = Panel(extractor, others, reference, metrics=metrics).measure(images, protocol=protocol)
     if how.memorisation:
         records.append(measure_memorisation(images, train, held_out, extractor, protocol=protocol)[0])
     return records
@@ -283,7 +254,7 @@ def record_folder(source: Path) -> Path:
 
 def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     """The file of the records in `record_folder`; one file a setting, none overwritten."""
-    settings = {key: value for key, value in asdict(how).items() if key not in ("data_dir", "vae")}
+    settings = {key: value for key, value in asdict(how).items() if key != "vae"}
     settings["step"] = record.protocol.get("step")  # the newest is another one tomorrow
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
     name = f"{source.stem}-{how.metrics}-{how.extractor}-{how.reference}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"

@@ -1,5 +1,6 @@
-"""The record beside every number: what it was measured with, so that it can be measured again, and what it may be
-called. FID and IS are names of one protocol each, and everything else says what it is.
+"""The record beside every number: what it was measured with, and what it may be called.
+
+FID is the name of one protocol, and everything else says what it is.
 """
 
 import dataclasses
@@ -17,44 +18,36 @@ from dispersive_kit.errors import ConfigError
 INCEPTION = "inception-pool3"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 PROTOCOL_N = 50_000
-WORDS = {"FD": "FID", "CS": "IS"}  # our name -> the published one; IS has no reference
 
 
-def _unmet(word: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
-    """The conditions of `word` (FID or IS) that do not hold, in words.
-
-    extractor, reference: as in a record, see `FeatureExtractor.card` and `describe_set`.
-    """
+def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
+    """The conditions of FID that do not hold, in words; see `FeatureExtractor.card` and `describe_set`."""
+    part = f"the reference is {reference.get('n', 0):,} of the {reference.get('drawn_from') or 0:,} images of "
     conditions = {
         f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
         "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
         == INCEPTION_SHA256,
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
+        f"{part}{reference.get('data')}": not reference.get("drawn_from"),
+        "the reference set has no name": bool(reference.get("data")),
     }
-    if word == "FID" and (whole := reference.get("drawn_from")):
-        conditions[f"the reference is {reference['n']:,} of the {whole:,} images of {reference.get('data')}"] = False
-    if word == "FID":
-        conditions["the reference set has no name"] = bool(reference.get("data"))
     return [fault for fault, holds in conditions.items() if not holds]
 
 
-def refuse(word: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> None:
-    """Raises ConfigError: the number may not be called `word`; the message names every condition that is not met."""
-    if faults := _unmet(word, extractor, n, reference):
-        ours = next(own for own, published in WORDS.items() if published == word)
-        raise ConfigError(f"this is not {word}: {'; '.join(faults)}. Call it {ours}[...], which names its extractor")
+def refuse_fid(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> None:
+    """Raises ConfigError: the number may not be called FID; the message names every condition that is not met."""
+    if faults := _unmet(extractor, n, reference):
+        raise ConfigError(f"this is not FID: {'; '.join(faults)}. Call it FD[...], which names its extractor")
 
 
 def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> str:
-    """ "FD[digits-classifier48, N=500]"; FID and IS where, and only where, their conditions hold.
+    """ "FD[digits-classifier48, N=500]"; FID where, and only where, its conditions hold.
 
     FID names the split of its reference too: to the training images and to the test images are two numbers.
     """
-    word = WORDS.get(metric)
-    if not word or _unmet(word, extractor, n, reference):
+    if metric != "FD" or _unmet(extractor, n, reference):
         return f"{metric}[{extractor['name']}, N={n}]"
-    of = " ".join(filter(None, (reference.get("data"), reference.get("split")))) if word == "FID" else ""
-    return f"{word}[{of + ', ' if of else ''}N={n}]"
+    return f"FID[{' '.join(filter(None, (reference['data'], reference.get('split'))))}, N={n}]"
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Record:
         protocol: everything else.
 
     Raises:
-        ConfigError: the name is FID or IS and the protocol is another.
+        ConfigError: the name is FID and the protocol is another.
     """
 
     name: str
@@ -81,9 +74,8 @@ class Record:
     better: Literal["lower", "higher", "about 1"] = "lower"
 
     def __post_init__(self) -> None:
-        word = self.name.partition("[")[0].strip()
-        if word in WORDS.values():
-            refuse(word, self.protocol.get("extractor", {}), self.n, self.protocol.get("reference", {}))
+        if self.name.partition("[")[0].strip() == "FID":
+            refuse_fid(self.protocol.get("extractor", {}), self.n, self.protocol.get("reference", {}))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

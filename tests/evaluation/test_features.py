@@ -18,15 +18,9 @@ from dispersive_kit.models import efficientnet
 def test_the_classifier_knows_digits_and_says_how_well(digits, classifier):
     accuracy = float(classifier.note.split()[-1])
     assert accuracy > 0.94 and classifier.dim == 48 and len(classifier.weights_sha256) == 64
-    images, labels = digits[1].images[:100], digits[1].labels[:100]
-    features, logits = classifier.features_and_logits(images)
-    assert features.shape == (100, 48) and (logits.argmax(1) == labels.numpy()).mean() > 0.9
-
-
-def test_features_do_not_depend_on_the_batch(digits, classifier):
     images = digits[1].images[:100]
     apart = np.concatenate([classifier(part) for part in images.split(7)])
-    assert np.abs(classifier(images) - apart).max() < 1e-4
+    assert apart.shape == (100, 48) and np.abs(classifier(images) - apart).max() < 1e-4  # whatever the batch
 
 
 def test_pca_is_the_one_of_scikit_learn_and_says_on_which_images_it_was_fitted(digits, space):
@@ -35,7 +29,7 @@ def test_pca_is_the_one_of_scikit_learn_and_says_on_which_images_it_was_fitted(d
     ours = space(test)
     np.testing.assert_allclose(ours, expected * np.sign((ours * expected).sum(0)), atol=1e-4)
     other = make_extractor("pixels-pca32", digits[0].subset(torch.arange(1, 1297)), digits[1])
-    assert "sha256" in space.note and space.note != other.note and space.features_and_logits(test)[1] is None
+    assert "sha256" in space.note and space.note != other.note
 
 
 def test_pca_of_fewer_images_than_pixels_is_the_one_of_scikit_learn():
@@ -54,13 +48,12 @@ def test_what_cannot_be_is_refused(digits):
         make_extractor("resnet", *digits)
 
 
-def test_effnet_names_itself_and_gives_its_own_logits_from_one_pass(digits):
+def test_effnet_names_itself_and_gives_the_features_of_its_network(digits):
     train, test = digits
     extractor = make_extractor("effnet-lite0-pca64", train.subset(torch.arange(65)), test)
     assert extractor.name == "effnet-lite0/pca64" and extractor(test.images[:4]).shape == (4, 64)
-    _, logits = _effnet_lite0("cpu").features_and_logits(test.images[:3])
-    expected = efficientnet.efficientnet_lite0()(efficientnet.preprocess(test.images[:3]))
-    torch.testing.assert_close(torch.from_numpy(logits), expected)
+    expected = efficientnet.efficientnet_lite0().features(efficientnet.preprocess(test.images[:3]))
+    torch.testing.assert_close(torch.from_numpy(_effnet_lite0("cpu")(test.images[:3])), expected)
 
 
 def test_processes_with_different_extractors_are_stopped(digits, space, monkeypatch):
@@ -70,36 +63,38 @@ def test_processes_with_different_extractors_are_stopped(digits, space, monkeypa
 
 
 @pytest.fixture
-def no_download(monkeypatch):
+def folder(monkeypatch, tmp_path):
+    """The data folder; nothing is downloaded into it."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("a download was attempted")
 
+    monkeypatch.setenv("DISPERSIVE_KIT_DATA", str(tmp_path))
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", refuse)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    return tmp_path
 
 
-def test_missing_and_other_inception_weights_are_named_and_never_downloaded(digits, tmp_path, no_download):
+def test_missing_and_other_inception_weights_are_named_and_never_downloaded(digits, folder):
     with pytest.raises(CheckpointError, match="weights-inception-2015-12-05"):
-        make_extractor("inception", *digits, data_dir=tmp_path)
-    (tmp_path / INCEPTION_WEIGHTS).write_bytes(b"not the network")
+        make_extractor("inception", *digits)
+    (folder / INCEPTION_WEIGHTS).write_bytes(b"not the network")
     with pytest.raises(CheckpointError, match="sha256"):
-        make_extractor("inception", *digits, data_dir=tmp_path)
+        make_extractor("inception", *digits)
 
 
-def test_inception_gives_what_torch_fidelity_gives(digits, tmp_path, no_download, monkeypatch):
+def test_inception_gives_what_torch_fidelity_gives(digits, folder, monkeypatch):
     """On a network without training: the trained weights are 96 MB that nobody here may download."""
 
     class Untrained(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
         def load_state_dict(self, *args):
             pass
 
-    file = tmp_path / INCEPTION_WEIGHTS
+    file = folder / INCEPTION_WEIGHTS
     torch.save({}, file)
-    oracle = Untrained("oracle", ["2048", "logits_unbiased"], file)
+    oracle = Untrained("oracle", ["2048"], file)
     torch.save(oracle.state_dict(), file)
     monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     images = torch.randint(0, 256, (2, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = oracle(images.expand(-1, 3, -1, -1))
-    found = make_extractor("inception", *digits, data_dir=tmp_path).features_and_logits(images)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(ours), theirs)
+    found = make_extractor("inception", *digits)(images)
+    torch.testing.assert_close(torch.from_numpy(found), oracle(images.expand(-1, 3, -1, -1))[0])

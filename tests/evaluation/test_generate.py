@@ -1,11 +1,10 @@
 """Images drawn from runs and from sets: by their own seeds, in random order, whatever the number of processes."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation import draw_images, generate, pixel_gaussian
@@ -13,22 +12,14 @@ from dispersive_kit.evaluation.generate import shared_out
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.training import load_run
 
-EVALUATE = ["evaluate", "digits-base", "--num", "300", "--num-steps", "2", "--extractor", "pixels-pca32"]
+OPTIONS = {"--num": 300, "--num-steps": 2, "--extractor": "pixels-pca32", "--metrics": "FD"}
+EVALUATE = ["evaluate", "digits-base", *(word for pair in OPTIONS.items() for word in pair)]
 module = sys.modules["dispersive_kit.evaluation.generate"]
 
 
-def run(launch, out):
-    command = [sys.executable, *launch, "-m", "dispersive_kit.cli", *EVALUATE, "--metrics", "FD", "--out", out]
-    if launch:  # torchrun takes --num for one of its own options without the mark that its own have ended
-        command.insert(command.index("evaluate"), "--")
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it
-    return subprocess.run(command, env=one_thread, check=True, capture_output=True, text=True).stdout
-
-
 def test_two_processes_write_the_file_of_one_and_print_it_once(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    printed = run(launch, tmp_path / "two.json")
-    run([], tmp_path / "one.json")
+    printed = warm.run("dispersive-kit", *EVALUATE, "--out", tmp_path / "two.json", processes=2)
+    warm.run("dispersive-kit", *EVALUATE, "--out", tmp_path / "one.json")
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
     assert printed.count("FD[pixels/pca32, N=300]") == 1
 

@@ -3,12 +3,14 @@
     classroom   samples and nearest neighbours of the lecture console, 3 minutes on one core
     umap        UMAP pictures of the digits runs, 10 minutes
     cifar10     the analysis of the CIFAR-10 runs, 15 minutes; cifar10 lies in the data folder
+    evidence    the verdicts of all studies in README.md, and their picture, notebooks/figures/verdicts.png
 
 Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written anew. Without a name it only does that.
 Trained runs are made by the commands in their run.json and `dispersive-kit runs export`.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 import tempfile
@@ -46,7 +48,9 @@ from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.record import describe_set
 from dispersive_kit.models.dit import DiT
+from dispersive_kit.study.verdict import all_verdicts, evidence_markdown
 from dispersive_kit.training import load_run, train, train_preset
+from dispersive_kit.views.figures import style, verdict_forest
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}
@@ -54,6 +58,7 @@ CIFAR10 = {"base": "cifar10-cpu-base", "with loss": "cifar10-cpu-paper"}
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 SIZES = {"map": 2000, "kept": 400, "noised": 400, "train": 2000, "validation": 500, "test": 1000}  # images of CIFAR-10
+BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 DRAWS = 3  # of noise, in its probes and its signal to noise
 
 
@@ -199,6 +204,17 @@ def probes(models: Mapping[str, DiT], train_set: ImageSet, test: ImageSet) -> Ne
     }
 
 
+def evidence() -> None:
+    """Between `BEGIN` and `END` of the README; the picture carries the hash of the text that it belongs to."""
+    root, text = Path(__file__).parents[1], evidence_markdown()
+    readme = root / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    style()
+    drawn_from = {"Description": hashlib.sha256(text.encode()).hexdigest()}
+    verdict_forest(all_verdicts()).savefig(root / "notebooks" / "figures" / "verdicts.png", metadata=drawn_from)
+
+
 def flat(tree: Nested, above: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}"""
     found: dict[str, Any] = {}
@@ -222,5 +238,8 @@ FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz", "cifar10": "an
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
+        if wanted == "evidence":
+            evidence()
+        else:
+            np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
     seal(ARTEFACTS)

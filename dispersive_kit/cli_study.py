@@ -1,6 +1,5 @@
 """The commands around notebooks, studies and a class: dispersive-kit run | runs | study | lab | console | doctor."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from dispersive_kit.errors import ConfigError, DataError, KitError
+from dispersive_kit.errors import DataError, KitError
 
 Name = Annotated[str, tyro.conf.Positional]
 
@@ -146,29 +145,11 @@ def study_list() -> None:
     print(as_table(rows))
 
 
-def study_table(write: bool = False) -> None:
-    """The verdicts of all studies that come with the kit, as the README has them.
+def study_table() -> None:
+    """The verdicts of all studies that come with the kit, as the README has them."""
+    from dispersive_kit.study.verdict import evidence_markdown
 
-    Args:
-        write: Put them into the README of this checkout, and draw notebooks/figures/verdicts.png.
-    """
-    from dispersive_kit.study.notebook import PACKAGE
-    from dispersive_kit.study.verdict import BEGIN, END, all_verdicts, evidence_markdown
-    from dispersive_kit.views.figures import style, verdict_forest
-
-    if not write:
-        print(evidence_markdown())
-        return
-    root = PACKAGE.parent
-    readme = root / "README.md"
-    if not readme.is_file():
-        raise ConfigError(f"{root} has no README.md to write into: --write is for a checkout")
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{evidence_markdown()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    style()
-    picture = root / "notebooks" / "figures" / "verdicts.png"  # it carries the hash of the table it belongs to
-    drawn_from = hashlib.sha256(evidence_markdown().encode()).hexdigest()
-    verdict_forest(all_verdicts()).savefig(picture, metadata={"Description": drawn_from})
+    print(evidence_markdown())
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:

@@ -25,7 +25,6 @@ from dispersive_kit.study.report import Row, folded, html_table, quoted, write_p
 CRASH = math.log(10)  # a run that crashed counts as ten times worse than its pair
 INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
 SPEAKS = {"better": "**for**", "worse": "**against**", "equivalent": "no difference", "inconclusive": "open"}
-BEGIN, END = "<!-- written by: dispersive-kit study table --write -->", "<!-- up to here -->"
 ABOUT_VERDICTS = (
     "Exact sign-flip test on paired log-ratios, two-sided; secondaries adjusted by Holm. The interval is Student's on "
     "the log-ratio, given as a ratio. Equivalent: the 90 % interval lies within the margin (two one-sided t-tests). "
@@ -235,7 +234,7 @@ def all_verdicts() -> list[dict[str, Any]]:
 
 
 def evidence_markdown() -> str:
-    """What stands between `BEGIN` and `END` of the README: one sentence that counts, the figure and the table."""
+    """What the README says of all verdicts: one sentence that counts, the figure and the table."""
     rows = all_verdicts()
     counts = Counter(row["word"] for row in rows)
     titles = {name: results["title"] for name, results in shipped_results().items()}

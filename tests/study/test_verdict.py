@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from dispersive_kit.cli import main
+from dispersive_kit.data.files import ARTEFACTS
 from dispersive_kit.errors import DataError
 from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
 from dispersive_kit.study.verdict import (
@@ -27,6 +28,7 @@ from dispersive_kit.study.verdict import (
     summary,
     verdicts,
 )
+from dispersive_kit.training import read_metrics
 
 rng = np.random.default_rng(0)
 README = studies_folder().parents[1] / "README.md"
@@ -131,10 +133,19 @@ def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
 
 
 def test_the_readme_has_the_verdicts_of_the_shipped_results_and_the_figure_is_drawn_from_them():
-    again = "the README is of other results: dispersive-kit study table --write"
+    again = "the README is of other results: python data/make_artefacts.py evidence"
     assert evidence_markdown() in README.read_text(), again
     with Image.open(studies_folder().parent / "figures" / "verdicts.png") as figure:
         assert figure.text["Description"] == hashlib.sha256(evidence_markdown().encode()).hexdigest(), again
+
+
+@pytest.mark.parametrize(
+    ("task", "prefix"), [("DiT-T/4 (0.7 M), CIFAR-10", "cifar10-cpu"), ("DiT-T/2 (0.7 M), 8x8", "digits")]
+)
+def test_the_readme_has_the_held_out_losses_of_the_shipped_runs(task, prefix):
+    (row,) = [line for line in README.read_text().splitlines() if line.startswith(f"| {task}")]
+    last = [read_metrics(ARTEFACTS / f"{prefix}-{arm}")[-1]["held_out"] for arm in ("base", "paper")]
+    assert row.split(" | ")[1:3] == [f"{loss:.3f}" for loss in last]
 
 
 def test_the_command_prints_the_table(capsys):

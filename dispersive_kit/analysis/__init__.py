@@ -8,22 +8,19 @@ from dispersive_kit.analysis.features import (
     patch_pca,
     random_network,
     raw_pixels,
-    time_of,
     tokens,
 )
-from dispersive_kit.analysis.geometry import Moments, Pull, gradient_pull
+from dispersive_kit.analysis.geometry import Pull, gradient_pull
 from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and_test, mcnemar, shuffled
 from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
-from dispersive_kit.analysis.sweep import Sweep, stored, sweep
+from dispersive_kit.analysis.sweep import stored, sweep
 from dispersive_kit.evaluation import draw_images
 
 __all__ = [
     "LEVELS",
-    "Moments",
     "Pull",
     "Split",
     "Splits",
-    "Sweep",
     "candidates",
     "choose_and_test",
     "cka_matrix",
@@ -40,6 +37,5 @@ __all__ = [
     "shuffled",
     "stored",
     "sweep",
-    "time_of",
     "tokens",
 ]

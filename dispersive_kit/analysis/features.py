@@ -1,7 +1,6 @@
 """Features of images at a level of noise: the same images and the same noise for every network, block and level.
 
-Always of the null class: a label given to the network would be read back from its features (notebook 10 shows it). The
-residual stream after each block, and of it, in all that is stored, the mean over tokens.
+Always of the null class: a label given to the network would be read back from its features (notebook 10 shows it).
 """
 
 import copy
@@ -28,9 +27,7 @@ Encoder = Callable[[Tensor, Tensor, slice], Tensor]
 
 def time_of(log_snr: float, path: Path = LINEAR) -> float:
     """The time at which a path has this log-SNR, by bisection; 0 for infinity, the clean image."""
-    low, high = 0.0, 1.0
-    if log_snr == math.inf:
-        return low
+    low, high = 0.0, 0.0 if log_snr == math.inf else 1.0
     for _ in range(60):
         middle = (low + high) / 2
         above = float(path.log_snr(torch.tensor(middle, dtype=torch.float64))) > log_snr
@@ -55,7 +52,7 @@ def noisy(
     for start in range(0, len(images), batch_size):
         x0 = to_float(images[start : start + batch_size])
         where = slice(start, start + len(x0))
-        own = [stream(seed, f"analysis/{draw}", i) for i in range(where.start, where.stop)]
+        own = (stream(seed, f"analysis/{draw}", i) for i in range(where.start, where.stop))
         eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in own])
         for level, time in enumerate(times):
             t = torch.full((len(x0),), time)
@@ -70,20 +67,16 @@ def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Te
     """
     if y is None and model.num_classes:
         if model.null_label is None:
-            raise ConfigError(
-                "the model has no null class (class_dropout_prob was 0): its features would hold the label"
-            )
+            raise ConfigError("the model has no null class (class_dropout_prob was 0): features would hold the label")
         y = torch.full((len(x),), model.null_label, device=x.device)
     with torch.no_grad():
         return model(x, t, y, taps=range(len(model.blocks)))[1]
 
 
 def encoder(model: DiT, *, pool: str = "mean", y: Tensor | None = None) -> Encoder:
-    """What `extract` applies: the residual stream after each block, pooled.
+    """What `extract` applies: the residual stream after each block, pooled ("mean" over tokens, or "none").
 
-    Args:
-        pool: "mean" over tokens, or "none" for tokens as they are.
-        y: labels (N,) of all images, for showing the leak and nothing else.
+    y: labels (N,) of all images, for showing the leak and nothing else.
     """
 
     def encode(x: Tensor, t: Tensor, where: slice) -> Tensor:
@@ -93,15 +86,14 @@ def encoder(model: DiT, *, pool: str = "mean", y: Tensor | None = None) -> Encod
 
 
 def raw_pixels(x: Tensor, t: Tensor, where: slice) -> Tensor:
-    """The control without any network, an encoder too: x_t flattened, (1, B, C H W)."""
+    """An encoder too, the control without any network: x_t flattened, (1, B, C H W)."""
     return x.flatten(1)[None]
 
 
 def patch_pca(images: Tensor, patch_size: int, k: int) -> Encoder:
     """Another: first k principal components of patches, and their squares, each as the mean over patches, (1, B, 2 k).
 
-    Fitted on clean uint8 training images (N, C, H, W). The means alone would tell the mean patch and no more; squares
-    are the simplest thing that does.
+    Fitted on clean uint8 training images (N, C, H, W). Without the squares it would tell the mean patch and no more.
     """
 
     def cut(x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The geometry of one set of features: how far apart rows lie, in which directions, what of it is signal, what pulls.
 
-Rows (..., N, D) are images after pooling, in any float type; everything is worked out in float64 and, but where it says
-"raw", about the mean row. Leading axes (blocks) are kept. What needs only a covariance or class means is streamed, by
-`Moments`; what looks at all pairs wants a fixed, moderate number of rows.
+Rows (..., N, D) are images after pooling; everything is worked out in float64 and, but where it says "raw", about the
+mean row. Leading axes (blocks) are kept. What needs only a covariance or class means is streamed, by `Moments`.
 """
 
 import math
@@ -14,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispersive_kit.data import ImageSet
-from dispersive_kit.diffusion.objectives import FlowMatching, Objective
-from dispersive_kit.errors import DataError
+from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.batches import DeviceSet
 
 TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers bend the line
+BINS = 4  # parts of t for which the gradients are compared
 
 
 def centred(x: Tensor) -> Tensor:
@@ -159,8 +158,6 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        if self.n < 2:
-            raise DataError(f"a covariance of {self.n} rows: give at least 2")
         return self.scatter / (self.n - 1)
 
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -224,35 +221,28 @@ class Pull:
 
 
 def gradient_pull(
-    model: nn.Module,
-    data: ImageSet,
-    *,
-    weight: float = 0.5,
-    options: LossOptions | None = None,
-    objective: Objective | None = None,
-    bins: int = 4,
-    batches: int = 8,
+    model: nn.Module, data: ImageSet, *, weight: float = 0.5, options: LossOptions | None = None, batches: int = 8
 ) -> Pull:
     """Compare both gradients on `batches` batches of 64 as training draws them: times mixed, a tenth of labels dropped.
 
-    The loss of each block is that of a tap on this block alone. Rows are put into `bins` equal parts of t afterwards:
-    a batch of one t would be another loss. options: of the dispersive loss, tau 0.5 by default.
+    The loss of each block is that of a tap on this block alone. Rows are put into four equal parts of t afterwards: a
+    batch of one t would be another loss. options: of the dispersive loss, tau 0.5 by default.
     """
-    options, objective = options or LossOptions("infonce_l2", 0.5), objective or FlowMatching()
+    options, objective = options or LossOptions("infonce_l2", 0.5), FlowMatching()
     images, blocks = DeviceSet.of(data, "cpu"), list(model.blocks)  # type: ignore[arg-type]
     null = getattr(model, "null_label", None)
-    features = torch.zeros(3, bins, len(blocks), dtype=torch.double)
+    features = torch.zeros(3, BINS, len(blocks), dtype=torch.double)
     weights, whole = torch.zeros(3, len(blocks), dtype=torch.double), torch.zeros(1, dtype=torch.long)
     for step in range(batches):
         batch = images.batch(objective, seed=0, step=step, size=64, null_label=null, drop_prob=0.1)
         loss, aux = objective(model, batch.x0, batch.y, draws=batch.draws, taps=range(len(blocks)))
-        part = (aux.t * bins).long().clamp(max=bins - 1)
+        part = (aux.t * BINS).long().clamp(max=BINS - 1)
         for b, (z, block) in enumerate(zip(aux.taps, blocks, strict=True)):
             wanted = [z, *block.parameters()]
             spread = weight * measure(z, options).loss
             d, *d_weights = torch.autograd.grad(spread, wanted, retain_graph=True)
             g, *g_weights = torch.autograd.grad(loss, wanted, retain_graph=True)
-            features[:, :, b] += _products(d, g, part, bins)
+            features[:, :, b] += _products(d, g, part, BINS)
             weights[:, b] += _products(_joined(d_weights), _joined(g_weights), whole, 1)[:, 0]
     (dd, gg, dg), (ww, vv, wv) = features, weights
     return Pull((dd / gg).sqrt(), dg / (dd * gg).sqrt(), wv / (ww * vv).sqrt())

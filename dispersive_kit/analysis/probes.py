@@ -27,10 +27,19 @@ K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978
 
 @dataclass(frozen=True)
 class Split:
-    """Features (draws, N, D) and labels (N,) of one part of the data."""
+    """Features (draws, N, D) and labels (N,) of one part of the data.
+
+    Raises:
+        DataError: other shapes.
+    """
 
     x: Tensor
     y: Tensor
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 3 or self.x.shape[1] != len(self.y):
+            shape = tuple(self.x.shape)
+            raise DataError(f"features {shape} of {len(self.y)} labels: give (draws, N, D) and (N,)")
 
     @property
     def rows(self) -> Tensor:
@@ -51,12 +60,7 @@ class Splits:
 
 
 def candidates(
-    encode: Encoder,
-    parts: Sequence[ImageSet],
-    levels: Sequence[float] = LEVELS,
-    *,
-    draws: int = 1,
-    path: Path = LINEAR,
+    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *, draws: int = 1, path: Path = LINEAR
 ) -> dict[tuple[int, int], Splits]:
     """(level, block) -> features of training, validation and test images, to choose among.
 
@@ -140,16 +144,12 @@ def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result
     candidate's validation accuracy, which is what maps are drawn from.
 
     Raises:
-        ConfigError: no probe has this name. DataError: features that are not (draws, N, D) with N labels.
+        ConfigError: no probe has this name.
     """
     if kind not in PROBES:
         raise ConfigError(f"unknown probe {kind!r}; there are: {', '.join(PROBES)}")
     predictors, accuracies = {}, {}
     for key, parts in candidates.items():
-        for split in (parts.train, parts.validation):
-            if split.x.ndim != 3 or split.x.shape[1] != len(split.y):
-                shape = tuple(split.x.shape)
-                raise DataError(f"features {shape} of {len(split.y)} labels: give (draws, N, D) and (N,)")
         predictors[key] = PROBES[kind](parts.train)
         accuracies[key] = _right(predictors[key], parts.validation).flatten(1).double().mean(1)  # (settings,)
     validation = {key: float(accuracy.max()) for key, accuracy in accuracies.items()}
@@ -173,11 +173,11 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     return float(binomtest(only_first, both).pvalue) if both else 1.0
 
 
-def shuffled(splits: Splits, seed: int = 0) -> Splits:
+def shuffled(splits: Splits) -> Splits:
     """The control of the probe itself: training and validation labels at random, so that the test is at chance."""
-    generator = torch.Generator().manual_seed(seed)
-    train, validation = (
-        Split(part.x, part.y[torch.randperm(len(part.y), generator=generator)])
-        for part in (splits.train, splits.validation)
-    )
-    return Splits(train, validation, splits.test)
+    generator = torch.Generator().manual_seed(0)
+
+    def at_random(part: Split) -> Split:
+        return Split(part.x, part.y[torch.randperm(len(part.y), generator=generator)])
+
+    return Splits(at_random(splits.train), at_random(splits.validation), splits.test)

@@ -1,9 +1,8 @@
 """The block x log-SNR map of a network: every measure at every block and level, in one pass over the images.
 
-All blocks are tapped in one forward pass. Covariances, class means and channel scales are streamed over all images;
-measures that look at pairs see the first `KEEP` images, and those of whole token grids the first `LOCAL_BATCH`: fixed
-sets, so that arms, blocks and levels are compared on the same images and the same noise. Give the images in random
-order (`draw_images`), or the first are of one class.
+Covariances, class means and channel scales are streamed over all images; measures of pairs see the first `KEEP` images,
+and those of whole token grids the first `LOCAL_BATCH`: the same images and noise for all arms, blocks and levels. Give
+the images in random order (`draw_images`), or the first are of one class.
 """
 
 import json
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dispersive_kit.analysis import geometry
-from dispersive_kit.analysis.features import LEVELS, noisy, tokens
+from dispersive_kit.analysis.features import LEVELS, POOLS, noisy, tokens
 from dispersive_kit.analysis.geometry import Moments
 from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
 from dispersive_kit.data import ImageSet
 from dispersive_kit.data.files import artefact, versions
-from dispersive_kit.diffusion.paths import LINEAR, Path
+from dispersive_kit.diffusion.paths import LINEAR
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.evaluation import weights_sha256
 from dispersive_kit.models.dit import DiT
@@ -60,21 +59,19 @@ class Sweep:
 class _Level:
     """What is kept of one level of noise, all blocks stacked: a few matrices, whatever the number of images."""
 
-    def __init__(self, num_classes: int, keep: int) -> None:
-        self.moments, self.keep = Moments(num_classes), keep
+    def __init__(self, num_classes: int) -> None:
+        self.moments, self.tokens = Moments(num_classes), 0
         self.square: Tensor | float = 0.0  # of each channel, summed over images and tokens (blocks, D)
-        self.tokens = 0
         self.rows: list[Tensor] = []  # pooled, (blocks, B, D) each
 
     def update(self, taps: list[Tensor], labels: Tensor) -> None:
         """Add what the blocks gave for one batch, each (B, N, D)."""
-        pooled = torch.stack([z.mean(1) for z in taps])  # (blocks, B, D)
+        pooled = torch.stack([POOLS["mean"](z) for z in taps])  # (blocks, B, D)
         if not self.moments.n:
             local = [z[:LOCAL_BATCH] for z in taps]
             twins = [_gaussian_twin(z.flatten(1)).view_as(z) for z in local]
             self.local, self.local_null = (_grid_measures(grids) for grids in (local, twins))
-        if self.moments.n < self.keep:
-            self.rows.append(pooled[:, : self.keep - self.moments.n])
+        self.rows.append(pooled[:, : max(0, KEEP - self.moments.n)])
         self.moments.update(pooled, labels)
         self.square += torch.stack([torch.linalg.vector_norm(z, dim=1).double().square().sum(0) for z in taps])
         self.tokens += len(taps[0]) * taps[0].shape[1]
@@ -85,33 +82,22 @@ class _Level:
         return {"feature_rms": square.mean(-1).sqrt(), "largest_channel": square.amax(-1) / square.sum(-1)}
 
 
-def sweep(
-    model: DiT,
-    data: ImageSet,
-    levels: Sequence[float] = LEVELS,
-    *,
-    batch_size: int = 250,
-    keep: int = KEEP,
-    path: Path = LINEAR,
-) -> Sweep:
+def sweep(model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, batch_size: int = 250) -> Sweep:
     """Run `model` once over `data` at each level (log-SNR, inf for the clean image), and measure every block.
-
-    keep: rows for measures of pairs. path: that the network was trained on, which says at which time it meets a
-    log-SNR.
 
     Raises:
         ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
     """
     if min(batch_size, len(data)) < LOCAL_BATCH:
         raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
-    kept = [_Level(len(data.classes), keep) for _ in levels]
-    for where, i, x, t in noisy(data.images, levels, path=path, batch_size=batch_size):
+    kept = [_Level(len(data.classes)) for _ in levels]
+    for where, i, x, t in noisy(data.images, levels, batch_size=batch_size):
         kept[i].update(tokens(model, x, t), data.labels[where])
     D = kept[0].moments.mean.shape[-1]
     normal = torch.randn(len(data), D, generator=stream(0, "gaussian"), dtype=torch.double)
     rows = torch.stack([torch.cat(level.rows, 1) for level in kept])
     found = [_measures(level.moments, own) for level, own in zip(kept, rows, strict=True)]
-    nulls = [_measures(*_gaussian_moments(level.moments, normal, data.labels, keep)) for level in kept]
+    nulls = [_measures(*_gaussian_moments(level.moments, normal, data.labels)) for level in kept]
     values = [real | level.scale() | level.local for level, (real, _) in zip(kept, found, strict=True)]
     gaussian = [null | level.local_null for level, (null, _) in zip(kept, nulls, strict=True)]
     return Sweep(
@@ -123,12 +109,12 @@ def sweep(
         torch.stack([cka_matrix(own) for own in rows]),
         torch.stack([mutual_knn(own) for own in rows]),
         rows,
-        data.labels[:keep],
+        data.labels[:KEEP],
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data),
          "pooling": "residual stream after each block, mean over tokens",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
-         "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": 0, "keep": keep,
-         "local_batch": LOCAL_BATCH, "tau": TAU, "path": repr(path), "versions": versions()},
+         "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": 0, "keep": KEEP,
+         "local_batch": LOCAL_BATCH, "tau": TAU, "path": repr(LINEAR), "versions": versions()},
     )  # fmt: skip
 
 
@@ -152,10 +138,7 @@ def _measures(moments: Moments, rows: Tensor) -> tuple[dict[str, Tensor], Tensor
 
 
 def _mean_cosine(x: Tensor) -> Tensor:
-    """Mean cosine over the pairs i != j of rows (..., N, D) about the mean row; orthonormal rows give -1 / (N - 1).
-
-    Raw cosines, `Moments.mean_cosine`, may be .99999 for one large mean channel and nothing else.
-    """
+    """Mean cosine over the pairs i != j of rows (..., N, D) about the mean row; raw ones may be 1 for a large mean."""
     u, N = F.normalize(geometry.centred(x), dim=-1), x.shape[-2]
     return (u.sum(-2).square().sum(-1) - N) / (N * (N - 1))
 
@@ -177,14 +160,14 @@ def _gaussian_twin(x: Tensor) -> Tensor:
     return x.double().mean(0) + normal @ geometry.centred(x) / math.sqrt(B - 1)
 
 
-def _gaussian_moments(moments: Moments, normal: Tensor, labels: Tensor, keep: int) -> tuple[Moments, Tensor]:
+def _gaussian_moments(moments: Moments, normal: Tensor, labels: Tensor) -> tuple[Moments, Tensor]:
     """The second null: moments and first rows of a Gaussian sample of the same size, mean and covariance."""
     variances, axes = torch.linalg.eigh(moments.covariance)
     root = axes * variances.clamp(min=0).sqrt()[..., None, :]  # (blocks, D, D)
     twin = Moments(moments.num_classes)
     sample = moments.mean[..., None, :] + normal @ root.mT
     twin.update(sample, labels)
-    return twin, sample[..., :keep, :]
+    return twin, sample[..., :KEEP, :]
 
 
 def stored(file: str) -> dict[str, Any]:
@@ -193,11 +176,11 @@ def stored(file: str) -> dict[str, Any]:
     Raises:
         DataError: the file is missing or damaged.
     """
+
+    def read(value: np.ndarray) -> Any:
+        if value.dtype.kind == "U":
+            return json.loads(str(value))
+        return torch.from_numpy(value.astype(np.float64) if value.dtype.kind == "f" else value)
+
     with np.load(artefact(file), allow_pickle=False) as arrays:
-        return {name: _as_stored(arrays[name]) for name in arrays.files}
-
-
-def _as_stored(value: np.ndarray) -> Any:
-    if value.dtype.kind == "U":
-        return json.loads(str(value))
-    return torch.from_numpy(value.astype(np.float64) if value.dtype.kind == "f" else value)
+        return {name: read(arrays[name]) for name in arrays.files}

@@ -1,7 +1,7 @@
 """Evaluation: features, distances, and the record beside every number."""
 
-from dispersive_kit.evaluation.distances import Memorisation, frechet_distance, memorisation
-from dispersive_kit.evaluation.features import FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.distances import frechet_distance
+from dispersive_kit.evaluation.features import make_extractor
 from dispersive_kit.evaluation.generate import (
     balanced_labels,
     decoder_of,
@@ -15,8 +15,6 @@ from dispersive_kit.evaluation.record import Record, table, to_json, weights_sha
 
 __all__ = [
     "Evaluation",
-    "FeatureExtractor",
-    "Memorisation",
     "Panel",
     "Record",
     "balanced_labels",
@@ -28,7 +26,6 @@ __all__ = [
     "load_reference",
     "make_extractor",
     "measure_memorisation",
-    "memorisation",
     "pixel_gaussian",
     "table",
     "to_json",

@@ -35,20 +35,18 @@ def _checked(*sets: NDArray) -> list[Array]:
     return found
 
 
-def half_samples(n: int, resamples: int = 100, *, seed: int = 0) -> Halves:
+def half_samples(n: int, resamples: int = 100) -> Halves:
     """Which of n samples are in each random half, without replacement (R, n): a bootstrap's ties would add a bias."""
-    rng, halves = np.random.default_rng(seed), np.zeros((resamples, n), dtype=bool)
-    for row in halves:
-        row[rng.permutation(n)[: n // 2]] = True
-    return halves
+    rng = np.random.default_rng(0)
+    return np.array([rng.permutation(n).argsort() < n // 2 for _ in range(resamples)], dtype=bool).reshape(-1, n)
 
 
 def interval(value: float, halves: Array) -> tuple[float, float]:
     """Ends of the central 95 % from the value of all samples and those of its half-samples (R,); NaN without any.
 
-    The deviations of the halves from their own mean are taken as they are (for m = N / 2 of N without replacement the
-    two spreads are of one size) and set around the value. Where x and y are of one law, a distance is quadratic in the
-    sampling error, and the interval is up to 3^(1/2) times too wide.
+    The deviations of the halves from their mean are set around the value as they are: for N / 2 of N without
+    replacement the two spreads are of one size. Where x and y are of one law, a distance is quadratic in the sampling
+    error, and the interval is up to 3^(1/2) times too wide.
     """
     if not len(halves):
         return math.nan, math.nan
@@ -74,12 +72,11 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
     Raises:
         ConfigError: fewer than two rows, different D, or values that are not finite.
     """
-    x, y = _checked(x, y)
-    return _between(_fit(x), _fit(y))
+    return frechet_on_halves(x, y, half_samples(len(x), 0))[0]
 
 
 def frechet_on_halves(x: NDArray, y: NDArray, halves: Halves) -> Valued:
-    """Frechet distance of x (N, D) to y (M, D), and of each half of x; see `frechet_distance`."""
+    """`frechet_distance` of x (N, D) to y (M, D), and of each half of x."""
     x, y = _checked(x, y)
     reference = _fit(y)
     return _between(_fit(x), reference), np.array([_between(_fit(x[half]), reference) for half in halves])
@@ -187,12 +184,9 @@ def _radii_within(x: Tensor, members: Tensor, k: int) -> Tensor:
     Looked for among the nearest 32 (fewer than k of these in a random half: once in 10^5 points at k = 5).
     """
     near, index = _nearest(x, None, min(KEPT, len(x) - 1))  # (N, K)
-    radii = []
-    for member in members:
-        rank = member[index].cumsum(1)
-        position = (rank < k).sum(1).clamp(max=near.shape[1] - 1)  # of the k-th member
-        radii.append(torch.where(member, near.gather(1, position[:, None])[:, 0], -1.0))
-    return torch.stack(radii)
+    ranks = (member[index].cumsum(1) for member in members)
+    positions = [(rank < k).sum(1, keepdim=True).clamp(max=near.shape[1] - 1) for rank in ranks]  # of the k-th member
+    return torch.where(members, torch.stack([near.gather(1, one)[:, 0] for one in positions]), -1.0)
 
 
 @dataclass(frozen=True)

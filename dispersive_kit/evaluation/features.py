@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +31,7 @@ class FeatureExtractor:
     Attributes:
         name: stands in the number's name, `FD[name, N=...]`. weights_sha256: None where there are no weights.
         preprocess: in words, the resize among it. note: e.g. the accuracy of a trained extractor.
-        extract: images -> base features. project: base features -> features; None: they are the same.
-        device: where `extract` computes.
+        extract: images -> base features, computed on `device`. project: base features -> features; None: the same.
     """
 
     name: str
@@ -64,12 +62,13 @@ class FeatureExtractor:
             )
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
             raise KitError(f"{self.name} differs between the processes; start them with the same settings and threads")
-        return np.concatenate(shared_out(lambda rows: self._of_batch(images[rows]), len(images)))
 
-    @torch.no_grad()
-    def _of_batch(self, images: Tensor) -> NDArray[np.float32]:
-        base = self.extract(images.to(self.device)).cpu()
-        return (base if self.project is None else self.project(base)).float().numpy()
+        @torch.no_grad()
+        def features(rows: slice) -> NDArray[np.float32]:
+            base = self.extract(images[rows].to(self.device)).cpu()
+            return (self.project(base) if self.project else base).float().numpy()
+
+        return np.concatenate(shared_out(features, len(images)))
 
 
 def make_extractor(
@@ -77,9 +76,8 @@ def make_extractor(
 ) -> FeatureExtractor:
     """The extractor of a command line name.
 
-    Args:
-        name: "classifier", trained on `train`; "pixels-pca32" and "effnet-lite0-pca64", whose components are fitted to
-            `train`; "inception", whose weights lie in `data_folder()`.
+    name: "classifier", trained on `train`; "pixels-pca32" and "effnet-lite0-pca64", whose components are fitted to
+    `train`; "inception", whose weights lie in `data_folder()`.
 
     Raises:
         ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
@@ -88,7 +86,7 @@ def make_extractor(
         "classifier": lambda: _small_classifier(train, held_out),
         "pixels-pca32": lambda: _pca(_pixels(train.images), train.images, 32),
         "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, EFFNET_PCA_IMAGES).images, 64),
-        "inception": lambda: _inception(data_folder() / INCEPTION_WEIGHTS, device),
+        "inception": lambda: _inception(device),
     }
     if name not in makers:
         raise ConfigError(f"unknown extractor {name!r}; there are: {', '.join(makers)}")
@@ -111,13 +109,8 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
     basis = axes[:, :k]
     basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # else the linear algebra's to choose
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
-    return replace(
-        base,
-        name=f"{base.name}/pca{k}",
-        dim=k,
-        note=f"PCA fitted on {len(train_images)} training images (sha256 {digest}). {base.note}".strip(),
-        project=lambda x: (x.double() - mean) @ basis,
-    )
+    note = f"PCA fitted on {len(train_images)} training images (sha256 {digest}). {base.note}".strip()
+    return replace(base, name=f"{base.name}/pca{k}", dim=k, note=note, project=lambda x: (x.double() - mean) @ basis)
 
 
 def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,17 +127,16 @@ def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
     """The 48 features of a small network trained on `train` (seconds on a CPU), for images no ImageNet net fits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first, second, third = (
-            nn.Conv2d(n, m, 3, s, 1) for n, m, s in ((train.images.shape[1], 24, 1), (24, 48, 2), (48, 48, 1))
-        )
-        body = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
+        sizes = ((train.images.shape[1], 24, 1), (24, 48, 2), (48, 48, 1))
+        layers = [(nn.Conv2d(n, m, 3, stride, 1), nn.ReLU()) for n, m, stride in sizes]
+        body = nn.Sequential(*(layer for pair in layers for layer in pair))
         network = nn.ModuleDict({"body": body, "head": nn.Linear(48, len(train.classes))})
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=400)
     generator = torch.Generator().manual_seed(0)
 
     def features(images: Tensor) -> Tensor:
-        return network["body"](to_float(images)).mean((2, 3))
+        return body(to_float(images)).mean((2, 3))
 
     for _ in range(400):
         index = torch.randint(len(train), (128,), generator=generator)
@@ -154,8 +146,7 @@ def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
         optimizer.step()
         schedule.step()
     network.eval().requires_grad_(False)
-    parts = zip(held_out.images.split(512), held_out.labels.split(512), strict=True)
-    right = sum(int((network["head"](features(x)).argmax(1) == y).sum()) for x, y in parts)
+    labels = torch.cat([network["head"](features(part)).argmax(1) for part in held_out.images.split(512)])
     return FeatureExtractor(
         name=f"{train.name}-classifier48",
         version="1/seed0",
@@ -163,7 +154,7 @@ def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
         preprocess="uint8 / 127.5 - 1",
         extract=features,
         weights_sha256=weights_sha256(network.state_dict()),
-        note=f"held-out accuracy {right / len(held_out):.3f}",
+        note=f"held-out accuracy {int((labels == held_out.labels).sum()) / len(held_out):.3f}",
     )
 
 
@@ -190,12 +181,12 @@ def _in_parts(network: Callable[[Tensor], Tensor], device: torch.device | str) -
     return lambda images: torch.cat([network(part) for part in images.split(size)])
 
 
-def _inception(weights: Path, device: torch.device | str) -> FeatureExtractor:
+def _inception(device: torch.device | str) -> FeatureExtractor:
     """The 2,048 pool3 features of TensorFlow's Inception of 2015, through torch-fidelity; nothing is downloaded."""
+    weights = data_folder() / INCEPTION_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"no Inception weights at {weights}: put torch-fidelity's {INCEPTION_WEIGHTS} there")
-    digest = file_sha256(weights)
-    if digest != INCEPTION_SHA256:
+    if (digest := file_sha256(weights)) != INCEPTION_SHA256:
         raise CheckpointError(
             f"{weights} is not {INCEPTION_WEIGHTS}: its sha256 is {digest[:16]}..., not {INCEPTION_SHA256[:16]}..."
         )

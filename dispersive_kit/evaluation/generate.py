@@ -1,7 +1,6 @@
-"""Images to measure and real ones to hold them against: drawn from a run, one seed an image; from a file; from data.
+"""Images to measure, drawn from a run with one seed an image, and real ones to hold them against.
 
-Under a launcher the processes take batches in turn and each gets all: the same batches whatever their number, so the
-same bits.
+Under a launcher the processes take batches in turn and each gets all: the same batches, so the same bits.
 """
 
 import math
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
-BATCH = 256
+BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
 
 
 def this_process() -> "PartialState":
@@ -39,8 +38,8 @@ def this_process() -> "PartialState":
 
 def shared_out(work: Callable[[slice], T], n: int) -> list[T]:
     """[work(rows) for the batches of n rows], the batches dealt out in turn and gathered in order in every process."""
-    state, batches = this_process(), [slice(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
-    own = [(rows.start, work(rows)) for rows in batches[state.process_index :: state.num_processes]]
+    state, starts = this_process(), range(0, n, BATCH)
+    own = [(i, work(slice(i, min(i + BATCH, n)))) for i in starts[state.process_index :: state.num_processes]]
     return [part for _, part in sorted(gathered(own), key=lambda pair: pair[0])]
 
 
@@ -73,11 +72,9 @@ def generate(
 
     objective: of the training (flow, ddpm, meanflow), which decides on the sampler; flow is Heun's method.
     Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise).
-    decode: turns what a model of latents draws into images in [-1, 1], see `decoder_of`.
 
     Raises:
-        ConfigError: a label outside the classes; seeds beyond 64 bits; guidance asked of a model without a null class,
-            or not finite.
+        ConfigError: a label outside the classes, seeds beyond 64 bits, guidance of a model without a null class.
         KitError: the model draws NaN or infinity, which as an image would be black.
     """
     num_classes = model.num_classes
@@ -108,42 +105,39 @@ def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path
     """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
 
     Raises:
-        DataError: the autoencoder is not here, or its weights, scale or shift are others. ConfigError: a `path`, and
-            no latents.
+        DataError: the autoencoder is not here, or has other weights. ConfigError: a `path`, and no latents.
     """
-    if "autoencoder" not in card["data"]:
-        if path:
-            raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} has images")
-        return None
-    return load_named(AutoencoderCard(**card["data"]["autoencoder"]), device=device, path=path).images
+    if autoencoder := card["data"].get("autoencoder"):
+        return load_named(AutoencoderCard(**autoencoder), device=device, path=path).images
+    if path:
+        raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} has images")
+    return None
 
 
-def draw_images(data: ImageSet, n: int, *, seed: int = 0) -> ImageSet:
+def draw_images(data: ImageSet, n: int) -> ImageSet:
     """n images of a set (all, where it has no more) in random order: as they come, sets may be sorted by class."""
-    drawn = data.subset(torch.randperm(len(data), generator=stream(seed, "images"))[:n])
+    drawn = data.subset(torch.randperm(len(data), generator=stream(0, "images"))[:n])
     return replace(drawn, drawn_from=len(data) if n < len(data) else data.drawn_from)
 
 
-def load_reference(
-    config: TrainConfig, decode: Decode | None = None, *, at_most: int = 2000
-) -> tuple[ImageSet, ImageSet]:
+def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[ImageSet, ImageSet]:
     """Training and held-out images of a run's configuration.
 
-    decode: of a run on latents, see `decoder_of`. There the images are at most so many posterior means, decoded:
-    samples go through the same decoder, so what the autoencoder loses is on both sides. They are named "...-decoded".
-
-    Raises:
-        DataError, ConfigError: the data is missing or damaged; see `open_store`.
+    decode: of a run on latents, see `decoder_of`. There the images are at most 2,000 posterior means, decoded: samples
+    go through the same decoder, so what the autoencoder loses is on both sides. They are named "...-decoded".
     """
-    if decode is None:
-        options: dict[str, Any] = {"data_dir": config.data_dir, "size": config.image_size}
-        return load_images(config.data, "train", **options), load_images(config.data, "test", **options)
-    train, held_out = open_store(config.data)
-    return _decoded(train, decode, at_most), _decoded(held_out, decode, at_most)
+    if decode:
+        train, held_out = (_decoded(part, decode) for part in open_store(config.data))
+    else:
+        train, held_out = (
+            load_images(config.data, split, data_dir=config.data_dir, size=config.image_size)
+            for split in ("train", "test")
+        )
+    return train, held_out
 
 
-def _decoded(data: Selection, decode: Decode, at_most: int) -> ImageSet:
-    store, rows = data.store, data.rows(np.arange(min(at_most, len(data))))
+def _decoded(data: Selection, decode: Decode) -> ImageSet:
+    store, rows = data.store, data.rows(np.arange(min(DECODED, len(data))))
     to_model = store.spec.autoencoder.to_model
     parts = np.array_split(rows, -(-len(rows) // 64))
     images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])

@@ -58,8 +58,6 @@ def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, floa
 class Panel:
     """One extractor, one reference set and one set of other real images for the floor, to measure any samples with.
 
-    Features of real images are extracted once.
-
     Raises:
         ConfigError: a metric is not in `METRICS`.
     """
@@ -88,7 +86,7 @@ class Panel:
         n, others = len(generated), draw_images(self.real, len(generated))
         found = self._measure(generated, distances.half_samples(n, self.resamples))
         if n not in self._floors:
-            self._floors[n] = self._measure(others.images, np.zeros((0, len(others)), dtype=bool))
+            self._floors[n] = self._measure(others.images, distances.half_samples(len(others), 0))
         everything = _protocol(
             self.extractor, describe_set(self.reference), describe_set(others), self.resamples,
             neighbours=NEIGHBOURS, **(protocol or {}),

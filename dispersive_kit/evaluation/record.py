@@ -54,10 +54,8 @@ def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Ma
 class Record:
     """One measured number.
 
-    Attributes:
-        name: e.g. "FD[digits-classifier48, N=500]". low, high: 95 % interval over resamples of the generated set.
-        floor: what real images of another split get: the lowest or, for `better="higher"`, highest to hope for.
-        protocol: everything else.
+    name: e.g. "FD[digits-classifier48, N=500]". low, high: its 95 % interval. floor: what real images of another split
+    get: the lowest or, for `better="higher"`, highest to hope for. protocol: everything else.
 
     Raises:
         ConfigError: the name is FID and the protocol is another.
@@ -85,7 +83,7 @@ class Record:
         return f"{self.name} = {value} [{low}, {high}], real against real {self.floor_in_words()}"
 
     def floor_in_words(self) -> str:
-        """The floor, with its own N where there were fewer real images than generated ones: it is then too high."""
+        """With its own N where there were fewer real images than generated ones: it is then too high."""
         of = self.protocol.get("floor", {}).get("n", self.n)
         return _digits(self.floor) + (f" (N={of})" if of < self.n else "")
 

@@ -13,11 +13,17 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.evaluation import distances, frechet_distance, memorisation
-from dispersive_kit.evaluation.distances import frechet_on_halves, half_samples, interval, kid, prdc, wilson
+from dispersive_kit.evaluation import distances, frechet_distance
+from dispersive_kit.evaluation.distances import (
+    frechet_on_halves,
+    half_samples,
+    interval,
+    kid,
+    memorisation,
+    prdc,
+    wilson,
+)
 from dispersive_kit.evaluation.panel import METRICS, _ends, _measured
-
-RNG = np.random.default_rng(0)
 
 
 def cloud(n=400, d=12, seed=0):
@@ -30,7 +36,7 @@ def ball(n, d=8, seed=0, scale=1.0):
 
 
 def none(n):
-    return np.zeros((0, n), dtype=bool)
+    return half_samples(n, 0)
 
 
 def of_four(x, y, k=5):
@@ -65,9 +71,10 @@ def test_frechet_distance_has_its_closed_forms():
     assert frechet_distance(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
     scaled = (a - 1) ** 2 * (np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum())
     assert frechet_distance(x, a * x) == pytest.approx(scaled, rel=1e-9)
-    q, _ = np.linalg.qr(RNG.normal(size=(12, 12)))
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(12, 12)))
     assert frechet_distance(x @ q, cloud(seed=1) @ q) == pytest.approx(frechet_distance(x, cloud(seed=1)), rel=1e-9)
-    z = RNG.normal(size=(300, 5))
+    z = rng.normal(size=(300, 5))
     z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(299)  # exactly white
     one, two = np.array([1, 2, 3, 4, 5.0]), np.array([2, 2, 1, 0.5, 4.0])
     assert frechet_distance(z * one, z * two) == pytest.approx(((one - two) ** 2).sum(), rel=1e-9)
@@ -173,11 +180,6 @@ def test_values_on_halves_are_those_of_the_halves_in_chunks_of_any_size(monkeypa
         np.testing.assert_allclose(chunked[name][1], on_halves, rtol=1e-8 if name == "KID" else 0)
 
 
-def test_too_few_images_are_refused():
-    with pytest.raises(ConfigError, match="too few for 5 neighbours"):
-        prdc(ball(10), ball(50, seed=1), half_samples(10, 3))
-
-
 def test_every_interval_has_the_width_of_repeated_sampling():
     y = np.random.default_rng(99).normal(size=(300, 4))
 
@@ -218,6 +220,8 @@ def test_copies_of_training_images_are_found_and_fresh_ones_are_not():
     assert memorisation(mixed, held_out[3:], train).copies == pytest.approx(0.2, abs=0.04)
 
 
-def test_splits_that_share_images_are_refused():
+def test_too_few_images_and_splits_that_share_images_are_refused():
+    with pytest.raises(ConfigError, match="too few for 5 neighbours"):
+        prdc(ball(10), ball(50, seed=1), half_samples(10, 3))
     with pytest.raises(ConfigError, match="not apart"):
         memorisation(ball(50), ball(100)[:50], ball(100))

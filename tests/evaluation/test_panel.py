@@ -44,7 +44,7 @@ def gaussian(digits, panel):
     return panel.measure(pixel_gaussian(digits[0], 200), protocol={"sampler": "none", "seed": 3})
 
 
-def test_every_metric_has_its_value_interval_and_floor(gaussian):
+def test_every_metric_has_its_value_interval_and_floor(gaussian, panel, digits):
     found = {r.name.partition("[")[0]: (r.value, r.low, r.high, r.floor) for r in gaussian}
     assert found.keys() == PANEL.keys() and gaussian[0].name == "FD[pixels/pca32, N=200]"
     for name, values in PANEL.items():
@@ -53,10 +53,7 @@ def test_every_metric_has_its_value_interval_and_floor(gaussian):
         assert record.low <= record.value <= record.high and math.isfinite(record.floor)
         worse = record.value < record.floor if record.better == "higher" else record.value > record.floor
         assert worse, record.name
-
-
-def test_real_images_measure_as_their_own_floor(digits, panel):
-    for record in panel.measure(draw_images(digits[0], 200).images):
+    for record in panel.measure(draw_images(digits[0], 200).images):  # real images measure as their own floor
         assert record.value == pytest.approx(record.floor)
 
 
@@ -90,12 +87,9 @@ def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, s
     assert protocol["sampler"] == "none"
 
 
-def test_an_unknown_metric_names_those_there_are(digits, space):
+def test_the_table_has_one_line_a_number_and_an_unknown_metric_is_refused(gaussian, digits, space):
     with pytest.raises(ConfigError, match=", ".join(METRICS)):
         Panel(space, *digits, metrics=("FID",))
-
-
-def test_the_table_has_one_line_a_number(gaussian):
     lines = table(gaussian).splitlines()
     assert len(lines) == 1 + len(gaussian) and lines[0].split() == ["value", "95", "%", "interval", "real", "better"]
     for line, record in zip(lines[1:], gaussian, strict=True):
@@ -135,10 +129,8 @@ def test_whatever_moves_the_number_stands_in_its_record_and_has_a_file_of_its_ow
     (changed,) = measured(**changes)
     assert changed.value != plain[0].value
     assert (changed.name, changed.protocol) != (plain[0].name, plain[0].protocol)
-    source = Path(changes.pop("source", "digits-base"))
-    assert record_file(source, dataclasses.replace(HOW, **changes), changed) != record_file(
-        Path("digits-base"), HOW, plain[0]
-    )
+    source, usual = Path(changes.pop("source", "digits-base")), record_file(Path("digits-base"), HOW, plain[0])
+    assert record_file(source, dataclasses.replace(HOW, **changes), changed) != usual
     assert changed.protocol["checkpoint_sha256"] and changed.protocol["device"] == "cpu"
 
 
@@ -151,20 +143,16 @@ def test_of_a_file_sorted_by_class_all_classes_are_measured(digits, tmp_path):
     assert record.n == 100
 
 
-@pytest.mark.parametrize(
-    ("arrays", "words"),
-    [
+def test_files_without_samples_are_refused_by_name(tmp_path):
+    (file := tmp_path / "other.npz").write_text("no archive")
+    for arrays, words in [
+        ({}, "other.npz holds no samples"),
+        ({"mu": np.zeros(3)}, "other.npz holds no samples"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"\(2, 3, 4, 4\)"),
         ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "N, H, W, 1 or 3"),
-        ({"mu": np.zeros(3)}, "other.npz holds no samples"),
-        (None, "other.npz holds no samples"),
-    ],
-)
-def test_files_without_samples_are_refused_by_name(tmp_path, arrays, words):
-    if arrays:
-        np.savez(tmp_path / "other.npz", **arrays)
-    else:
-        (tmp_path / "other.npz").write_text("no archive")
-    with pytest.raises(DataError, match=words):
-        evaluate(tmp_path / "other.npz", Evaluation(data="digits"))
+    ]:
+        if arrays:
+            np.savez(file, **arrays)
+        with pytest.raises(DataError, match=words):
+            evaluate(file, Evaluation(data="digits"))

@@ -12,8 +12,7 @@ One of your own takes ten lines:
         def decode(self, z):  # (B, C, h, w) -> (B, 3, H, W)
             return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
-Its id is "mine", or "package.module:mine" where another process must import it first. With a `state_dict` its weights
-are hashed too.
+Its id is "mine", or "package.module:mine" for other processes. The weights in its `state_dict`, if any, are hashed.
 """
 
 import hashlib
@@ -28,7 +27,6 @@ from torch import Tensor
 
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
-DIFFUSERS_KINDS = ("AutoencoderKL", "AutoencoderTiny")
 Factory = TypeVar("Factory", bound=Callable[[], Any])
 REGISTERED: dict[str, Callable[[], Any]] = {}
 
@@ -57,10 +55,6 @@ class AutoencoderCard:
         """Raw latents -> what the diffusion model is trained on."""
         return (z - self.shift) * self.scale
 
-    def from_model(self, x: Tensor) -> Tensor:
-        """The inverse of `to_model`."""
-        return x / self.scale + self.shift
-
 
 @dataclass(frozen=True)
 class Autoencoder:
@@ -78,7 +72,7 @@ class Autoencoder:
     @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
         """What the diffusion model speaks of (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
-        return self.network.decode(self.card.from_model(x).to(self.device)).to(x.device)
+        return self.network.decode((x / self.card.scale + self.card.shift).to(self.device)).to(x.device)
 
 
 class _Diffusers:
@@ -108,11 +102,7 @@ class _Diffusers:
 def load_autoencoder(
     autoencoder_id: str, *, device: torch.device | str = "cpu", download: bool = True, path: str | None = None
 ) -> Autoencoder:
-    """Load an autoencoder by id.
-
-    Args:
-        download: let diffusers fetch a hub id that is not on this machine.
-        path: where to load it from instead, when a folder was moved; the id stays.
+    """Load an autoencoder by id; from `path`, where a folder was moved; the id stays.
 
     Raises:
         DataError: it is not here. CheckpointError: its weights are not those its configuration asks for.
@@ -124,11 +114,8 @@ def load_autoencoder(
         network.to(device)
     name = str(Path(autoencoder_id).resolve()) if Path(autoencoder_id).is_dir() else autoencoder_id
     kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
-    return Autoencoder(
-        AutoencoderCard(name, kind, _weights_sha256(network), float(network.scale), float(network.shift)),
-        network,
-        device,
-    )
+    card = AutoencoderCard(name, kind, _weights_sha256(network), float(network.scale), float(network.shift))
+    return Autoencoder(card, network, device)
 
 
 def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any) -> Autoencoder:
@@ -157,8 +144,7 @@ def refuse_other(found: AutoencoderCard, wanted: AutoencoderCard) -> None:
 
 
 def _weights_sha256(network: Any) -> str:
-    """Hash of names, types, shapes and values of the weights, whatever file they came from; on a network without
-    weights, of its class's name."""
+    """Of names, types, shapes and values of the weights, whatever file they came from; without any, of the class."""
     state = network.state_dict() if hasattr(network, "state_dict") else {}
     digest = hashlib.sha256(b"" if state else type(network).__qualname__.encode())
     for name, tensor in sorted(state.items()):
@@ -188,12 +174,12 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
     options: dict[str, Any] = {"local_files_only": not download}
     try:
         kind = diffusers.AutoencoderKL.load_config(where, **options).get("_class_name")
-        if kind not in DIFFUSERS_KINDS:
-            raise ConfigError(f"{where} is a {kind}; the kit reads {' and '.join(DIFFUSERS_KINDS)}")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ConfigError(f"{where} is a {kind}; the kit reads AutoencoderKL and AutoencoderTiny")
         network, info = getattr(diffusers, kind).from_pretrained(where, output_loading_info=True, **options)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         known = f", a registered name ({', '.join(REGISTERED)})" if REGISTERED else ""
         raise DataError(
             f"autoencoder {where!r} cannot be loaded: {str(error).splitlines()[0]}. Give the folder of a diffusers "

@@ -1,11 +1,9 @@
 """Encode a folder of images once: a shard is a function of the plan, so a kill or company changes no bit of a store.
 
-Of W processes the r-th makes the shards r, r + W, ... that are not finished: each is written under another name,
-flushed to disk and renamed, and then so is a record of it. A batch never crosses a shard, and on a CPU each process
-has one thread. spec.json is put together from the records, and comes last.
+Of W processes the r-th makes the shards r, r + W, ... that are not finished, and then a record of each. A batch never
+crosses a shard, and on a CPU each process has one thread. spec.json is put together from the records, and comes last.
 """
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -28,7 +26,7 @@ from dispersive_kit.data.autoencoders import load_autoencoder
 from dispersive_kit.data.files import atomic_write, lock, read_json, write_json
 from dispersive_kit.data.folder import ImageFile, list_images, read_image
 from dispersive_kit.data.images import to_float
-from dispersive_kit.data.latents import DTYPES, PLAN, RECORDS, SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
+from dispersive_kit.data.latents import PLAN, RECORDS, SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
 from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
@@ -55,8 +53,8 @@ class EncodeConfig:
         for name in ("image_size", "shard_size", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {self.dtype!r}; there are: {', '.join(DTYPES)}")
+        if self.dtype not in ("float16", "bfloat16"):
+            raise ConfigError(f"unknown dtype {self.dtype!r}; there are: float16, bfloat16")
 
 
 class Encoder:
@@ -76,10 +74,10 @@ class Encoder:
             self.shape: tuple[int, ...] = tuple(self.autoencoder.posterior(blank).shape[2:])  # (C, h, w)
         except RuntimeError as error:
             raise ConfigError(f"images of {config.image_size} pixels are too small for this autoencoder") from error
-        if config.image_size % self.shape[-1]:
+        if config.image_size % (side := self.shape[-1]):
             raise ConfigError(
-                f"image_size {config.image_size} gives latents of {self.shape[-1]}, which is no whole part of it: take "
-                "a multiple of what the autoencoder divides by"
+                f"image_size {config.image_size} gives latents of {side}, which is no whole part of it: take a "
+                "multiple of what the autoencoder divides by"
             )
         self.total = len(self.folder.files)
         self.bytes, self.size = store_size(self.total, self.shape, flip=config.flip, shard_size=config.shard_size)
@@ -118,7 +116,6 @@ class Encoder:
             )
 
     def finished(self, shard: str) -> bool:
-        """Whether any process has made it."""
         return (self.records / f"{shard}.json").is_file() and (self.config.store / shard).is_file()
 
     def done(self) -> int:
@@ -128,17 +125,18 @@ class Encoder:
 
     def work(self, number: int, of: int, progress: Progress) -> None:
         """Make what is not finished of the shards `number`, `number` + `of`, ..."""
-        pool = ThreadPoolExecutor(READERS)
+        pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
+        torch.set_num_threads(1)  # on which sums of a CPU may depend, as on a GPU on which algorithm was fastest
         try:
-            with _one_way_of_adding():
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
                 for shard in self.shards[number::of]:
                     if not self.finished(shard):
                         self._make(shard, pool, progress)
         finally:
+            torch.set_num_threads(threads)
             pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
 
     def _make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
-        """Encode one shard, and write it and its record."""
         config, first, done = self.config, self.shards.index(shard) * self.config.shard_size, self.done()
         labels: list[int] = []
         odd: Counter[str] = Counter()
@@ -153,10 +151,10 @@ class Encoder:
                     labels.append(self.folder.label(image.file))
                     yield image
 
-        images, number_type = readable(), getattr(torch, config.dtype)
-        parts = [torch.empty(0, 1 + config.flip, 2, *self.shape, dtype=number_type)]
+        images = readable()
+        parts = [torch.empty(0, 1 + config.flip, 2, *self.shape, dtype=getattr(torch, config.dtype))]
         while batch := list(itertools.islice(images, config.batch_size)):
-            parts.append(self._encode(batch, number_type))
+            parts.append(self._encode(batch))
             progress(done + sum(map(len, parts)), self.total)
         posterior = torch.cat(parts)
         content = save({"posterior": posterior, "labels": torch.tensor(labels, dtype=torch.long)})
@@ -188,11 +186,12 @@ class Encoder:
             )
         return {"file": file, "fault": fault}
 
-    def _encode(self, batch: list[ImageFile], number_type: torch.dtype) -> Tensor:
+    def _encode(self, batch: list[ImageFile]) -> Tensor:
         """Posteriors (n, flips, 2, C, h, w) on the CPU, in the type of the store."""
         x = to_float(torch.stack([image.pixels for image in batch if image.pixels is not None])).to(self.config.device)
         ways = [x, x.flip(-1)] if self.config.flip else [x]
-        stored = torch.stack([self.autoencoder.posterior(way) for way in ways], dim=1).to(number_type).cpu()
+        found = torch.stack([self.autoencoder.posterior(way) for way in ways], dim=1)
+        stored = found.to(getattr(torch, self.config.dtype)).cpu()
         if not stored.isfinite().all():
             raise DataError(
                 f"the latents of {batch[0].file} .. {batch[-1].file} are not finite as {self.config.dtype}; "
@@ -210,21 +209,13 @@ class Encoder:
         left_out = [self._leave_out(**photo) for record in records for photo in record["left_out"]]
         if not any(record["card"]["rows"] for record in records):
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
-        odd, counts = (
-            sum((Counter(record[kind]) for record in records), Counter()) for kind in ("odd", "class_counts")
-        )
+        odd, counts = (sum((Counter(one[kind]) for one in records), Counter()) for kind in ("odd", "class_counts"))
         mean, std = mean_and_std(record["moments"] for record in records)
-        plan = self.plan
-        plan["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
-        spec = TypeAdapter(Spec).validate_python(
-            {
-                **plan,
-                "class_counts": [counts[name] for name in self.folder.classes],
-                "channel_mean": mean,
-                "channel_std": std,
-                "shards": [record["card"] for record in records],
-            }
-        )
+        fields = self.plan
+        fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
+        fields |= {"channel_mean": mean, "channel_std": std, "shards": [record["card"] for record in records]}
+        fields["class_counts"] = [counts[name] for name in self.folder.classes]
+        spec = TypeAdapter(Spec).validate_python(fields)
         file = self.config.store / SPEC
         if not file.is_file() or file.read_text() != spec.to_json():
             with atomic_write(file) as partial:
@@ -234,11 +225,7 @@ class Encoder:
 
 
 def encode(
-    encoder: Encoder,
-    *,
-    processes: int = 1,
-    part: tuple[int, int] = (0, 1),
-    progress: Progress | None = None,
+    encoder: Encoder, *, processes: int = 1, part: tuple[int, int] = (0, 1), progress: Progress | None = None
 ) -> LatentStore | None:
     """Encode a folder of images, or go on with it.
 
@@ -290,22 +277,9 @@ def _spawn(encoder: Encoder, processes: int, first: int, of: int, progress: Prog
 
 
 def _work(turn: int, config: EncodeConfig, first: int, of: int) -> None:
-    """What each started process does."""
     if config.device.startswith("cuda"):
         config = replace(config, device=f"cuda:{turn % torch.cuda.device_count()}")
     Encoder(config).work(first + turn, of, lambda done, total: None)
-
-
-@contextlib.contextmanager
-def _one_way_of_adding() -> Iterator[None]:
-    """Sums of a CPU may depend on the number of threads, and those of a GPU on which algorithm was fastest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _bar(total: int, done: int, *, hidden: bool) -> Progress:

@@ -1,7 +1,4 @@
-"""Files that any process may be killed at, or two of them want: whole or not there, and one writer at a time.
-
-And those that the package ships beside its code, each held against its sha256 before it is read.
-"""
+"""Files whole or not there, one writer at a time; and those that the package ships, held against their sha256."""
 
 import contextlib
 import errno
@@ -47,10 +44,8 @@ def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
 def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Path]:
     """The name under which to write a file or a folder, which gets its own name once all of it is on the disk.
 
-    A kill or a full disk leaves what was there before.
-
     Raises:
-        error: it could not be written.
+        error: it could not be written; what was there before still is, as after a kill.
     """
     partial = target.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{target.name}")
     with writing(target, error):
@@ -75,7 +70,6 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """From the cache to the disk."""
     if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
         return
     handle = os.open(path, os.O_RDONLY)
@@ -122,10 +116,7 @@ def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> Non
 
 
 def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataError) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        default: what to return where it is missing or damaged.
+    """The content of a JSON file, or `default`.
 
     Raises:
         error: it is missing or damaged, and there is no default.
@@ -139,11 +130,7 @@ def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataEr
 
 
 def require_writable(file: Path) -> None:
-    """Before long work: that its result can be written to `file`.
-
-    Raises:
-        DataError: it is a folder, or lies where nothing may be written.
-    """
+    """Raise DataError, before long work, if its result could not be written to `file`."""
     if file.is_dir():
         raise DataError(f"{file} is a folder: name a file")
     try:
@@ -177,18 +164,15 @@ def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
     """
     cure = "install the package again, or make the file anew with data/make_artefacts.py of a checkout"
     try:
-        lines = (folder / SUMS).read_text().splitlines()
+        listed = [line.split("  ") for line in (folder / SUMS).read_text().splitlines()]
+        own = [(digest, folder / file) for digest, file in listed if file == name or file.startswith(f"{name}/")]
+        for digest, file in own:
+            if _sha256(file, file.stat().st_mtime_ns, file.stat().st_size) != digest:
+                raise DataError(f"{file} is not the file that {SUMS} lists: {cure}")
     except FileNotFoundError as error:
-        raise DataError(f"{folder / SUMS} is missing: {cure}") from error
-    listed = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
-    own = [folder / file for file in listed if file == name or file.startswith(f"{name}/")]
+        raise DataError(f"{error.filename} is missing: {cure}") from error
     if not own:
         raise DataError(f"no artefact {name!r} is listed in {folder / SUMS}")
-    for file in own:
-        if not file.is_file():
-            raise DataError(f"{file} is missing: {cure}")
-        if _sha256(file, file.stat().st_mtime_ns, file.stat().st_size) != listed[file.relative_to(folder).as_posix()]:
-            raise DataError(f"{file} is not the file that {SUMS} lists: {cure}")
     return folder / name
 
 

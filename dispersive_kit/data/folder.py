@@ -6,19 +6,15 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dispersive_kit.errors import DataError
 
 WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
-SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes; its own conversion to RGB makes them white
-NO_KNOWN_RANGE = ("I", "F")
 HELD_OUT_PARTS = ("test", "val", "valid", "validation")
 PARTS = ("train", *HELD_OUT_PARTS)  # names of folders that are no classes
 
@@ -36,12 +32,8 @@ class ImageFolder:
         """Of the names: a folder that grew or shrank is another one."""
         return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
 
-    @cached_property
-    def _label_of(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.classes)}
-
     def label(self, file: str) -> int:
-        return self._label_of[_class_of(file)]
+        return self.classes.index(_class_of(file))
 
 
 def list_images(root: Path) -> ImageFolder:
@@ -124,27 +116,20 @@ def _decode(content: bytes, size: int) -> tuple[Tensor, tuple[str, ...]]:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as opened:
-        upright: Any = ImageOps.exif_transpose(opened)
+        image: Any = ImageOps.exif_transpose(opened)
         odd = (opened.mode,) if opened.mode != "RGB" else ()
         turned = ("EXIF-rotated",) if opened.getexif().get(0x0112, 1) != 1 else ()  # the orientation tag
-        return _adm_crop(_to_rgb(upright), size), (*odd, *turned)
-
-
-def _to_rgb(image: Any) -> Any:
-    from PIL import Image
-
-    if image.mode in SIXTEEN_BITS:
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in NO_KNOWN_RANGE:
-        raise ValueError(f"32 bits a pixel (mode {image.mode}), of which nobody knows what is white")
-    return image.convert("RGB")
+        if image.mode.startswith("I;16"):  # which PIL's own conversion to RGB makes white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"32 bits a pixel (mode {image.mode}), of which nobody knows what is white")
+        return _adm_crop(image.convert("RGB"), size), (*odd, *turned)
 
 
 def _adm_crop(image: Any, size: int) -> Tensor:
     """ADM's centre crop of a PIL image, uint8 (3, S, S): halve with a box filter, then bicubic, then crop.
 
-    Dhariwal & Nichol, "Diffusion Models Beat GANs" (arXiv 2105.05233), `center_crop_arr` of their code; DiT and SiT
-    use the same.
+    Dhariwal & Nichol (arXiv 2105.05233), `center_crop_arr` of their code; DiT and SiT use the same.
     """
     from PIL import Image
     from torchvision.transforms.v2 import functional as tv
@@ -154,5 +139,4 @@ def _adm_crop(image: Any, size: int) -> Tensor:
     scale = size / min(image.size)
     image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    cropped = tv.pil_to_tensor(image.crop((left, top, left + size, top + size)))
-    return cropped.to(torch.uint8)
+    return tv.pil_to_tensor(image.crop((left, top, left + size, top + size)))

@@ -33,8 +33,8 @@ class ImageSet:
 
     Attributes:
         images: uint8 (N, C, H, W). labels: int64 (N,). classes: name of each label.
-        source: where it was read from; resize: what was done to the files, in words. sha256: of images and labels, so
-            a number can name its data. drawn_from: how many images the whole has, of which these were drawn.
+        source: where it was read from. resize: what was done to the files, in words.
+        drawn_from: how many images the whole has, of which these were drawn.
     """
 
     name: str
@@ -68,12 +68,10 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
+        """Of images and labels, so that a number can name its data."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
     def subset(self, index: Tensor) -> "ImageSet":
-        """The images at `index`, in that order."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 
@@ -98,12 +96,7 @@ def data_folder() -> Path:
 
 
 def load_images(
-    name: str,
-    split: str = "train",
-    *,
-    data_dir: str | Path | None = None,
-    download: bool = True,
-    size: int = 32,
+    name: str, split: str = "train", *, data_dir: str | Path | None = None, download: bool = True, size: int = 32
 ) -> ImageSet:
     """Load one split of a data set by name, or a folder of images by path.
 
@@ -119,8 +112,7 @@ def load_images(
         size: side of the square to which images of a folder are resized and centre-cropped.
 
     Raises:
-        DataError: unknown name or split; the set is not there and cannot be downloaded (the message says
-            where to put it); damaged file.
+        DataError: unknown name or split; damaged file; not there (the message says where to put it).
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}; there are: train, test")
@@ -137,7 +129,6 @@ def load_images(
 
 
 def _inside_scikit_learn(name: str) -> Any:
-    """What `sklearn.datasets.NAME()` gives."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -193,28 +184,19 @@ def _packed(name: str, split: str, file: Path) -> ImageSet:
 def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSet:
     from torchvision import datasets
 
-    make = getattr(datasets, name.upper())  # which checks the md5 of what it unpickles
-    try:
-        found = make(folder, train=split == "train", download=False)
-    except RuntimeError as missing:
-        if not download:
-            raise DataError(_where_to_put(name, folder, "downloading was switched off")) from missing
-        try:
-            found = make(folder, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(_where_to_put(name, folder, f"the download failed: {error}")) from error
+    try:  # torchvision checks the md5 of what it unpickles, and downloads nothing that is there
+        found = getattr(datasets, name.upper())(folder, train=split == "train", download=download)
+    except (OSError, RuntimeError) as error:
+        why = f"the download failed: {error}" if download else "downloading was switched off"
+        raise DataError(
+            f"{name} is not in {folder}, and {why}. Put there either {TORCHVISION_SETS[name]}, or {name}.npz with "
+            "arrays images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder "
+            "with --data-dir or the variable DISPERSIVE_KIT_DATA"
+        ) from error
     images = torch.as_tensor(found.data)  # (N, H, W), or (N, H, W, C)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     classes = DIGITS if name == "mnist" else tuple(found.classes)
     return ImageSet(name, split, images, torch.as_tensor(found.targets).long(), classes, f"torchvision in {folder}")
-
-
-def _where_to_put(name: str, folder: Path, why: str) -> str:
-    return (
-        f"{name} is not in {folder}, and {why}. Put there either {TORCHVISION_SETS[name]}, or {name}.npz with arrays "
-        "images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder with "
-        "--data-dir or the variable DISPERSIVE_KIT_DATA"
-    )
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
@@ -228,9 +210,7 @@ def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
         listed = replace(listed, classes=classes)
     files = [file for i, file in enumerate(listed.files) if has_parts or (i % 10 == 9) == (split == "test")]
     if not files:
-        raise DataError(
-            f"{folder} holds {len(listed.files)} images: too few to hold out every tenth; add train/ and test/"
-        )
+        raise DataError(f"{folder} holds {len(listed.files)} images: too few to hold out a tenth; add train/ and test/")
     images = []
     for read in (read_image(listed.root, file, size) for file in files):
         if read.pixels is None:

@@ -5,8 +5,8 @@
     STORE/records/                  what encoding left: the plan, and a record of each shard
 
 A row of `posterior` holds, for the image and then for its mirror image, mean and std of the raw latents: one reading
-of one place gives all that a training step needs of an image. The shards are memory-mapped: what is read stays in
-the page cache, which all processes of a machine share, and nothing of the store is copied into this process.
+of one place gives all that a training step needs of an image. The shards are memory-mapped: all processes of a machine
+share what was read, in the page cache.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,19 +36,14 @@ from dispersive_kit.errors import DataError, form_error
 FORMAT = "dispersive_kit latents 1"
 SPEC, RECORDS, PLAN = "spec.json", "records", "plan.json"
 REPAIR = "Delete it and give the encode command again, which makes only what is missing"
-ROWS_AT_ONCE = 256
 HELD_OUT_ROWS = 512  # at most; at most a tenth. ImageNet gives up 0.04 % of its images for them
-GRID = 16  # images that are decoded to be looked at
-# Type of the values in the shards -> (as safetensors writes it, as numpy reads it: numpy has no bfloat16)
-DTYPES: dict[str, tuple[str, type]] = {"float16": ("F16", np.float16), "bfloat16": ("BF16", np.int16)}
+SUMS = ("total", "square")
 EXACT = ConfigDict(extra="forbid")
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, config=EXACT)
 class ShardCard:
-    """One file of the store."""
-
     file: str
     rows: int
     bytes: int
@@ -55,7 +52,7 @@ class ShardCard:
 
 @dataclass(frozen=True, config=EXACT)
 class Spec:
-    """What a store is: all that is needed to train on it and to turn samples back into images.
+    """All that is needed to train on a store and to turn samples back into images.
 
     Attributes:
         images: of the folder: root, number, hash of the names, how many were odd, and each that was left out and why.
@@ -83,13 +80,8 @@ class Spec:
         return sum(shard.rows for shard in self.shards)
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        """(flips, 2, C, h, w)."""
-        return (1 + self.flip, 2, *self.shape)
-
-    @property
     def sha256(self) -> str:
-        """Of everything in it, the shards' checksums among them: names the store."""
+        """Of everything in it, the shards' checksums among them."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -137,7 +129,8 @@ class LatentStore:
         self.path = Path(path)
         self.spec = _read_spec(self.path)
         opened = [_map_shard(self.path, shard, self.spec) for shard in self.spec.shards]
-        self._posteriors, self._labels = ([pair[i] for pair in opened] for i in (0, 1))
+        self._posteriors = [shard["posterior"] for shard in opened]
+        self._labels = [shard["labels"].numpy() for shard in opened]
         self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
 
     def __len__(self) -> int:
@@ -146,21 +139,12 @@ class LatentStore:
     def read(self, rows: Rows, flipped: NDArray[np.bool_] | None = None) -> Tensor:
         """Mean and std (B, 2, C, h, w) of these rows, in the type stored; of the mirror images where `flipped`."""
         version = np.zeros(len(rows), dtype=int) if flipped is None else flipped.astype(int)
-        numbers: NDArray[Any] = np.empty((len(rows), 2, *self.spec.shape), DTYPES[self.spec.dtype][1])
-        for out, (shard, row), v in zip(numbers, self._places(rows), version.tolist(), strict=True):
-            out[...] = self._posteriors[shard][row, v]
-        return torch.from_numpy(numbers).view(getattr(torch, self.spec.dtype))
+        places = zip(self._places(rows), version.tolist(), strict=True)
+        return torch.stack([self._posteriors[shard][row, v] for (shard, row), v in places])
 
     def labels(self, rows: Rows) -> Rows:
         """Class numbers (B,) of these rows."""
         return np.array([self._labels[shard][row] for shard, row in self._places(rows)], dtype=np.int64)
-
-    def blocks(self) -> Iterator[Tensor]:
-        """All posteriors (n, flips, 2, C, h, w), shard after shard, some rows at a time."""
-        for shard in self._posteriors:
-            for start in range(0, len(shard), ROWS_AT_ONCE):
-                block = torch.from_numpy(np.array(shard[start : start + ROWS_AT_ONCE]))
-                yield block.view(getattr(torch, self.spec.dtype))
 
     def verify(self) -> None:
         """Read every shard and compare its checksum with the spec.
@@ -168,17 +152,15 @@ class LatentStore:
         Raises:
             DataError: naming every shard that is damaged.
         """
+        shards, title = self.spec.shards, f"verifying {self.path.name}"
         with ThreadPoolExecutor(8) as pool:
-            hashes = pool.map(lambda shard: file_sha256(self.path / shard.file), self.spec.shards)
-            title, number = f"verifying {self.path.name}", len(self.spec.shards)
-            bar = tqdm(hashes, title, number, unit="shard", leave=False, disable=None)
-            found = list(bar)  # tens of GB take minutes; disable=None: shown on a terminal only
-        faults = [s.file for s, digest in zip(self.spec.shards, found, strict=True) if digest != s.sha256]
-        if faults:
+            hashes = pool.map(lambda shard: file_sha256(self.path / shard.file), shards)
+            found = list(tqdm(hashes, title, len(shards), leave=False, disable=None))  # None: on a terminal only
+        if faults := [s.file for s, digest in zip(shards, found, strict=True) if digest != s.sha256]:
             raise DataError(f"{self.path}: {', '.join(faults)} damaged: the sha256 is not the one in {SPEC}. {REPAIR}")
 
     def check(self) -> Iterator[str]:
-        """Look at the store as a whole: a line for each thing found right; `decoded_grid` is the part for the eye.
+        """Look at the store as a whole: a line for each thing found right.
 
         Raises:
             DataError: at the first thing that is wrong, named.
@@ -194,11 +176,9 @@ class LatentStore:
             if rows != written:
                 raise DataError(f"{self.path}: {rows} rows are of class {name}, and {SPEC} says {written}")
         if spec.images["files"] != len(self) + left_out:
-            raise DataError(
-                f"{self.path}: {spec.images['files']} files are not {len(self)} rows and {left_out} left out"
-            )
+            raise DataError(f"{self.path}: {spec.images['files']} files are not {len(self)} rows + {left_out} left out")
         yield f"counts: {len(self):,} rows of {len(spec.classes)} classes, {left_out} files left out"
-        mean, std = mean_and_std(map(moments, self.blocks()))
+        mean, std = mean_and_std(map(moments, self._posteriors))
         for name, now, stated in (("mean", mean, spec.channel_mean), ("std", std, spec.channel_std)):
             if not np.allclose(now, stated, rtol=1e-6, atol=1e-6):
                 raise DataError(f"{self.path}: the {name} by channel is {now}, and {SPEC} says {stated}")
@@ -206,8 +186,8 @@ class LatentStore:
         yield "statistics: " + ", ".join(f"{m:+.3f} +- {s:.3f}" for m, s in pairs)
 
     def decoded_grid(self, autoencoder: Autoencoder) -> Tensor:
-        """Posterior means of rows spread over the store, decoded: uint8 (GRID or fewer, 3, H, W)."""
-        rows = _shuffled(np.arange(min(GRID, len(self))), len(self), _key("grid"))
+        """Posterior means of rows spread over the store, decoded: uint8 (16 or fewer, 3, H, W)."""
+        rows = _shuffled(np.arange(min(16, len(self))), len(self), _key("grid"))
         means = self.read(rows)[:, 0].float()  # (n, C, h, w)
         return to_uint8(autoencoder.images(autoencoder.card.to_model(means)))
 
@@ -217,33 +197,28 @@ class LatentStore:
         return zip(shard.tolist(), (rows - self._starts[shard]).tolist(), strict=True)
 
 
-def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> tuple[NDArray[Any], Rows]:
-    """`posterior` and `labels` of one file, as arrays that lie on the disk."""
+def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
+    """`posterior` and `labels` of one file, as tensors that lie on the disk."""
     file = folder / shard.file
     if not file.is_file():
         raise DataError(f"{file} is missing. Give the encode command again")
     if file.stat().st_size != shard.bytes:
         raise DataError(f"{file} is truncated: {file.stat().st_size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
-    stored, read = DTYPES[spec.dtype]
-    wanted = {"posterior": (stored, [shard.rows, *spec.row_shape]), "labels": ("I64", [shard.rows])}
-    raw = np.memmap(file, mode="r", dtype=np.uint8)
+    row = (1 + spec.flip, 2, *spec.shape)
+    wanted = {"posterior": (getattr(torch, spec.dtype), (shard.rows, *row)), "labels": (torch.int64, (shard.rows,))}
     try:
-        begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        header = json.loads(raw[8:begin].tobytes())
-        if any((header[name]["dtype"], header[name]["shape"]) != wanted[name] for name in wanted):
+        found = load_file(file)
+        if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")
-        spans = {name: slice(*(begin + offset for offset in header[name]["data_offsets"])) for name in wanted}
-        posterior: NDArray[Any] = raw[spans["posterior"]].view(read).reshape(shard.rows, *spec.row_shape)
-        labels = raw[spans["labels"]].view(np.int64)
-    except (ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError) as error:
         raise DataError(f"{file} is damaged: {error}. {REPAIR}") from error
-    return posterior, labels
+    return found
 
 
 def moments(posterior: Tensor) -> dict[str, Any]:
     """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
     parts = []
-    for part in posterior.split(ROWS_AT_ONCE):
+    for part in posterior.split(256):
         mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
         total, square = (x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square()))
         parts.append({"count": mean[:, :, 0].numel(), "total": total, "square": square})
@@ -251,10 +226,8 @@ def moments(posterior: Tensor) -> dict[str, Any]:
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = {
-        name: [math.fsum(c) for c in zip(*(part[name] for part in parts), strict=True)] for name in ("total", "square")
-    }
-    return {"count": sum(part["count"] for part in parts), **sums}
+    total, square = ([math.fsum(c) for c in zip(*(part[name] for part in parts), strict=True)] for name in SUMS)
+    return {"count": sum(part["count"] for part in parts), "total": total, "square": square}
 
 
 def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -268,8 +241,7 @@ def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[flo
 class Selection:
     """The training or the held-out part ("test") of a store, and the order in which its rows come.
 
-    The split is one fixed shuffle of the whole store, the same for every seed: its first rows are held out. Nothing
-    is kept that grows with the store.
+    The first rows of one fixed shuffle are held out, whatever the seed. Nothing is kept that grows with the store.
 
     Raises:
         DataError: too few rows to hold any out.
@@ -296,7 +268,7 @@ class Selection:
 
 
 def _key(*parts: object) -> NDArray[np.uint64]:
-    """A 63-bit key for whatever the parts say, (1,)."""
+    """A 63-bit key (1,)."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return np.array([int.from_bytes(digest, "little") >> 1], dtype=np.uint64)
 

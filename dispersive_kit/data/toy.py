@@ -45,7 +45,7 @@ class GaussianMixture:
 
 
 def eight_gaussians(std: float = 0.15, radius: float = 1.5) -> GaussianMixture:
-    """Eight Gaussians on a circle, the usual first test of a 2-D generative model."""
+    """Eight Gaussians on a circle."""
     angle = torch.arange(8) * (2 * math.pi / 8)
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std)
 

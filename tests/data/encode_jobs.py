@@ -1,12 +1,14 @@
 """Encodings in processes of their own, started from a clean one: a process with threads cannot be forked safely."""
 
 import multiprocessing
+import time
 
 import numpy as np
 import small_autoencoders
 from PIL import Image
 
 from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+from dispersive_kit.data.files import lock
 
 SMALL = {"image_size": 16, "shard_size": 7, "batch_size": 3}
 CLEAN = multiprocessing.get_context("forkserver")
@@ -35,6 +37,13 @@ def make(photos, store, autoencoder="patches", *, drawn=None, parts=1, **options
 def run(part, photos, store, autoencoder, **options):
     """One part of `make`, for a process."""
     encode(Encoder(EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})), part=part)
+
+
+def hold(file, held):
+    """Keep a lock until killed."""
+    with lock(file):
+        held.set()
+        time.sleep(600)
 
 
 def start(number, *args, **options):

@@ -77,7 +77,6 @@ def test_scale_and_shift_come_from_the_configuration(tmp_path):
     assert (card.scale, card.shift) == (0.3611, 0.1159)
     z = torch.randn(2, 4, 2, 2)
     torch.testing.assert_close(card.to_model(z), (z - 0.1159) * 0.3611)
-    torch.testing.assert_close(card.from_model(card.to_model(z)), z)
 
 
 def test_the_tiny_autoencoder_is_a_point_without_spread(tmp_path):

@@ -219,7 +219,7 @@ def command(photos, tmp_path, monkeypatch):
     return ["encode", "--images", str(photos), "--vae", "small_autoencoders:patches", "--out", store, *sizes]
 
 
-def test_the_command_encodes_with_two_processes_and_check_looks_at_it(photos, tmp_path, command, capsys):
+def test_the_command_encodes_with_two_processes_and_check_looks_at_it(photos, tmp_path, command, quick_start, capsys):
     main([*command, "--processes", "1", "--plan-only"])
     assert not (tmp_path / "store").exists()
     main([*command, "--processes", "2"])
@@ -232,7 +232,7 @@ def test_the_command_encodes_with_two_processes_and_check_looks_at_it(photos, tm
     assert Image.open(tmp_path / "store-grid.png").size == (69, 69)
 
 
-def test_a_fault_in_one_of_several_processes_is_told_with_its_file(tmp_path):
+def test_a_fault_in_one_of_several_processes_is_told_with_its_file(tmp_path, quick_start):
     root = write_photos(tmp_path / "photos", ["a"], 3)
     (root / "a" / "empty.png").write_bytes(b"")
     config = EncodeConfig(root, "small_autoencoders:patches", tmp_path / "store", **{**SMALL, "strict": True})

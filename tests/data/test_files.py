@@ -2,12 +2,11 @@
 
 import errno
 import os
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from encode_jobs import CLEAN, hold
 
 from dispersive_kit.data import files
 from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, read_json, versions, write_json
@@ -35,24 +34,15 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from dispersive_kit.data.files import lock
-with lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 def test_a_lock_is_refused_while_another_holds_it_and_free_once_it_was_killed(tmp_path):
-    file = tmp_path / ".lock"
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    file, held = tmp_path / ".lock", CLEAN.Event()
+    other = CLEAN.Process(target=hold, args=(file, held))
+    other.start()
+    assert held.wait(120)
     with pytest.raises(CheckpointError, match="is at it"), lock(file, "another is at it", CheckpointError):
         pass
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+    other.kill()
+    other.join()
     began = time.monotonic()
     with lock(file), pytest.raises(KitError, match="this one too"), lock(file, "this one too"):
         pass

@@ -42,7 +42,6 @@ def test_rows_are_read_in_any_order_as_they_lie_in_the_files(store):
     assert torch.equal(store.read(rows, flipped), posterior[rows, torch.from_numpy(flipped).long()])
     assert torch.equal(store.read(rows), posterior[rows, 0])
     assert np.array_equal(store.labels(rows), labels[rows])
-    assert torch.equal(torch.cat(list(store.blocks())), posterior)
 
 
 def test_moments_are_those_of_draws_from_the_posterior():

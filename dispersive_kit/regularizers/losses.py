@@ -51,13 +51,16 @@ def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`PRESETS[name]`, changed by `overrides`; another kind comes with its own tau, unless given.
 
     Raises:
-        DispersiveError: no preset has this name.
+        DispersiveError: no preset has this name; options of the loss that `LossOptions` refuses; a negative weight.
     """
     check_choice("preset", name, tuple(PRESETS))
     settings = dict(PRESETS[name])
     if overrides.get("kind", settings["kind"]) != settings["kind"]:
         del settings["tau"]  # not comparable across kinds
-    return {**settings, **overrides}
+    settings |= overrides
+    LossOptions(**{field.name: settings[field.name] for field in fields(LossOptions) if field.name in settings})
+    check_number("weight", settings["weight"], at_least=0.0)
+    return settings
 
 
 @dataclass(frozen=True)

@@ -183,24 +183,28 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")
+    card: dict[str, Any]
     if store:
         parts = open_store(name, flip=config.flip)
         train, held_out = (LatentSet(part, device) for part in parts)
         opened, spec = parts[0].store, parts[0].store.spec
-        card = _card(
-            opened.path.name, str(opened.path.resolve()), spec.sha256, len(train), list(spec.shape), list(spec.classes)
-        )
+        card = {"name": opened.path.name, "source": str(opened.path.resolve()), "sha256": spec.sha256}
+        card |= {"samples": len(train), "shape": list(spec.shape), "classes": list(spec.classes)}
         card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
         return Source(train, held_out, card, partial(_verify_store, opened))
     if points:
-        return _points(name, device)
+        seen, held = (
+            DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))
+        )
+        card = {"name": name, "source": "dispersive_kit.data.toy", "sha256": seen.sha256, "samples": len(seen)}
+        card |= {"shape": [2], "classes": [str(i) for i in range(int(seen.labels.max()) + 1)]}
+        return Source(seen, held, card)
     images, others = (
         load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
     )
     images = _share_of(images, config.data_share)
-    card = _card(
-        images.name, images.source, images.sha256, len(images), list(images.images.shape[1:]), list(images.classes)
-    )
+    card = {"name": images.name, "source": images.source, "sha256": images.sha256, "samples": len(images)}
+    card |= {"shape": list(images.images.shape[1:]), "classes": list(images.classes)}
     return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), card)
 
 
@@ -213,15 +217,6 @@ def _share_of(images: ImageSet, share: float) -> ImageSet:
     classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]
     kept = torch.cat([own[: max(1, round(share * len(own)))] for own in classes])
     return images.subset(kept.sort().values)
-
-
-def _points(name: str, device: torch.device | str) -> Source:
-    train, held_out = (
-        DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))
-    )
-    classes = [str(i) for i in range(int(train.labels.max()) + 1)]
-    card = _card(name, "dispersive_kit.data.toy", train.sha256, TOY_POINTS, [2], classes)
-    return Source(train, held_out, card)
 
 
 def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
@@ -250,10 +245,3 @@ def _verify_store(store: LatentStore) -> None:
         warnings.warn(f"training goes on, but its samples cannot be decoded here: {missing}", stacklevel=2)
     else:
         refuse_other(found, card)
-
-
-def _card(name: str, source: str, sha256: str, samples: int, shape: list[int], classes: list[str]) -> dict[str, Any]:
-    """What run.json says of the data."""
-    return {
-        "name": name, "source": source, "sha256": sha256, "samples": samples, "shape": shape, "classes": classes,
-    }  # fmt: skip

@@ -1,7 +1,6 @@
 """A run folder: config.json, run.json, metrics.jsonl and checkpoints/; its model read back, sampled, and exported."""
 
 import contextlib
-import itertools
 import json
 import re
 import shutil
@@ -55,7 +54,9 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
     exists = (run_dir / "config.json").exists()
     if exists and not resume:
         raise CheckpointError(f"{run_dir} already holds a run: go on with --resume, or choose another folder")
-    if not exists and run_dir.exists() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
+    found = [path.name for path in run_dir.iterdir()] if run_dir.exists() else []
+    # A process that was killed before it had made a run of the folder leaves these, which do not count.
+    if not exists and any(name not in (LOCK, "run.json") and not name.startswith(PARTIAL) for name in found):
         raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     if exists:
         _require_same_run(run_dir, config, card)
@@ -71,11 +72,6 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
             with atomic_write(run_dir / name, CheckpointError) as unfinished:
                 unfinished.write_text(text)
         yield
-
-
-def _left_by_a_start(path: Path) -> bool:
-    """What a process leaves that was killed before it had made a run of the folder."""
-    return path.name in (LOCK, "run.json") or path.name.startswith(PARTIAL)
 
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
@@ -322,21 +318,16 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = _pick_checkpoint(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
-    with atomic_write(out, CheckpointError) as unfinished:
-        _write_run(run_dir, unfinished, config, Checkpoint(found.step, {"ema": half}, {}), command=command, note=note)
-    return out
-
-
-def _write_run(
-    run_dir: Path, out: Path, config: TrainConfig, checkpoint: Checkpoint, *, command: str, note: str
-) -> None:
-    save_checkpoint(out / "checkpoints", checkpoint)
     card = read_json(run_dir / "run.json", error=CheckpointError)
     card["data"]["source"] = Path(card["data"]["source"]).name
     card |= {"exported": "ema weights, float16", "command": command, "note": note}
-    write_json(out / "run.json", card)
-    write_json(out / "config.json", config.model_dump())
-    for file in itertools.chain.from_iterable(map(run_dir.glob, ("metrics.jsonl", "previews/*", "evaluation-*.json"))):
-        copied = out / file.relative_to(run_dir)
-        copied.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copied)
+    with atomic_write(out, CheckpointError) as unfinished:
+        save_checkpoint(unfinished / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
+        write_json(unfinished / "run.json", card)
+        write_json(unfinished / "config.json", config.model_dump())
+        for pattern in ("metrics.jsonl", "previews/*", "evaluation-*.json"):
+            for file in run_dir.glob(pattern):
+                copied = unfinished / file.relative_to(run_dir)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
+    return out

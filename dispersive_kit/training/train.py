@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
-from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.training.batches import Batch, Source, open_source
+from dispersive_kit.training.batches import Batch, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import (
@@ -77,7 +75,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             process trains; a file could not be written; the processes do not see the same folder. DataError: the
             data set is missing. KitError: NaN or infinity; what the step was fed is then kept in the folder.
     """
-    run = begin(config, Path(run_dir), resume=resume)
+    run = Session(config, Path(run_dir), resume=resume)
     on_cpu = run.accelerator.device.type == "cpu"
     broken_at = torch.zeros((), dtype=torch.long, device=run.accelerator.device)  # first step that was not finite
     with run.held, StopRequest() as stop:
@@ -229,24 +227,53 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-@dataclass
 class Session:
-    """One process's part of a run. `network` is `model` as prepared for several processes."""
+    """One process's part of a run, started, or taken up at its newest whole checkpoint; see `train` for the errors."""
 
-    config: TrainConfig
-    run_dir: Path
-    accelerator: Accelerator
-    objective: Objective
-    model: Any
-    network: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    regularizer: Dispersive
-    source: Source
-    frozen: Batch
-    dispersion_batch: int  # images that see each other
-    done: int  # steps already taken
-    held: contextlib.ExitStack  # what is let go at the end: hooks, files, the folder
+    def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.objective: Objective = OBJECTIVES[config.objective]()
+        with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
+            accelerator = make_accelerator(config.precision, tensorboard=run_dir if config.tensorboard else None)
+            self.accelerator, self.source = accelerator, open_source(config, accelerator.device)
+            self.model = build_model(config, self.source.card).to(accelerator.device)
+            self.ema, self.regularizer = EMA(self.model, config.ema_decay), attach_regularizer(self.model, config)
+            held.callback(self.regularizer.remove)
+            card = run_card(config, accelerator, self.source.card, self.model)
+            self.dispersion_batch: int = card["dispersion_batch"]  # images that see each other
+            if accelerator.is_main_process:
+                self.source.verify()
+                held.enter_context(claim_run_folder(run_dir, config, card, resume=resume))
+            accelerator.wait_for_everyone()
+            latest = self._load_weights(resume=resume)
+            self.done = latest.step if latest else 0  # steps already taken
+            # The model as prepared for several processes; the optimizer is made of what that leaves of its parameters.
+            self.network = place(
+                accelerator, self.model, self.ema.model, compiled=config.compile_blocks, fsdp=config.fsdp
+            )
+            optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
+            if latest:
+                restore_state(optimizer, latest.groups["optimizer"], latest.state["param_groups"])
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+            if accelerator.is_main_process:
+                _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
+            for tracker in accelerator.trackers:
+                held.callback(tracker.finish)
+            self.frozen = self.source.held_out.frozen_batch(self.objective)
+            self.held = held.pop_all()  # what is let go at the end: hooks, files, the folder
+
+    def _load_weights(self, *, resume: bool) -> Checkpoint | None:
+        """The checkpoint that all processes go on from, with its weights in the model and its average."""
+        latest = load_latest(self.run_dir / "checkpoints") if resume else None
+        done = latest.step if latest else 0
+        require_agreement("step at which they resume (is the run folder one that all machines share?)", done)
+        require_agreement("data", self.source.card["sha256"])
+        if latest:
+            self.model.load_state_dict(latest.groups["model"])
+            self.ema.model.load_state_dict(latest.groups["ema"])
+            self.ema.updates = latest.state["ema_updates"]
+        return latest
 
     @property
     def returned_taps(self) -> tuple[int, ...]:
@@ -319,81 +346,13 @@ class Session:
         return f"{kept}; the newest checkpoint in {self.run_dir / 'checkpoints'} is from before"
 
 
-def begin(config: TrainConfig, run_dir: Path, *, resume: bool) -> Session:
-    """Start a run, or take it up at its newest whole checkpoint; see `train` for the errors.
-
-    Each stage is given what the stage before made: processes, data, model, folder, weights, placement, optimizer.
-    """
-    objective = OBJECTIVES[config.objective]()
-    with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
-        accelerator = make_accelerator(config.precision, tensorboard=run_dir if config.tensorboard else None)
-        source = open_source(config, accelerator.device)
-        model = build_model(config, source.card).to(accelerator.device)
-        ema, regularizer = EMA(model, config.ema_decay), attach_regularizer(model, config)
-        held.callback(regularizer.remove)
-        card = run_card(config, accelerator, source.card, model)
-        if accelerator.is_main_process:
-            source.verify()
-            held.enter_context(claim_run_folder(run_dir, config, card, resume=resume))
-        accelerator.wait_for_everyone()
-        latest = _load_weights(run_dir, model, ema, source, resume=resume)
-        done = latest.step if latest else 0
-        network = place(accelerator, model, ema.model, compiled=config.compile_blocks, fsdp=config.fsdp)
-        optimizer = _optimizer(model, latest, accelerator)
-        if accelerator.is_main_process:
-            _forget_metrics_after(run_dir / "metrics.jsonl", done)
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
-        for tracker in accelerator.trackers:
-            held.callback(tracker.finish)
-        return Session(
-            config=config,
-            run_dir=run_dir,
-            accelerator=accelerator,
-            objective=objective,
-            model=model,
-            network=network,
-            ema=ema,
-            optimizer=optimizer,
-            regularizer=regularizer,
-            source=source,
-            frozen=source.held_out.frozen_batch(objective),
-            dispersion_batch=card["dispersion_batch"],
-            done=done,
-            held=held.pop_all(),
-        )
-
-
-def _load_weights(run_dir: Path, model: nn.Module, ema: EMA, source: Source, *, resume: bool) -> Checkpoint | None:
-    """The checkpoint that all processes go on from, with its weights in the model and its average."""
-    latest = load_latest(run_dir / "checkpoints") if resume else None
-    done = latest.step if latest else 0
-    require_agreement("step at which they resume (is the run folder one that all machines share?)", done)
-    require_agreement("data", source.card["sha256"])
-    if latest:
-        model.load_state_dict(latest.groups["model"])
-        ema.model.load_state_dict(latest.groups["ema"])
-        ema.updates = latest.state["ema_updates"]
-    return latest
-
-
-def _optimizer(model: nn.Module, latest: Checkpoint | None, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """AdamW over the model as placed; each step sets its learning rate."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    if latest:
-        restore_state(optimizer, latest.groups["optimizer"], latest.state["param_groups"])
-    return accelerator.prepare_optimizer(optimizer)
-
-
 def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
     if file.exists():
-        lines = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
+        lines = []
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # the last line of a killed run may be cut
-        return float("inf")

@@ -10,21 +10,19 @@ from dispersive_kit.training import TrainConfig, train
 
 config, out = TrainConfig.from_json(sys.argv[1]), sys.argv[2]
 loop = import_module("dispersive_kit.training.train")
-real_begin = loop.begin
 
 
-def begin(*args, **kwargs):
-    run = real_begin(*args, **kwargs)
+class Observed(loop.Session):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.optimizer.optimizer.register_step_pre_hook(self.keep)
 
-    def keep(optimizer, *_):
-        if run.accelerator.is_main_process:
-            grads = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+    def keep(self, *_):
+        if self.accelerator.is_main_process:
+            grads = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
             save_file(grads, f"{out}.safetensors")
 
-    run.optimizer.optimizer.register_step_pre_hook(keep)
-    return run
 
-
-loop.begin = begin
+loop.Session = Observed
 records = list(train(config, out))
 print(json.dumps(records[-1].values))

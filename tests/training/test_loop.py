@@ -10,7 +10,7 @@ from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
 from dispersive_kit.training.batches import DeviceSet, _share_of, sample_index, stream
-from dispersive_kit.training.train import Session, _gradient_ratio, begin
+from dispersive_kit.training.train import Session, _gradient_ratio
 
 SMOKE = train_preset("smoke", steps=6)
 PAPER_SET = {"regularizer.preset": "paper"}
@@ -24,7 +24,7 @@ def run(config, folder):
 
 
 def test_both_arms_start_from_the_same_bits(tmp_path):
-    base, paper = (begin(c, tmp_path / c.regularizer.preset, resume=False) for c in (SMOKE, PAPER))
+    base, paper = (Session(c, tmp_path / c.regularizer.preset, resume=False) for c in (SMOKE, PAPER))
     a, b = base.model.state_dict(), paper.model.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -54,7 +54,7 @@ def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larg
     assert rows[0] < rows[1] < rows[2]
     for part, share in zip(parts, (0.1, 0.3, 1.0), strict=True):
         assert part.labels.bincount().tolist() == [round(share * n) for n in images.labels.bincount().tolist()]
-    session = begin(SMOKE.changed(data_share=0.1), tmp_path / "run", resume=False)
+    session = Session(SMOKE.changed(data_share=0.1), tmp_path / "run", resume=False)
     assert session.source.card["samples"] == len(session.source.train) == len(parts[0])
     assert session.source.card["sha256"] == parts[0].sha256 != images.sha256
 
@@ -196,7 +196,7 @@ def test_classes_that_are_not_to_repel_are_those_of_the_images_and_not_the_dropp
         steps=1, class_dropout_prob=0.5, regularizer=RegularizerConfig(preset="paper", ignore_same_class=True)
     )
     run(config, tmp_path / "run")
-    batch = begin(config, tmp_path / "other", resume=False).batch(0)
+    batch = Session(config, tmp_path / "other", resume=False).batch(0)
     assert torch.equal(given[0], batch.labels) and (batch.y == 10).any() and not (batch.labels == 10).any()
 
 

@@ -55,10 +55,8 @@ def token_maps(tokens: Mapping[str, Tensor]) -> dict[str, Array]:
     One basis and one scale: a map of its own for each image would hide what they share. Only for features of one
     network: the axes of two have nothing to do with each other.
     """
-    flat = torch.cat([z.flatten(0, 1) for z in tokens.values()])
-    colours = pca(flat, 3)
+    colours = pca(torch.cat([z.flatten(0, 1) for z in tokens.values()]), 3)
     low, high = np.percentile(colours, [1, 99], axis=0)
-    scaled = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    parts = np.split(scaled, np.cumsum([len(z) * z.shape[1] for z in tokens.values()])[:-1])
-    grids = [math.isqrt(z.shape[1]) for z in tokens.values()]
-    return {name: part.reshape(-1, grid, grid, 3) for name, part, grid in zip(tokens, parts, grids, strict=True)}
+    scaled = torch.from_numpy(((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1))
+    parts = zip(tokens, scaled.split([len(z) * z.shape[1] for z in tokens.values()]), strict=True)
+    return {name: part.reshape(len(z := tokens[name]), math.isqrt(z.shape[1]), -1, 3).numpy() for name, part in parts}

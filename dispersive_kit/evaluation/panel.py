@@ -167,9 +167,6 @@ class Evaluation:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
 
 
-OF_SAMPLING = ("num_steps", "cfg_scale", "seed", "vae")
-
-
 def evaluate(source: Path, how: Evaluation) -> list[Record]:
     """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
 
@@ -204,27 +201,23 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
     """`how.num` samples of an .npz, and what the record says of them."""
     if how.data is None:
         raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
-    if asked := [name for name in OF_SAMPLING if getattr(how, name) != getattr(Evaluation, name)]:
+    of_sampling = ("num_steps", "cfg_scale", "seed", "vae")
+    if asked := [name for name in of_sampling if getattr(how, name) != getattr(Evaluation, name)]:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
-    images = _load_npz(file)
+    try:  # the form of ADM's evaluation suite
+        with np.load(file, allow_pickle=False) as arrays:
+            found = arrays["arr_0"]
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise DataError(f"{file} holds no samples (an array arr_0): {error}") from error
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] not in (1, 3):
+        raise DataError(f"{file}: arr_0 must be uint8 (N, H, W, 1 or 3), got {found.dtype} {found.shape}")
+    images = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
     if len(images) < how.num:
         raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
     if len(images) > how.num:  # drawn: the file may be sorted by class
         images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: how.num]]
     return images, {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
-
-
-def _load_npz(file: Path) -> Tensor:
-    """The samples `arr_0` uint8 (N, H, W, C) of a file, the form of ADM's evaluation suite, as (N, C, H, W)."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
-    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise DataError(f"{file} holds no samples (an array arr_0): {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise DataError(f"{file}: arr_0 must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _drawn(model: Any, card: dict[str, Any], decode: Any, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:

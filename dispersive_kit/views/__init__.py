@@ -1,6 +1,6 @@
 """Views: figures with fixed axes, one style and alt text."""
 
 from dispersive_kit.views.figures import show, style
-from dispersive_kit.views.source import show_source
+from dispersive_kit.views.lessons import show_source
 
 __all__ = ["show", "show_source", "style"]

@@ -4,7 +4,9 @@ A frame is a function of its state alone and keeps its axes whatever the state, 
 and nothing else.
 """
 
+import inspect
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -260,3 +262,10 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
     low, mid, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
     label = f"ratio, {arm}"
     return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})
+
+
+def show_source(f: Callable[..., Any]) -> None:
+    """Display the source of a function or method, as it runs here, in colour."""
+    from IPython.display import Code, display
+
+    display(Code(textwrap.dedent(inspect.getsource(f)).rstrip(), language="python"))

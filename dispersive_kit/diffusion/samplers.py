@@ -6,6 +6,8 @@ take a model of the velocity; the others say in `prediction` what the model give
 the second half, a learned variance, is read by ddpm(learned_variance=True) and dropped by the others.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -110,7 +112,8 @@ def _sampler(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(model: Callable, x: Tensor, ts: Sequence[float] | Tensor, **options: Any) -> Tensor:
         return sample(step, model, x, ts, **options)
 
-    run.__name__, run.__qualname__, run.__doc__ = step.__name__, step.__name__, step.__doc__
+    called_as = inspect.signature(run)
+    functools.update_wrapper(run, step).__dict__["__signature__"] = called_as  # its source is the step's
     return run
 
 

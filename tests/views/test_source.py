@@ -1,5 +1,6 @@
 """Library code on a page is the code that runs."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -28,8 +29,9 @@ def test_a_method_is_shown_from_the_margin_and_compiles_as_it_stands(shown: Any)
     compile("from __future__ import annotations\n" + code, "shown", "exec")
 
 
-def test_a_sampler_is_shown_as_what_is_called_and_in_colour(shown: Any) -> None:
+def test_a_sampler_is_shown_as_its_step_in_colour_and_called_with_a_model_and_times(shown: Any) -> None:
     code = shown(rk4)
-    assert code.data.startswith("@torch.no_grad()\ndef ") and "x = step(x, t, s)" in code.data
+    assert "def rk4(f: " in code.data and "def run" not in code.data
+    assert list(inspect.signature(rk4).parameters)[:3] == ["model", "x", "ts"]
     page = code._repr_html_()
     assert "<span" in page and "://" not in page

@@ -137,24 +137,17 @@ def test_a_lost_shard_is_made_again_and_nothing_else(photos, tmp_path, whole):
     assert all(p.stat().st_mtime_ns == when for p, when in before.items())
 
 
-@pytest.mark.parametrize(
-    ("change", "said"), [({"flip": False}, "flip: True -> False"), ({"image_size": 8}, "image_size: 16 -> 8")]
-)
-def test_a_store_is_not_gone_on_with_under_other_settings(photos, whole, change, said):
-    before = bytes_of(whole)
-    with pytest.raises(ConfigError, match=said):
-        make(photos, whole, "slow patches", **change)
+def test_a_store_is_not_gone_on_with_under_other_settings_or_of_other_images(photos, whole, tmp_path):
+    before, other = bytes_of(whole), write_photos(tmp_path / "other", ["n01"], 3)
+    for images, autoencoder, change, said in (
+        (photos, "slow patches", {"flip": False}, "flip: True -> False"),
+        (photos, "slow patches", {"image_size": 8}, "image_size: 16 -> 8"),
+        (photos, "patches", {}, "autoencoder"),
+        (other, "slow patches", {}, "names_sha256"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make(images, whole, autoencoder, **change)
     assert bytes_of(whole) == before
-
-
-def test_a_folder_that_grew_or_another_autoencoder_is_refused(tmp_path):
-    root = write_photos(tmp_path / "photos", ["a"], 8)
-    make(root, tmp_path / "store")
-    with pytest.raises(ConfigError, match="autoencoder"):
-        make(root, tmp_path / "store", "slow patches")
-    write_photos(root, ["b"], 3)
-    with pytest.raises(ConfigError, match="names_sha256"):
-        make(root, tmp_path / "store")
 
 
 def test_a_changed_spec_is_written_again_by_the_command(photos, tmp_path):

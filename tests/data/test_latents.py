@@ -62,28 +62,14 @@ def test_a_whole_store_passes_its_check_and_shows_its_images(store):
 # ---- faults
 
 
-def test_one_flipped_bit_in_a_shard_is_refused_by_name(copied):
+@pytest.mark.parametrize(("place", "bits"), [(0, 0xFF), (9, 0xFF), (40, 0xFF), (-100, 1), (-1, 1)])
+def test_a_changed_bit_of_a_shard_is_refused_by_name(copied, place, bits):
     file = copied / "shard-00004.safetensors"
     content = bytearray(file.read_bytes())
-    for place in (len(content) // 2, len(content) - 1):
-        damaged = content.copy()
-        damaged[place] ^= 1
-        file.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"{file.name} damaged"):
-            LatentStore(copied).verify()
+    content[place] ^= bits
     file.write_bytes(content)
-    LatentStore(copied).verify()
-
-
-def test_a_damaged_header_is_refused_by_name(copied):
-    file = copied / "shard-00001.safetensors"
-    content = bytearray(file.read_bytes())
-    for place in (0, 9, 40):
-        damaged = content.copy()
-        damaged[place] ^= 0xFF
-        file.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"shard-00001\.safetensors"):
-            LatentStore(copied)
+    with pytest.raises(DataError, match=r"shard-00004\.safetensors.* damaged"):
+        LatentStore(copied).verify()  # a damaged header is found as the store is opened
 
 
 def test_a_truncated_or_missing_shard_is_refused_by_name(copied):
@@ -132,6 +118,8 @@ def test_a_spec_made_again_from_the_records_is_the_same(photos, copied):
 
 
 def test_what_is_no_store_is_refused(tmp_path):
+    (tmp_path / "records").mkdir()  # a class of images may have this name
+    assert not is_store(tmp_path)
     with pytest.raises(DataError, match="is no store of latents"):
         LatentStore(tmp_path)
 
@@ -189,12 +177,6 @@ def test_anonymous_memory_does_not_grow_with_what_is_read(tmp_path):
     before = anonymous_kb()
     read_steps(200)
     assert anonymous_kb() - before < 8_000  # kB; what was read passed through as 210 MB
-
-
-def test_a_class_of_images_called_records_makes_no_store(tmp_path):
-    for name in ("records", "tapes"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-    assert not is_store(tmp_path / "images")
 
 
 # ---- selections

@@ -69,11 +69,11 @@ def study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
         out: Folder of the runs; runs/studies/NAME-HASH if not given.
         workers: Runs at once, each on one thread.
     """
-    from dispersive_kit.study.experiment import conclude, run_study, study_folder
+    from dispersive_kit.study.experiment import conclude, run_study
     from dispersive_kit.study.plan import load_plan
 
     opened = load_plan(plan)
-    folder = out or study_folder(opened)
+    folder = out or opened.folder
     total = len(opened.tuning_cells()) + len(opened.cells())
     print(f"{opened.title}\nplan {opened.name}, sha256 {opened.sha256[:16]}; runs in {folder}")
     print(f"{total} runs, {workers} at once; the plan states {opened.cpu_hours:g} CPU hours", flush=True)
@@ -95,11 +95,11 @@ def study_report(plan: Name, out: Path | None = None) -> None:
         out: Folder of the runs, as for run, which report.html is written into. If it is not given,
             runs/studies/NAME-HASH, or else the results that come with the kit.
     """
-    from dispersive_kit.study.experiment import load_results, study_folder
     from dispersive_kit.study.plan import load_plan
+    from dispersive_kit.study.verdict import load_results
 
     opened = load_plan(plan)
-    _report_study(opened, load_results(opened, out), out or study_folder(opened))
+    _report_study(opened, load_results(opened, out), out or opened.folder)
 
 
 def _report_study(plan: Any, results: dict[str, Any], folder: Path) -> None:
@@ -130,9 +130,9 @@ def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
 
 def study_list() -> None:
     """List the plans that come with the kit, and what they found."""
-    from dispersive_kit.study.experiment import load_results
     from dispersive_kit.study.plan import load_plan, shipped_plans
     from dispersive_kit.study.report import as_table
+    from dispersive_kit.study.verdict import load_results
 
     rows = [["plan", "runs", "CPU hours", "primary", "title"]]
     for opened in map(load_plan, shipped_plans()):

@@ -8,10 +8,12 @@ do not depend on how many go on at once. It is measured at its last step: never 
 """
 
 import dataclasses
+import json
 import math
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -29,20 +31,14 @@ from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.machine import describe_environment, in_pool
-from dispersive_kit.study.notebook import runs_folder
-from dispersive_kit.study.plan import Cell, Plan, Sampling, studies_folder
-from dispersive_kit.study.verdict import CRASH, Run, read_results, summary, verdicts
+from dispersive_kit.study.plan import Cell, Plan, Sampling
+from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
 from dispersive_kit.training.runs import OBJECTIVES, SAMPLER_NAMES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
 DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
 KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "described", "warnings", "cpu_seconds")
-
-
-def study_folder(plan: Plan) -> Path:
-    """Where the runs of a plan lie: another plan, or the same one changed, has another folder."""
-    return runs_folder() / "studies" / f"{plan.name}-{plan.sha256[:8]}"
 
 
 def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell, Run, bool]]:
@@ -52,21 +48,16 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell
         ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full disk);
             what is done is kept.
     """
-    if workers < 1:
-        raise ConfigError(f"{workers} workers cannot run anything: --workers takes 1 or more")
     yield from _run_cells(plan, plan.tuning_cells(), out, workers)
     chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
     yield from _run_cells(plan, plan.cells(chosen), out, workers)
 
 
 def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterator[tuple[Cell, Run, bool]]:
-    done = [cell for cell in cells if _is_done(plan, cell, out)]
-    yield from ((cell, read_json(_file(cell, out), default={}), True) for cell in done)
-    waiting = [cell for cell in cells if cell not in done]
-    if not waiting:
-        return
-    call = partial(run_cell, plan, out=out)
-    for cell, future in in_pool(call, waiting, workers):
+    done = {cell.name: result for cell in cells if (result := _result(plan, cell, out))}
+    yield from ((cell, done[cell.name], True) for cell in cells if cell.name in done)
+    waiting = [cell for cell in cells if cell.name not in done]
+    for cell, future in in_pool(partial(_run_cell, plan, out=out), waiting, workers) if waiting else ():
         try:
             yield cell, future.result(), False
         except (KitError, OSError, RuntimeError) as error:
@@ -76,29 +67,31 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterat
             ) from error
 
 
-def run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
-    """Train and measure one run, going on where it was killed; returns and keeps its result.
+def _result(plan: Plan, cell: Cell, out: Path) -> Run:
+    """Of a run that has ended, from this plan and these settings; else nothing."""
+    result: Run = read_json(out / cell.name / "result.json", default={})
+    same = (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
+    return result if same else {}
 
-    Raises:
-        KitError: its data, its folder or its settings are at fault. A training that breaks down is a result.
-    """
+
+def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
+    """Train and measure one run, going on where it was killed; returns and keeps its result."""
     folder = out / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f".{folder.name}.lock")):
-        if _is_done(plan, cell, out):
-            return read_json(_file(cell, out), default={})
+        if done := _result(plan, cell, out):
+            return done
         torch.set_num_threads(1)
-        config = plan.config(cell)
         started, cpu = time.perf_counter(), time.process_time()
         result = {
             "plan_sha256": plan.sha256,
             **dataclasses.asdict(cell),
-            **_train_and_measure(plan, config, folder / "training"),
+            **_train_and_measure(plan, plan.config(cell), folder / "training"),
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "environment": _environment(),
         }
-        write_json(_file(cell, out), result)
+        write_json(folder / "result.json", result)
         return result
 
 
@@ -118,19 +111,7 @@ def _train_and_measure(plan: Plan, config: TrainConfig, folder: Path) -> dict[st
     return {**measured, "warnings": sorted({str(w.message) for w in caught if "Dispersive Loss" in str(w.message)})}
 
 
-@cache
-def _environment() -> dict[str, Any]:
-    return describe_environment()
-
-
-def _file(cell: Cell, out: Path) -> Path:
-    return out / cell.name / "result.json"
-
-
-def _is_done(plan: Plan, cell: Cell, out: Path) -> bool:
-    """Whether the run has ended, from this plan and these settings."""
-    result = read_json(_file(cell, out), default={})
-    return (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
+_environment = cache(describe_environment)  # once a process
 
 
 def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
@@ -147,14 +128,19 @@ def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     labels = balanced_labels(how.num, model.num_classes)
     numbers = {}
     for name, scale in how.frechets.items():
-        images = generate(model, labels, objective=config.objective, num_steps=how.num_steps, cfg_scale=scale)
-        numbers[name] = panel.measure(images)[0]
+        drawn: dict[str, Any] = {"num_steps": how.num_steps, "cfg_scale": scale}
+        images = generate(model, labels, objective=config.objective, **drawn)
+        protocol = {"sampler": SAMPLER_NAMES[config.objective], **drawn, "weights": card["weights"],
+                    "step": card["step"], "first_seed": 0, "labels": "classes in turn",
+                    "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
+        numbers[name] = panel.measure(images, protocol=protocol)[0]
     values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **probe}
-    ratios = [line["gradient_ratio"] for line in lines if "gradient_ratio" in line]
-    known = {name: last[name] for name in last if name.startswith("held_out_t")}
-    known |= {name: last[name] for name in DESCRIBED if name in last}
-    described = {"gradient_ratio": statistics.median(ratios), **known, **rank}
-    return {"values": values, "described": described, "record": _record(numbers["frechet"], card, config, how)}
+    known = {name: last[name] for name in last if name in DESCRIBED or name.startswith("held_out_t")}
+    ratio = statistics.median(line["gradient_ratio"] for line in lines if "gradient_ratio" in line)
+    first = numbers["frechet"]
+    record = {"name": first.name, "floor_value": first.floor, "n_reference": first.n_reference, **first.protocol}
+    del record["neighbours"]  # of other numbers of the panel
+    return {"values": values, "described": {"gradient_ratio": ratio, **known, **rank}, "record": record}
 
 
 @lru_cache(maxsize=1)
@@ -162,19 +148,6 @@ def _panel(data: str, data_dir: str | None, image_size: int, extractor: str) -> 
     """The real images and their features, once a process."""
     real, held_out = load_reference(TrainConfig(data=data, data_dir=data_dir, image_size=image_size))
     return Panel(make_extractor(extractor, real, held_out), real, held_out, metrics=("FD",))
-
-
-def _record(number: Any, card: dict[str, Any], config: TrainConfig, how: Sampling) -> dict[str, Any]:
-    protocol = {k: v for k, v in number.protocol.items() if k != "neighbours"}
-    return {
-        "name": number.name,
-        "floor_value": number.floor,
-        "n_reference": number.n_reference,
-        **protocol,
-        **{"sampler": SAMPLER_NAMES[config.objective], "num_steps": how.num_steps, "cfg_scale": how.cfg_scales[0]},
-        **{"weights": card["weights"], "step": card["step"], "first_seed": 0, "labels": "classes in turn"},
-        **{"data": card["data"]["name"], "data_sha256": card["data"]["sha256"]},
-    }
 
 
 def _pooled_rank(model: Any, config: TrainConfig) -> float:
@@ -202,12 +175,13 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
 
 def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:
     """The results of all cells, in their order; none may be missing: n was fixed in the plan."""
-    if missing := [cell.name for cell in cells if not _is_done(plan, cell, out)]:
+    results = [_result(plan, cell, out) for cell in cells]
+    if missing := [cell.name for cell, result in zip(cells, results, strict=True) if not result]:
         raise DataError(
             f"{len(missing)} of {len(cells)} runs of {plan.name} are not done ({missing[0]}, ...), and its number of "
             f"seeds is fixed: go on with dispersive-kit study run {plan.called}"
         )
-    return [read_json(_file(cell, out)) for cell in cells]
+    return results
 
 
 def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -258,17 +232,6 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     return results
 
 
-def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
-    """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
-    come with the kit.
-
-    Raises:
-        DataError: there are none, or they are damaged, or of the plan as it was before a change.
-    """
-    here, shipped = (out or study_folder(plan)) / "results.json", studies_folder() / f"{plan.name}.results.json"
-    return read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
-
-
 def _shared_record(runs: list[Run]) -> dict[str, Any]:
     """What all runs say of how they were measured.
 
@@ -277,24 +240,18 @@ def _shared_record(runs: list[Run]) -> dict[str, Any]:
     """
     records = [(run["condition"], run["record"]) for run in runs if run["status"] == "ok"]
     for name in ("reference", "extractor", "data_sha256"):
-        first: dict[str, Any] = {}
-        for condition, record in records:  # a share of the training images may be a condition
-            place = condition if name == "data_sha256" else ""
-            if first.setdefault(place, record[name]) != record[name]:
-                raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
+        by = name == "data_sha256"  # a share of the training images may be a condition
+        seen = {(condition if by else "", json.dumps(record[name], sort_keys=True)) for condition, record in records}
+        if len(seen) > len({place for place, _ in seen}):
+            raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
     shared = records[0][1] if records else {}
     return {name: value for name, value in shared.items() if all(r.get(name) == value for _, r in records)}
 
 
 def _environments(runs: list[Run]) -> list[dict[str, Any]]:
     """The states of code and machine in which runs were made, each with their number."""
-    found: list[dict[str, Any]] = []
-    for run in runs:
-        same = next((one for one in found if {**one, "runs": 0} == {**run["environment"], "runs": 0}), None)
-        if same is None:
-            found.append(same := {**run["environment"], "runs": 0})
-        same["runs"] += 1
-    return found
+    states = Counter(json.dumps(run["environment"]) for run in runs)
+    return [{**json.loads(state), "runs": n} for state, n in states.items()]
 
 
 def _kept(plan: Plan, run: Run) -> Run:

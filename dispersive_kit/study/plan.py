@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, Val
 
 from dispersive_kit.data import TOY_SETS
 from dispersive_kit.errors import ConfigError, form_error
-from dispersive_kit.study.notebook import Name, notebooks_folder
+from dispersive_kit.study.notebook import Name, notebooks_folder, runs_folder
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEVEL = 0.05
@@ -105,7 +105,7 @@ class Plan(_Form):
     primary: Contrast
     co_primary: Contrast
     secondaries: list[Contrast]
-    margin: dict[str, PositiveFloat]
+    margin: dict[Annotated[str, Field(pattern="^(frechet|held_out|probe)$")], PositiveFloat]
     margin_from: _Text
     tuning: _Tuning
     stop_rule: _Text
@@ -118,6 +118,11 @@ class Plan(_Form):
     @property
     def name(self) -> str:
         return self.file.stem
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs lie: another plan, or the same one changed, has another folder."""
+        return runs_folder() / "studies" / f"{self.name}-{self.sha256[:8]}"
 
     @property
     def contrasts(self) -> list[Contrast]:
@@ -197,8 +202,6 @@ def load_plan(name: str) -> Plan:
 def _check_names(plan: Plan) -> None:
     if plan.reference not in plan.arms:
         raise ConfigError(f"reference {plan.reference!r} is no arm; there are: {', '.join(plan.arms)}")
-    if unknown := set(plan.margin) - set(DIRECTION):
-        raise ConfigError(f"a margin of {min(unknown)!r}; there are: {', '.join(DIRECTION)}")
     measures = [*plan.evaluation.frechets, "held_out", *(["probe"] if plan.evaluation.probe else [])]
     known = {"arm": set(plan.arms) - {plan.reference}, "condition": set(plan.conditions), "measure": set(measures)}
     said: set[str] = set()

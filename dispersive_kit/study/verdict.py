@@ -28,8 +28,8 @@ SPEAKS = {"better": "**for**", "worse": "**against**", "equivalent": "no differe
 ABOUT_VERDICTS = (
     "Exact sign-flip test on paired log-ratios, two-sided; secondaries adjusted by Holm. The interval is Student's on "
     "the log-ratio, given as a ratio. Equivalent: the 90 % interval lies within the margin (two one-sided t-tests). "
-    "Crashed: of the arm, of the reference. Gradient: of the loss over that of denoising, at the median step; "
-    "inactive: under a thousandth. Margin, on the log-ratio: "
+    "Inactive: at the median step the gradient of the loss is under a thousandth of that of denoising. Margin, on the "
+    "log-ratio: "
 )
 ABOUT_ARMS = (
     "Geometric means and spread over seeds; medians of the rest. feature_rms: of the last batch at the arm's own tap. "
@@ -64,12 +64,10 @@ def _sign_flip_p(x: NDArray[np.float64]) -> float:
 
 def _holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p of a family: max over the smaller ones of (m - rank) p, at most 1."""
-    order, m, worst = np.argsort(p, kind="stable"), len(p), 0.0
-    adjusted = [0.0] * m
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (m - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted
+    order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
+    times = np.arange(len(p), 0, -1) * np.asarray(p)[order]
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, times))
+    return adjusted.tolist()
 
 
 def _tost_p(x: NDArray[np.float64], margin: float) -> float:
@@ -115,43 +113,30 @@ def judge_pairs(
 
 def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
-    sides = [_sides(plan, runs, contrast) for contrast in plan.contrasts]
+    sides = [(_values(runs, c, c.arm), _values(runs, c, plan.reference)) for c in plan.contrasts]
     pairs = [_log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
     adjusted = [None, None, *_holm([_sign_flip_p(x) for x in pairs[2:]])]
     roles = ["primary", "co-primary", *["secondary"] * len(plan.secondaries)]
     found = []
-    for role, c, side, x, p in zip(roles, plan.contrasts, sides, pairs, adjusted, strict=True):
-        empty = sum(pair == (None, None) for pair in zip(*side, strict=True))
+    for role, c, (own, other), x, p in zip(roles, plan.contrasts, sides, pairs, adjusted, strict=True):
+        empty = sum(pair == (None, None) for pair in zip(own, other, strict=True))
         judged = judge_pairs(x, better=DIRECTION[c.kind], margin=plan.margin[c.kind], p_adjusted=p, empty=empty)
-        found.append({"role": role, **dict(c), **judged, **_flags(runs, c, plan.reference)})
+        ended = [run for run in _of(runs, c.arm, c.condition) if run["status"] == "ok"]
+        pull = statistics.median(run["described"]["gradient_ratio"] for run in ended) if ended else None
+        crashes = {"crashes": own.count(None), "reference_crashes": other.count(None)}
+        flags = {**crashes, "gradient_ratio": pull, "inactive": pull is not None and pull < INACTIVE}
+        found.append({"role": role, **dict(c), **judged, **flags})
     return found
 
 
-def _sides(plan: Plan, runs: Sequence[Run], contrast: Contrast) -> tuple[list[float | None], list[float | None]]:
-    """Values of the arm and of the reference, seed by seed; None of a crashed run."""
-
-    def values(arm: str) -> list[float | None]:
-        chosen = sorted(_of(runs, arm, contrast.condition), key=lambda run: run["seed"])
-        return [run["values"].get(contrast.measure) for run in chosen]
-
-    return values(contrast.arm), values(plan.reference)
+def _values(runs: Sequence[Run], contrast: Contrast, arm: str) -> list[float | None]:
+    """Of an arm, seed by seed; None of a crashed run."""
+    chosen = sorted(_of(runs, arm, contrast.condition), key=lambda run: run["seed"])
+    return [run["values"].get(contrast.measure) for run in chosen]
 
 
 def _of(runs: Sequence[Run], arm: str, condition: str) -> list[Run]:
     return [run for run in runs if (run["arm"], run["condition"]) == (arm, condition)]
-
-
-def _flags(runs: Sequence[Run], contrast: Contrast, reference: str) -> dict[str, Any]:
-    """How many runs of each side crashed, and whether the arm's regulariser pulled at all."""
-    own, other = (_of(runs, arm, contrast.condition) for arm in (contrast.arm, reference))
-    ratios = [run["described"]["gradient_ratio"] for run in own if run["status"] == "ok"]
-    ratio = statistics.median(ratios) if ratios else None
-    return {
-        "crashes": sum(run["status"] == "crashed" for run in own),
-        "reference_crashes": sum(run["status"] == "crashed" for run in other),
-        "gradient_ratio": ratio,
-        "inactive": ratio is not None and ratio < INACTIVE,
-    }
 
 
 def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -176,7 +161,6 @@ class _Results(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    plan: str
     plan_sha256: str
     title: str
     question: str
@@ -184,19 +168,24 @@ class _Results(BaseModel):
     cpu_hours: dict[str, float]
     verdicts: list[dict[str, Any]]
     summary: list[dict[str, Any]]
-    chosen: dict[str, Any]
     record: dict[str, Any]
     environments: list[dict[str, Any]]
     runs: list[Run]
     tuning: list[Run]
 
 
-def read_results(plan: Plan, file: Path) -> dict[str, Any]:
-    """Results of a plan from their file.
+def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
+    """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
+    come with the kit.
 
     Raises:
-        DataError: there is none, or it is damaged, or of the plan as it was before a change.
+        DataError: there are none, or they are damaged, or of the plan as it was before a change.
     """
+    here, shipped = (out or plan.folder) / "results.json", studies_folder() / f"{plan.name}.results.json"
+    return _read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
+
+
+def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
     again = f"dispersive-kit study run {plan.called} writes it"
     try:
         results = _Results.model_validate_json(file.read_text(encoding="utf-8")).model_dump()
@@ -220,7 +209,7 @@ def shipped_results() -> dict[str, dict[str, Any]]:
         DataError: some are of their plan as it was before a change.
     """
     files = {name: studies_folder() / f"{name}.results.json" for name in shipped_plans()}
-    return {name: read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}
+    return {name: _read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}
 
 
 def all_verdicts() -> list[dict[str, Any]]:
@@ -253,19 +242,22 @@ def evidence_markdown() -> str:
 
 def _evidence_cells(verdict: Mapping[str, Any]) -> tuple[str, ...]:
     results = shipped_results()[verdict["study"]]
-    conditions = {row["condition"] for row in results["summary"]}
+    many = len({row["condition"] for row in results["summary"]}) > 1
+    study = f"`{verdict['study']}`" + (f", {verdict['condition']}" if many else "")
+    return study, verdict["arm"], *_numbers(results, verdict), f"{SPEAKS[verdict['word']]}: {verdict['word']}"
+
+
+def _numbers(results: Mapping[str, Any], verdict: Mapping[str, Any]) -> tuple[str, ...]:
+    """Measure, mean of the reference and of the arm, their ratio with its interval, adjusted p."""
     low, ratio, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
     digits = 3 if high - low < 0.1 else 2
     kind, _, guidance = verdict["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
     title = results["record"].get("name", _MEASURES[kind]) if kind == "frechet" else _MEASURES[kind]
     return (
-        f"`{verdict['study']}`" + (f", {verdict['condition']}" if len(conditions) > 1 else ""),
-        verdict["arm"],
         f"{title}, {guidance.upper()}" if guidance else title,
         *(_mean(results, verdict, arm) for arm in (results["reference"], verdict["arm"])),
         f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
         f"{verdict['p_adjusted']:.3f}",
-        f"{SPEAKS[verdict['word']]}: {verdict['word']}",
     )
 
 
@@ -280,17 +272,13 @@ def _mean(results: Mapping[str, Any], verdict: Mapping[str, Any], arm: str) -> s
 
 def verdict_rows(results: Mapping[str, Any]) -> list[Row]:
     """A row for each verdict, under a header."""
-    rows: list[Row] = [("", "arm", "condition", "measure", "verdict", "ratio", "95 %", "p", "Holm", "p, equal",
-                        "margin", "pairs", "crashed", "gradient")]  # fmt: skip
+    reference = results["reference"]
+    rows: list[Row] = [("", "arm", "condition", "measure", reference, "arm's", "ratio [95 %]", "p", "verdict", "")]
     for v in results["verdicts"]:
-        low, ratio, high = (f"{math.exp(v[end]):.3f}" for end in ("low", "mean", "high"))
-        numbers = [f"{v[name]:.3f}" for name in ("p", "p_adjusted", "p_equivalent", "margin")]
-        pull = (
-            "" if v["gradient_ratio"] is None else f"{v['gradient_ratio']:.2g}{' (inactive)' if v['inactive'] else ''}"
-        )
-        crashed = f"{v['crashes']}, {v['reference_crashes']}"
-        rows.append((v["role"], v["arm"], v["condition"], v["measure"], v["word"], ratio, f"{low} to {high}", *numbers,
-                     v["n"], crashed, pull))  # fmt: skip
+        sides = (v["arm"], v["crashes"]), (reference, v["reference_crashes"])
+        notes = [f"{n} of {v['n']} crashed in {arm}" for arm, n in sides if n]
+        notes += [f"inactive: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else []
+        rows.append((v["role"], v["arm"], v["condition"], *_numbers(results, v), v["word"], "; ".join(notes)))
     return rows
 
 
@@ -299,32 +287,28 @@ def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[s
     hours, record = results["cpu_hours"], results["record"]
     measures = list(dict.fromkeys(name for row in results["summary"] for name in row["values"]))
     described = ["feature_rms", "pooled_rank", "gradient_ratio", *(f"held_out_t{i}" for i in range(4))]
-    arms: list[Row] = [
-        ("condition", "arm", "runs", *(f"{m}{x}" for m in measures for x in ("", ", SD of log")), *described)
-    ]
+    spread = [f"{name}{x}" for name in measures for x in ("", ", SD of log")]
+    arms: list[Row] = [("condition", "arm", "runs", *spread, *described)]
     for row in results["summary"]:
-        spread = [row["values"].get(name, {}).get(x) for name in measures for x in ("mean", "sd_log")]
-        shown = (None if x is None else f"{x:.4g}" for x in (*spread, *map(row["described"].get, described)))
-        arms.append((row["condition"], row["arm"], row["n"], *shown))
+        found = [row["values"].get(name, {}).get(x) for name in measures for x in ("mean", "sd_log")]
+        found += map(row["described"].get, described)
+        arms.append((row["condition"], row["arm"], row["n"], *(None if x is None else f"{x:.4g}" for x in found)))
     runs: list[Row] = [("id", "status", *measures, "CPU s")]
     for run in results["runs"]:
         shown = (f"{run['values'][name]:.4g}" if name in run["values"] else "" for name in measures)
         runs.append((run["id"], f"{run['status']} {run['error']}", *shown, f"{run['cpu_seconds']:.0f}"))
     measured = f"{record['name']}; real against real {record['floor_value']:.2f}. " if record else ""
+    of = (
+        f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
+        f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned."
+    )
     return write_page(
         file,
         results["title"],
-        quoted(results["question"], "p"),
-        quoted(
-            f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
-            f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned.",
-            "p.quiet",
-        ),
-        html_table(verdict_rows(results)),
-        quoted(ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
+        quoted(results["question"], "p") + quoted(of, "p.quiet"),
+        html_table(verdict_rows(results)) + quoted(ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
         *figures,
-        "<h2>All arms</h2>" + html_table(arms),
-        quoted(measured + ABOUT_ARMS, "p.quiet"),
+        "<h2>All arms</h2>" + html_table(arms) + quoted(measured + ABOUT_ARMS, "p.quiet"),
         folded("the plan", quoted(plan.file.read_text(encoding="utf-8"))),
         folded("how it was measured", quoted(json.dumps(record, indent=1))),
         folded("code and machine", quoted(json.dumps(results["environments"], indent=1))),

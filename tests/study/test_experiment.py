@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
 import yaml
 
 from dispersive_kit.cli import main
@@ -19,16 +16,12 @@ from dispersive_kit.data import load_images, to_float
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import draw_images
 from dispersive_kit.study import experiment
-from dispersive_kit.study.experiment import conclude, load_results, run_cell, run_study
+from dispersive_kit.study.experiment import _run_cell, conclude, run_study
 from dispersive_kit.study.plan import load_plan
-from dispersive_kit.study.verdict import summary, verdicts
+from dispersive_kit.study.verdict import load_results, summary, verdicts
 from dispersive_kit.training import load_run, train
 
 MEASURED = ("values", "described", "status", "settings")
-
-
-def command(*words):
-    return [sys.executable, "-m", "dispersive_kit.cli", "study", *map(str, words)]
 
 
 def write_plan(folder, content, **changes):
@@ -42,9 +35,7 @@ def finished(tmp_path_factory, small_plan):
     """Plan, output folder and what the command said, of a study that nobody disturbed."""
     folder = tmp_path_factory.mktemp("study")
     plan = write_plan(folder, small_plan)
-    said = subprocess.run(command("run", plan.file, "--out", folder / "out"), capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    return plan, folder / "out", said.stdout
+    return plan, folder / "out", warm.run("dispersive-kit", "study", "run", plan.file, "--out", folder / "out")
 
 
 def result_of(out, cell):
@@ -98,7 +89,7 @@ def test_the_verdicts_follow_from_the_runs_and_are_printed_and_reported(finished
     assert verdicts(plan, results["runs"]) == results["verdicts"]
     primary, co_primary = results["verdicts"]
     assert (primary["role"], primary["n"], co_primary["measure"]) == ("primary", 6, "held_out")
-    assert re.search(rf"primary +paper +one +frechet +{primary['word']}", said)
+    assert re.search(rf"primary +paper +one +FD\[.*\] .* {primary['word']}$", said, re.MULTILINE)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2 and not re.search(r"(src|href)=.https?:", page)
     assert "stop_rule: six pairs" in page and "co-primary" in page and "paper/one/seed=5" in page
@@ -115,12 +106,12 @@ def test_a_block_that_is_not_there_is_a_fault_of_the_plan_and_missing_data_none_
     arms = {"base": {}, "paper": {"regularizer.preset": "paper", "regularizer.at": "block.2"}}
     plan = write_plan(tmp_path, small_plan, arms=arms)
     with pytest.raises(ConfigError, match=r"no module 'block\.2'"):
-        run_cell(plan, plan.cells()[1], out=tmp_path)
+        _run_cell(plan, plan.cells()[1], out=tmp_path)
     with pytest.raises(ConfigError, match="0 workers"):
         next(run_study(plan, tmp_path, workers=0))
     plan = write_plan(tmp_path, small_plan, train={"preset": "smoke", "data": "nowhere"})
     with pytest.raises(DataError, match="nowhere"):
-        run_cell(plan, plan.cells()[0], out=tmp_path)
+        _run_cell(plan, plan.cells()[0], out=tmp_path)
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -151,17 +142,16 @@ def test_a_plan_that_ships_is_listed_and_one_that_does_not_is_refused(tmp_path, 
 
 def test_killed_in_the_middle_of_a_training_it_goes_on_to_equal_results(finished, tmp_path):
     plan, out, _ = finished
-    words = command("run", plan.file, "--out", tmp_path, "--workers", 2)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    words = ("dispersive-kit", "study", "run", plan.file, "--out", tmp_path, "--workers", 2)
+    process = warm.start(*words)
     end = time.monotonic() + 400
     while not in_the_middle(tmp_path):
         assert process.poll() is None and time.monotonic() < end, sorted(map(str, tmp_path.rglob("*.json")))
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     before = {one: one.stat().st_mtime_ns for one in tmp_path.glob("confirmation/*/*/*/result.json")}
     assert 0 < len(before) < 12
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    said = warm.run(*words)
     assert said.count("skipped, done before") == len(before)
     assert all(one.stat().st_mtime_ns == when for one, when in before.items())
     ours, theirs = (load_results(plan, folder) for folder in (tmp_path, out))
@@ -188,7 +178,7 @@ def test_a_training_that_was_killed_is_taken_up_at_its_checkpoint(finished, tmp_
     monkeypatch.setattr(
         experiment, "train", lambda *how, **more: (steps.append(r.step) or r for r in train(*how, **more))
     )
-    resumed = run_cell(plan, cell, out=tmp_path)
+    resumed = _run_cell(plan, cell, out=tmp_path)
     assert steps == [9, 10, 11, 12]
     assert {k: resumed[k] for k in MEASURED} == {k: whole[k] for k in MEASURED}
 
@@ -208,7 +198,7 @@ def test_a_changed_plan_takes_no_old_run_and_no_old_results(finished, tmp_path, 
 def test_a_training_that_breaks_down_is_a_result_and_counts_against_its_arm(tmp_path, small_plan):
     arms = {"base": {}, "paper": {"regularizer.preset": "paper", "regularizer.weight": 1e38}}
     plan = write_plan(tmp_path, small_plan, arms=arms)
-    run = run_cell(plan, plan.cells()[1], out=tmp_path)
+    run = _run_cell(plan, plan.cells()[1], out=tmp_path)
     assert run["status"] == "crashed" and "NaN or infinite" in run["error"] and run["values"] == {}
 
 
@@ -220,7 +210,7 @@ def test_a_run_whose_held_out_loss_is_not_finite_has_broken_down(finished, tmp_p
     *lines, last = map(json.loads, log.read_text().splitlines())
     del last["held_out"]  # what is not finite has no JSON: the training's log leaves it out
     log.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, last]))
-    run = run_cell(plan, cell, out=tmp_path)
+    run = _run_cell(plan, cell, out=tmp_path)
     assert (run["status"], run["values"]) == ("crashed", {}) and "not finite" in run["error"]
 
 
@@ -243,7 +233,7 @@ def test_a_loss_without_a_floor_has_no_gap_and_is_measured_all_the_same(finished
     done, out, _ = finished
     arms = {"base": {}, "paper": {"regularizer.preset": "paper", "regularizer.diagonal": False}}
     plan = write_plan(tmp_path, small_plan, arms=arms)
-    runs = [result_of(out, done.cells()[0]), run_cell(plan, plan.cells()[1], out=tmp_path)]
+    runs = [result_of(out, done.cells()[0]), _run_cell(plan, plan.cells()[1], out=tmp_path)]
     assert [(run["status"], "gap" in run["described"]) for run in runs] == [("ok", True), ("ok", False)]
     assert [row["n"] for row in summary(plan, runs)] == [1, 1]
     mixed = [runs[0], {**runs[0], "described": runs[1]["described"]}]
@@ -264,7 +254,7 @@ def test_tuning_gives_every_arm_the_trial_with_the_least_mean_log_distance(tmp_p
             "status": "ok" if ok else "crashed", "values": {"frechet": distance.get(cell.arm, 1.0)} if ok else {},
         }))  # fmt: skip
 
-    monkeypatch.setattr(experiment, "run_cell", measured)
+    monkeypatch.setattr(experiment, "_run_cell", measured)
     monkeypatch.setattr(experiment, "in_pool", lambda call, items, *_: ((i, Done(call, i)) for i in items))
     ended = [cell for cell, _, _ in run_study(plan, tmp_path)]
     tuning, confirmed = ended[:8], ended[8:]

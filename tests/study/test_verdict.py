@@ -19,11 +19,11 @@ from dispersive_kit.study.verdict import (
     CRASH,
     _holm,
     _log_ratios,
+    _read_results,
     _sign_flip_p,
     all_verdicts,
     evidence_markdown,
     judge_pairs,
-    read_results,
     shipped_results,
     summary,
     verdicts,
@@ -160,5 +160,5 @@ def test_damaged_results_are_refused_by_file_and_field(tmp_path):
                          (json.dumps({**whole, "plan_sha256": "0" * 64}), "a plan is not changed after")):  # fmt: skip
         file.write_text(broken)
         with pytest.raises(DataError, match=said) as refusal:
-            read_results(plan, file)
+            _read_results(plan, file)
         assert str(file) in str(refusal.value)

@@ -21,9 +21,7 @@ from dispersive_kit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one batch, first axis the sample: times t and r (B,), noise eps like x0.
-    `draws[a:b]` slices.
-    """
+    """The random numbers of one batch, first axis the sample: times t and r (B,), noise eps like x0; `draws[a:b]`."""
 
     t: Tensor
     eps: Tensor
@@ -35,9 +33,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Aux:
-    """What an objective saw: t (B,); per_sample (B,), the unweighted loss of each sample, detached; taps,
-    with gradient.
-    """
+    """What an objective saw: t (B,); per_sample (B,), the unweighted loss of each, detached; taps, with gradient."""
 
     t: Tensor
     per_sample: Tensor
@@ -113,11 +109,9 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    """Mean squared error of a prediction about x_t. "v" on the linear path is SiT's and rectified flow's
-    objective.
+    """Mean squared error of a prediction about x_t. "v" on the linear path is SiT's and rectified flow's objective.
 
-    prediction: "v", "x0", "eps", or "score", which is weighted by sigma^2 (denoising score matching), being
-    unbounded.
+    prediction: "v", "x0", "eps", or "score", which is weighted by sigma^2 (denoising score matching), being unbounded.
     t_sampling: "uniform" or "logit_normal".
     """
 
@@ -149,8 +143,7 @@ class FlowMatching(Objective):
 
 @dataclass(frozen=True)
 class DDPM(Objective):
-    """Ho et al. (arXiv 2006.11239, equation 14), the "simple" loss on eps; with learn_sigma Nichol &
-    Dhariwal's hybrid.
+    """Ho et al. (arXiv 2006.11239, equation 14), the "simple" loss on eps; with learn_sigma Nichol & Dhariwal's hybrid.
 
     learn_sigma: the model gives 2C channels, the second half in [-1, 1] choosing the log variance between
     its bounds, and the variational bound, in bits per dimension, trains that half alone (arXiv 2102.09672,
@@ -178,9 +171,7 @@ class DDPM(Objective):
         return loss.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 
     def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, share: Tensor) -> Tensor:
-        """One term of the bound (B,) in bits per dimension: KL of the two Gaussians, at the last timestep
-        the likelihood.
-        """
+        """One term of the bound (B,) in bits per dimension: a KL of Gaussians, at the last timestep the likelihood."""
         T = self.path.num_timesteps
         t = expand(t, x)
         a, b, _, step_var = self.path.posterior(t, t - 1 / T)
@@ -206,8 +197,7 @@ def _discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class MeanFlow(Objective):
-    """u(x_t, r, t) = 1/(t - r) times the integral of v from r to t, from the identity u = v - (t - r)
-    du/dt.
+    """u(x_t, r, t) = 1/(t - r) times the integral of v from r to t, from the identity u = v - (t - r) du/dt.
 
     The model is called as model(x, t, y, r=r). The time derivative is a Jacobian-vector product, so the
     model must allow forward-mode differentiation (no activation checkpointing); the taps leave it through

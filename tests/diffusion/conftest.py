@@ -1,6 +1,8 @@
 """A Gaussian target N(0, data_std^2), for which every quantity of every path has a closed form."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path as File
 
 import pytest
 import torch
@@ -8,13 +10,9 @@ from torch import Tensor
 
 from dispersive_kit.diffusion.paths import DDPMPath, GVPPath, LinearPath, Path, VPPath, expand
 
-PATHS = {
-    "linear": LinearPath(),
-    "gvp": GVPPath(),
-    "vp": VPPath(),
-    "ddpm": DDPMPath(),
-    "ddpm-cosine": DDPMPath("cosine"),
-}
+sys.path.insert(0, str(File(__file__).parent))  # for `import two_processes`
+PATHS = {"linear": LinearPath(), "gvp": GVPPath(), "vp": VPPath(), "ddpm": DDPMPath()}
+PATHS["ddpm-cosine"] = DDPMPath("cosine")
 
 
 @dataclass(frozen=True)

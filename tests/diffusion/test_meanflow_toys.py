@@ -14,7 +14,7 @@ SEEDS, POINTS = (0, 1, 2), 1024
 # In two dimensions |error|^2 hardly concentrates, and the weight of power 1 would pull the minimiser off the mean.
 # With r = t in a quarter of the samples the velocity itself, and so the 32 steps, are learnt too slowly.
 MEANFLOW = MeanFlow(power=0.0, equal_share=0.6, t_sampling="uniform")
-SHORT, LONG = [("spirals", 1200)], [("checkerboard", 1200), ("eight-gaussians", 4000)]
+SHORT, LONG = [("spirals", 400)], [("spirals", 1200), ("checkerboard", 1200), ("eight-gaussians", 4000)]
 
 
 class SideBySide:

@@ -1,40 +1,21 @@
-"""Two real processes against one: the same images, and under DDP the same gradients, MeanFlow's among
-them.
-"""
+"""Two real processes against one: the same images, and under DDP the same gradients, MeanFlow's among them."""
 
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "two_processes.py"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import two_processes as worker
+import warm
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    processes = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    warm.run(Path(worker.__file__), folder, processes=2)
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_images_over_two_processes_are_those_of_one(worker, results):
+def test_images_over_two_processes_are_those_of_one(results):
     model = worker.network()
     images = torch.cat([r["images"] for r in results])
     assert torch.equal(images[:4], worker.sample(model, [0, 1, 2, 3]))  # the same batch shape: the same bits
@@ -42,7 +23,7 @@ def test_images_over_two_processes_are_those_of_one(worker, results):
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm", "meanflow"])
-def test_gradients_under_ddp_are_those_of_the_whole_batch(worker, results, name):
+def test_gradients_under_ddp_are_those_of_the_whole_batch(results, name):
     expected = worker.gradients(worker.network(), worker.OBJECTIVES[name], 0, 1)
     assert len(expected) > 20 and max(g.abs().max() for g in expected) > 1e-4
     for ours in results:

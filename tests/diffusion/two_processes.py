@@ -1,6 +1,4 @@
-"""Run as `python two_processes.py RANK FOLDER`: one of two gloo processes, that sample and train on their
-halves.
-"""
+"""`two_processes.py FOLDER`: one of two gloo processes, that sample and train on their halves."""
 
 import sys
 from pathlib import Path
@@ -14,11 +12,7 @@ from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow
 from dispersive_kit.diffusion.samplers import euler_maruyama, initial_noise, time_grid
 from dispersive_kit.models.dit import build_dit
 
-OBJECTIVES = {
-    "flow": FlowMatching(),
-    "ddpm": DDPM(),
-    "meanflow": MeanFlow(equal_share=0.25),
-}
+OBJECTIVES = {"flow": FlowMatching(), "ddpm": DDPM(), "meanflow": MeanFlow(equal_share=0.25)}
 
 
 def network():
@@ -49,9 +43,10 @@ def gradients(model, objective, rank, world):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def main(rank, folder):
+def main(folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     result = {}
     for name, objective in OBJECTIVES.items():
         model = DistributedDataParallel(network())
@@ -63,4 +58,4 @@ def main(rank, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

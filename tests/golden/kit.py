@@ -5,7 +5,6 @@ As a script it trains the configurations of a JSON file, one after the other: `k
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import sys
@@ -32,10 +31,10 @@ from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, con
 from dispersive_kit.regularizers.taps import Schedule
 from dispersive_kit.study.notebook import read_result
 from dispersive_kit.study.plan import load_plan, shipped_plans
-from dispersive_kit.study.run import _read_stage, run_notebook
+from dispersive_kit.study.run import _read_stage
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
-from dispersive_kit.training.config import TRAIN_PRESETS, TrainConfig, train_preset, with_settings
+from dispersive_kit.training.config import TrainConfig, train_preset, with_settings
 from dispersive_kit.training.runs import load_run, read_config, sample_batch, shipped_names
 from dispersive_kit.training.train import train
 
@@ -61,18 +60,14 @@ def all_settings(of: TrainConfig) -> dict[str, Any]:
     return json.loads(of.to_json())
 
 
-def preset_configs() -> dict[str, TrainConfig]:
-    return dict(TRAIN_PRESETS)
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """What is read from a run folder's config.json."""
     return all_settings(read_config(folder))
 
 
-def train_all(configs: list[TrainConfig], folder: Path, *, resume: bool = False) -> None:
+def train_all(configs: list[TrainConfig], folder: Path) -> None:
     for number, one in enumerate(configs):
-        for _ in train(one, folder / str(number), resume=resume):
+        for _ in train(one, folder / str(number)):
             pass
 
 
@@ -153,12 +148,6 @@ def store_bytes(store: Path) -> dict[str, Any]:
     spec = json.loads((store / "spec.json").read_text())
     spec["images"].pop("root"), spec.pop("spec_sha256")
     return {"shards": found, "spec": spec}
-
-
-def forget_place(store: Path) -> None:
-    """Write spec.json without the folder that the images were in."""
-    spec = LatentStore(store).spec
-    (store / "spec.json").write_text(dataclasses.replace(spec, images={**spec.images, "root": "photos"}).to_json())
 
 
 def read_store(store: Path) -> torch.Tensor:

@@ -1,14 +1,12 @@
-"""Writes the golden values and the files of 0.1: what later code is held to. `python tests/golden/make.py --again`.
+"""Writes the golden values: what later code is held to. `python tests/golden/make.py --again`. The files are of 0.1.
 
 The values are of the code as it stands when this is run, so run it only where a change of behaviour is meant, and say
 so in the changelog. Without --again nothing that is there is overwritten.
 """
 
 import json
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,38 +14,12 @@ from typing import Any
 
 import kit
 import torch
+import warm
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 FILES = HERE / "files"
 Values = dict[str, torch.Tensor]
-PLAN = """
-title: A small study
-question: Does everything run?
-train: {preset: smoke, steps: 12, preview_images: 0}
-arms: {base: {}, paper: {regularizer.preset: paper, regularizer.at: blocks.1}}
-reference: base
-conditions: {one: {learning_rate: 0.004}}
-seeds: [0, 1, 2, 3, 4, 5]
-evaluation: {extractor: pixels-pca32, num: 40, num_steps: 2}
-primary: {arm: paper, measure: frechet}
-co_primary: {arm: paper, measure: held_out}
-secondaries: []
-margin: {frechet: 0.2, held_out: 0.05}
-margin_from: nothing, a trial
-tuning: {trials: {}, seeds: [], note: none}
-stop_rule: six pairs
-cpu_hours: 0.01
-"""
-NOTEBOOK = """
-import json
-import pathlib
-number = {"name": "drawn", "value": seed + value, "note": "", "record": {"low": 0.5, "high": 2.5, "n": 3}}
-check = {"promise": "it runs", "detail": ""}
-result = {"notebook": "quick", "mode": mode, "seconds": 0.1, "peak_gib": 0.25,
-          "checks": [check], "numbers": [number], "sentences": ["It ran."]}
-(pathlib.Path(out) / "result.json").write_text(json.dumps(result))
-"""
 
 
 def machine() -> dict[str, str]:
@@ -248,14 +220,8 @@ def norms(tensors: Values) -> Values:
 
 def configurations() -> dict[str, Any]:
     """Twenty steps each, of every objective, with and without the loss."""
-    short = {
-        "model": "DiT-short/2",
-        "batch_size": 16,
-        "preview_images": 0,
-        "eval_every": 20,
-        "checkpoint_every": 20,
-        "log_every": 10,
-    }
+    short = {"model": "DiT-short/2", "batch_size": 16, "preview_images": 0}
+    short |= {"eval_every": 20, "checkpoint_every": 20, "log_every": 10}
     paper = {"regularizer.preset": "paper"}
     changes: dict[str, dict[str, Any]] = {
         f"{objective} {name}": {"objective": objective, **loss}
@@ -267,9 +233,8 @@ def configurations() -> dict[str, Any]:
     changes["placebo"] = {**paper, "regularizer.norm_matched": 1.5}
     changes["small"] = {"regularizer.preset": "small", "warmup_steps": 0, "flip": True}
     found = {name: kit.config("smoke", **short, **change) for name, change in changes.items()}
-    found["toy"] = kit.config(
-        "toy", **{**short, "model": "MLP", "steps": 20, "batch_size": 64, "regularizer.preset": "small"}
-    )
+    toy = {"model": "MLP", "steps": 20, "batch_size": 64, "regularizer.preset": "small"}
+    found["toy"] = kit.config("toy", **short | toy)
     return found
 
 
@@ -290,9 +255,7 @@ def trained_by_two(folder: Path) -> Values:
     made = two_process_configurations()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps([kit.all_settings(one) for one in made.values()]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(HERE / "kit.py"), str(folder / "configs.json"), str(folder / "two")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    warm.run(HERE / "kit.py", folder / "configs.json", folder / "two", processes=2)
     return {f"{n} {k}": v for i, n in enumerate(made) for k, v in summary(folder / "two" / str(i)).items()}
 
 
@@ -333,43 +296,11 @@ def compute(family: str, folder: Path) -> Values:
     return {key: value.detach().clone().contiguous() for key, value in made.items()}
 
 
-def write_files(folder: Path) -> None:
-    """A run folder, a store, the configurations of all presets, a notebook's run and a plan, as 0.1 writes them."""
-    import nbformat
-
-    half = {"steps": 4, "checkpoint_every": 2, "preview_images": 0, "log_every": 1, "keep_last": 9, "batch_size": 8}
-    run = kit.config("smoke", **half, **{"model": "DiT-tiny/2", "regularizer.preset": "paper"})
-    kit.train_all([run], folder)
-    shutil.rmtree(folder / "0" / "checkpoints" / "step-00000004")
-    shutil.copytree(folder / "0", FILES / "run", ignore=shutil.ignore_patterns(".lock"))
-    shutil.copytree(kit.write_store(folder), FILES / "store", ignore=shutil.ignore_patterns(".*", "records"))
-    kit.forget_place(FILES / "store")
-    (FILES / "store.json").write_text(json.dumps(kit.store_bytes(FILES / "store"), indent=1))
-    configs = {
-        name: kit.all_settings(one)
-        for name, one in {"default": kit.config("digits"), **kit.preset_configs(), **configurations()}.items()
-    }
-    (FILES / "configs.json").write_text(json.dumps(configs, indent=0))
-    (FILES / "small.yaml").write_text(PLAN.lstrip())
-    (FILES / "plan.json").write_text(json.dumps(kit.describe_plan(FILES / "small.yaml"), indent=0))
-    parameters = nbformat.v4.new_code_cell('mode: str = "class"\nvalue: float = 1.5\nseed: int = 0\nout: str = ""')
-    parameters.metadata["tags"] = ["parameters"]
-    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(NOTEBOOK)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "quick.ipynb")
-    kit.run_notebook(str(folder / "quick.ipynb"), folder / "notebook-run", {"seed": 2})
-    shutil.copytree(folder / "notebook-run", FILES / "notebook-run", ignore=shutil.ignore_patterns("*.html", "*.ipynb"))
-
-
 def main() -> None:
     if (HERE / "values.safetensors").exists() and "--again" not in sys.argv:
         sys.exit(f"{HERE / 'values.safetensors'} is there: --again replaces what later code is held to")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if not FILES.exists():  # these are kept for good: they are what people have
-            with kit.one_thread():
-                write_files(folder / "files")
-        values = {f"{family}/{k}": v for family in FAMILIES for k, v in compute(family, folder).items()}
+        values = {f"{family}/{k}": v for family in FAMILIES for k, v in compute(family, Path(name)).items()}
     save_file(values, HERE / "values.safetensors", metadata=machine())
 
 

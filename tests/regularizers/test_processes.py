@@ -1,12 +1,11 @@
 """Two real gloo processes against one: DDP and FSDP2, local and gathered. A `mutation` was tried and fails the test."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 from dispersive_kit.errors import DispersiveError
@@ -22,11 +21,7 @@ spec.loader.exec_module(worker)
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    commands = [[sys.executable, str(WORKER), str(rank), "2", str(folder)] for rank in range(2)]
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for process in running:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+    warm.run(WORKER, folder, processes=2)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Run as `worker.py RANK WORLD FOLDER`: gradients with Dispersive Loss in a process group, saved by rank 0."""
+"""Run as `worker.py FOLDER`: gradients with Dispersive Loss in a process group, saved by rank 0."""
 
 import sys
 from pathlib import Path
@@ -71,9 +71,9 @@ def unlike(rank: int, make) -> str:
     return "nothing raised"
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    share = B // world
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, share = dist.get_rank(), B // dist.get_world_size()
     rows = slice(rank * share, (rank + 1) * share)
     results = {}
     for gather in (False, True):
@@ -98,4 +98,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Is this machine ready? Each finding says what was looked at, and a fix where something is wrong."""
+"""Is this machine ready?"""
 
 import importlib.metadata
 import os
@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 
 from dispersive_kit.data import data_folder
 from dispersive_kit.data.files import free_bytes
-from dispersive_kit.study.notebook import notebooks_folder, runs_folder
+from dispersive_kit.study.notebook import runs_folder
 
 _MEMORY_GIB, _DISK_GIB = 3.0, 1.0
+_DOWNLOADED = {"mnist": ("mnist.npz", "MNIST/raw/*"), "cifar10": ("cifar10.npz", "cifar-10-batches-py/*")}
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, devices, memory, folders and data; takes a few seconds and changes nothing."""
-    count = len(list(notebooks_folder().glob("*.ipynb")))
+    """Look at packages, kernel, device, memory, folders and data; takes a few seconds and changes nothing."""
+    here = ["digits", *(name for name, places in _DOWNLOADED.items() if any(map(_holds_any, places)))]
     return [
         _packages(),
         _kernel(),
@@ -39,12 +40,13 @@ def examine() -> list[Finding]:
         _memory(),
         _writable("runs folder", runs_folder(), "DISPERSIVE_KIT_RUNS"),
         _writable("data folder", data_folder(), "DISPERSIVE_KIT_DATA"),
-        Finding("notebooks", count > 0, f"{count} in {notebooks_folder()}", "install the kit again: pip install -e ."),
-        Finding("digits", True, "inside scikit-learn"),
-        _downloaded("mnist", "MNIST/raw"),
-        _downloaded("cifar10", "cifar-10-batches-py"),
-        Finding("cluster", True, f"Slurm: {shutil.which('sbatch') or 'none; sweeps run in a pool of processes'}"),
+        Finding("data sets", True, f"{', '.join(here)} here; others are downloaded when first asked for"),
     ]
+
+
+def _holds_any(place: str) -> bool:
+    """A folder alone is no data: a download that failed leaves one."""
+    return any(data_folder().glob(place))
 
 
 def _packages() -> Finding:
@@ -88,9 +90,11 @@ def _kernel() -> Finding:
 
 def _device() -> Finding:
     if torch.cuda.is_available():
-        memory = [[b / 2**30 for b in torch.cuda.mem_get_info(i)] for i in range(torch.cuda.device_count())]
-        said = (f"{torch.cuda.get_device_name(i)}, {f:.0f} of {t:.0f} GiB free" for i, (f, t) in enumerate(memory))
-        return Finding("device", True, ", ".join(said))
+        gpus = range(torch.cuda.device_count())
+        free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in gpus]
+        return Finding(
+            "device", True, ", ".join(f"{torch.cuda.get_device_name(i)}, {free[i]:.0f} GiB free" for i in gpus)
+        )
     cpu = f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
     if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
         detail = f"{cpu}; there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU"
@@ -117,10 +121,3 @@ def _writable(name: str, folder: Path, variable: str) -> Finding:
     except OSError as error:
         return Finding(name, False, f"{folder}: {error.strerror}", fix)
     return Finding(name, free >= _DISK_GIB, f"{folder}, {free:.0f} GiB free", fix)
-
-
-def _downloaded(name: str, own: str) -> Finding:
-    """A download that failed leaves torchvision's folder, and nothing in it."""
-    found = [place for place in (f"{name}.npz", f"{own}/*") if any(data_folder().glob(place))]
-    here = str(data_folder() / found[0].removesuffix("/*")) if found else ""
-    return Finding(name, True, here or "not here yet; downloaded when first asked for")

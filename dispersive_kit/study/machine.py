@@ -28,9 +28,7 @@ _POLL_S = 0.5
 
 
 def describe_environment() -> dict[str, Any]:
-    """Commit (with "-dirty" where files were changed since; None outside a checkout), hash of the package, versions,
-    device.
-    """
+    """Commit ("-dirty" where files were changed since; None outside a checkout), package's hash, versions, device."""
     git = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(git, capture_output=True, text=True, check=True).stdout
@@ -70,9 +68,8 @@ def _visible_gpus() -> tuple[str, ...]:
 def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[tuple[T, Future[R]]]:
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
-    A worker has a GPU for good, where there are some; without a number, there is one worker for each, or one. Workers
-    end with this process, also when it is killed. Where the caller stops early (Ctrl-C, a failed run), what runs now
-    ends and nothing more begins.
+    A worker has a GPU for good, where there are some; workers: one for each GPU, or one, if not given. They end with
+    this process, also when it is killed. Where the caller stops early, what runs now ends and nothing more begins.
 
     Raises:
         ConfigError: no worker, or more workers than GPUs.
@@ -108,11 +105,9 @@ def _submit(pool: ProcessPoolExecutor, call: Callable[[T], R], item: T) -> Futur
 
 
 def _start_worker(free_gpus: Any) -> None:
-    """Take a GPU for good, and end with the process that started this one, also when that one is killed."""
     if gpu := free_gpus.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    parent: Any = multiprocessing.parent_process()
 
     def follow() -> None:
         parent.join()
@@ -126,8 +121,7 @@ def on_cluster(
 ) -> Iterator[tuple[T, str]]:
     """call(item) for each item as a job of its own; item and the last words of its job, as they end.
 
-    submitit hands a job over as a pickle of our own making in OUT/.submitit; what it gives back is not read. request:
-    what submitit asks of the cluster for a job.
+    submitit hands a job over as a pickle of our own making in OUT/.submitit; what it gives back is not read.
 
     Raises:
         ConfigError: the request holds what submitit does not know, or a value of the wrong type.

@@ -17,16 +17,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    FiniteFloat,
-    NonNegativeFloat,
-    PositiveFloat,
-    PrivateAttr,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, PositiveFloat, PrivateAttr, ValidationError
 
 from dispersive_kit.data.files import write_json
 from dispersive_kit.errors import ConfigError, DataError, form_error
@@ -45,11 +36,7 @@ def _safe(name: str) -> str:
 Name = Annotated[str, AfterValidator(_safe)]  # of a folder, which leads nowhere else
 
 
-class CheckError(AssertionError):
-    """A check of a notebook did not hold."""
-
-
-class Number(BaseModel, extra="forbid"):
+class _Number(BaseModel, extra="forbid"):
     """A measured number. record: how it was measured, with `low`, `high` and `floor` where it has them."""
 
     name: str
@@ -63,10 +50,10 @@ class Result(BaseModel, extra="forbid"):
 
     notebook: str
     mode: Mode
-    seconds: NonNegativeFloat = 0.0
+    seconds: float = Field(0.0, ge=0)
     peak_gib: PositiveFloat | None = None
     checks: list[dict[str, str]] = []
-    numbers: list[Number] = []
+    numbers: list[_Number] = []
     sentences: list[str] = []
 
 
@@ -80,16 +67,16 @@ class NotebookRun(Result):
         """Print and keep a check.
 
         Raises:
-            CheckError: it does not hold.
+            AssertionError: it does not hold.
         """
         if not holds:
-            raise CheckError(f"{promise}: does not hold ({detail})")
+            raise AssertionError(f"{promise}: does not hold ({detail})")
         self.checks.append({"promise": promise, "detail": detail})
         print(f"✓ {promise}" + (f"  ({detail})" if detail else ""))
 
     def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
         """Keep a measured number for the report, with the record of how it was measured."""
-        self.numbers.append(Number(name=name, value=float(value), note=note, record=record))
+        self.numbers.append(_Number(name=name, value=float(value), note=note, record=record))
 
     def in_mode(self, **numbers: tuple[Any, Any, Any]) -> SimpleNamespace:
         """Of each (smoke, class, full) the one of this run's mode, as attributes."""
@@ -138,13 +125,10 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     Raises:
         ConfigError: unknown mode.
     """
-    forced = os.environ.get(MODE_VARIABLE)
-    if forced and forced != mode:
+    if forced := os.environ.get(MODE_VARIABLE):
         print(f"{MODE_VARIABLE}={forced} replaces mode={mode!r}")
-    mode = forced or mode
-    folder = Path(out) if out else runs_folder() / name / time.strftime("%Y%m%d-%H%M%S")
-    if not out and folder.exists():
-        folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        mode = forced
+    folder = Path(out) if out else runs_folder() / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         run = NotebookRun.model_validate({"notebook": name, "mode": mode, "out": folder})
     except ValidationError as fault:

@@ -1,5 +1,6 @@
 """Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
 
+import contextlib
 import html
 import json
 import os
@@ -16,8 +17,7 @@ from dispersive_kit.errors import DataError, KitError
 from dispersive_kit.study.notebook import Result, read_result, runs_folder
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
-OFFLINE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
-_POLICY = f'<meta http-equiv="Content-Security-Policy" content="{OFFLINE}">'
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
 _STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; color: #1b1b1b; }
 h2 { margin-top: 2.4rem; border-top: 1px solid #ccc; padding-top: 1rem; } figure { margin: 1.3rem 0 !important; }
@@ -30,7 +30,6 @@ th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0;
 .worse { color: #a34700; font-weight: 700; } .equivalent { color: #005a8d; font-weight: 700; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } details { margin: .6rem 0; }
 """
-
 _NUMBERS = ("measured", "value", "95 % interval", "floor", "")
 Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
 
@@ -59,22 +58,14 @@ def runs_table() -> str:
     for file in sorted(place.rglob("stage.json")):
         stage, machine = read_json(file, default={}), read_json(file.with_name("environment.json"), default={})
         status = stage.get("status", "killed")
-        if status == "running" and _is_free(file.parent.with_name(f".{file.parent.name}.lock")):
-            status = "killed"
-        mode = stage.get("parameters", {}).get("mode", "")
-        started = stage.get("started", "")[:16].replace("T", " ")
+        if status == "running":
+            with contextlib.suppress(KitError), lock(file.parent.with_name(f".{file.parent.name}.lock"), busy="held"):
+                status = "killed"
+        name, mode = file.parent.relative_to(place).as_posix(), stage.get("parameters", {}).get("mode", "")
         seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
-        name, code = file.parent.relative_to(place).as_posix(), (machine.get("commit") or "")[:9]
+        started, code = stage.get("started", "")[:16].replace("T", " "), (machine.get("commit") or "")[:9]
         rows.append([name, status, mode, seconds, started, code, machine.get("device", "")])
     return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
-
-
-def _is_free(file: Path) -> bool:
-    try:
-        with lock(file, busy="held"):
-            return True
-    except KitError:
-        return False
 
 
 def html_table(rows: Sequence[Row]) -> str:
@@ -106,8 +97,9 @@ def quoted(text: str, kind: str = "pre") -> str:
 
 def write_page(file: Path, title: str, *parts: str) -> Path:
     """Write a page of parts, which are HTML; returns `file`."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_POLICY}'
-    head += f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{html.escape(title)}</title>'
+    head += f"<style>{_STYLE}</style>"
     body = "\n".join([quoted(title, "h1"), *filter(None, parts)])
     file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', "utf-8")
     return file
@@ -130,64 +122,24 @@ def write_notebook_page(notebook: Path) -> None:
 
 def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
     """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers."""
-    overview: list[Row] = [("stage", "status", "time", "memory", "")]
-    parts: list[str] = []
-    told: list[Row] = [_NUMBERS]
+    overview: list[Row] = [("stage", "status", "time", "")]
+    parts, told = [], list[Row]([_NUMBERS])
     for name, group in groupby(results, lambda run: run.name.partition("/")[0]):
         runs = sorted(group, key=lambda run: run.name)
-        measured = [_result(run) for run in runs]
         counts = Counter(run.status for run in runs)
         status = ", ".join(f"{n} {kind}" if len(runs) > 1 else kind for kind, n in counts.items())
-        peak = max((result.peak_gib or 0.0 for result in measured if result), default=0.0)
         took = sum(run.seconds or _stage(run).get("seconds", 0.0) for run in runs)
         link = _link(runs[0], out, "executed notebook") if len(runs) == 1 else ""
-        overview.append(((f"#{name}", name), status, f"{took:.0f} s", f"{peak:.1f} GiB" if peak else "", link))
+        overview.append(((f"#{name}", name), status, f"{took:.0f} s", link))
         parts += [f'<h2 id="{name}">{name}</h2>', *map(_fault, runs)]
-        if "/" in runs[0].name:  # of a grid
-            found = _aggregate(runs, measured)
-            write_json(out / name / "aggregate.json", found)
-            for one in found["groups"]:
-                point = ", ".join(f"{k} = {v}" for k, v in one["point"].items())
-                rows = [_number_row(number, f"mean of {number['n']}") for number in one["numbers"]]
-                parts += [quoted(point, "h3"), html_table([_NUMBERS, *rows])]
-                told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
-            parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
-            table = [
-                ("run", "status", "time"),
-                *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs),
-            ]
-            parts.append(
-                folded(
-                    f"the {len(runs)} runs; intervals: Student's t, over seeds",
-                    html_table([("run", "status", "time"), *table]),
-                )
-            )
-        elif result := measured[0]:
-            rows = [_number_row(one.model_dump(), one.note) for one in result.numbers]
-            parts += _of_one_run(result, rows, runs[0].folder / "notebook.ipynb")
-            told += rows
-    where = _environment(results[0].folder) if results else ""
-    page = write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts, where)
-    return page, told
-
-
-def _of_one_run(result: Result, rows: list[Row], notebook: Path) -> list[str]:
-    import nbformat
-
-    smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
-    cells = nbformat.read(notebook, as_version=4).cells
-    pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    figures = [figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)]
-    checks = "".join(quoted(f"{check['promise']}  {check['detail']}", "li") for check in result.checks)
-    records = [number.record for number in result.numbers if number.record]
-    return [
-        *(quoted(sentence, "p") for sentence in result.sentences),
-        quoted(smoke, "p.quiet"),
-        html_table([_NUMBERS, *rows]),
-        *figures,
-        folded(f"{len(result.checks)} checks passed", f"<ul>{checks}</ul>") if checks else "",
-        folded("records: how each number was measured", quoted(json.dumps(records, indent=1))) if records else "",
-    ]
+        shown, rows = _of_grid(runs, out) if "/" in runs[0].name else _of_one_run(runs[0])
+        parts += shown
+        told += rows
+    found = read_json(results[0].folder / "environment.json", default={}) if results else {}
+    if found:
+        names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
+        parts.append(quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet"))
+    return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts), told
 
 
 def _fault(run: Ended) -> str:
@@ -196,7 +148,48 @@ def _fault(run: Ended) -> str:
     return quoted(f"{run.name}: {run.error}", "p.failed") + shown if run.error else ""
 
 
-def _aggregate(runs: Sequence[Ended], measured: Sequence[Result | None]) -> dict[str, Any]:
+def _of_one_run(run: Ended) -> tuple[list[str], list[Row]]:
+    """Parts of the page, and the numbers."""
+    import nbformat
+
+    result = _result(run)
+    if result is None:
+        return [], []
+    smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
+    cells = nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells
+    pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    checks = "".join(quoted(f"{check['promise']}  {check['detail']}", "li") for check in result.checks)
+    records = [number.record for number in result.numbers if number.record]
+    rows: list[Row] = [
+        _number_row(number.name, number.value, number.record or {}, number.note) for number in result.numbers
+    ]
+    parts = [
+        *(quoted(sentence, "p") for sentence in result.sentences),
+        quoted(smoke, "p.quiet"),
+        html_table([_NUMBERS, *rows]),
+        *(figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)),
+        folded(f"{len(result.checks)} checks passed", f"<ul>{checks}</ul>") if checks else "",
+        folded("records: how each number was measured", quoted(json.dumps(records, indent=1))) if records else "",
+    ]
+    return parts, rows
+
+
+def _of_grid(runs: Sequence[Ended], out: Path) -> tuple[list[str], list[Row]]:
+    """Parts of the page, and the numbers; the means are written into aggregate.json too."""
+    found = _aggregate(runs)
+    write_json(out / runs[0].name.partition("/")[0] / "aggregate.json", found)
+    parts, told = [], list[Row]()
+    for group in found["groups"]:
+        point = ", ".join(f"{name} = {value}" for name, value in group["point"].items())
+        rows = [_number_row(one["name"], one["mean"], one, f"mean of {one['n']}") for one in group["numbers"]]
+        parts += [quoted(point, "h3"), html_table([_NUMBERS, *rows])]
+        told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
+    parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
+    table = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
+    return [*parts, folded(f"the {len(runs)} runs; intervals: Student's t, over seeds", html_table(table))], told
+
+
+def _aggregate(runs: Sequence[Ended]) -> dict[str, Any]:
     """Mean and 95 % t-interval over seeds of every number, for each point of the grid.
 
     Failed runs and runs in smoke mode are left out, and named with the reason.
@@ -205,7 +198,8 @@ def _aggregate(runs: Sequence[Ended], measured: Sequence[Result | None]) -> dict
     varied = [name for name in given[0] if name != "seed" and len({repr(one.get(name)) for one in given}) > 1]
     groups: dict[str, dict[str, Any]] = {}
     left_out = []
-    for run, parameters, result in zip(runs, given, measured, strict=True):
+    for run, parameters in zip(runs, given, strict=True):
+        result = _result(run)
         if run.status == "failed" or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
             left_out.append({"run": run.name, "why": f"failed: {run.error}" if run.error else "smoke mode"})
             continue
@@ -229,11 +223,10 @@ def _summary(values: list[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def _number_row(number: dict[str, Any], note: str) -> Row:
-    record = number.get("record") or number
+def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> Row:
     interval = f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
     floor = f"{record['floor']:.2f}" if "floor" in record else ""
-    return number["name"], f"{number.get('value', number.get('mean')):.3g}", interval, floor, html.unescape(note)
+    return name, f"{value:.3g}", interval, floor, html.unescape(note)
 
 
 def _link(run: Ended, out: Path, text: str) -> tuple[str, str]:
@@ -245,15 +238,6 @@ def _stage(run: Ended) -> dict[str, Any]:
 
 
 def _result(run: Ended) -> Result | None:
-    try:
+    with contextlib.suppress(DataError):  # said by the run's own error
         return read_result(run.folder)
-    except DataError:  # said by the run's own error
-        return None
-
-
-def _environment(folder: Path) -> str:
-    found = read_json(folder / "environment.json", default={})
-    if not found:
-        return ""
-    names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
-    return quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet")
+    return None

@@ -1,17 +1,7 @@
-"""Notebooks run headlessly: one, or the stages of a pipeline, each once or over a grid of parameters.
+"""Notebooks run headlessly: one, or the stages of a pipeline (a YAML file), each once or over a grid of parameters.
 
-title: Six seeds of one experiment             # a pipeline's YAML
-stages:
-  - notebook: "06"
-    name: seeds
-    grid: {seed: [0, 1, 2, 3, 4, 5]}
-
-runs/mine/{report.html, seeds/aggregate.json}  # over the seeds of each point of the grid
-runs/mine/seeds/seed=0/notebook.{ipynb,html}   # as executed; a failed one is kept too
-runs/mine/seeds/seed=0/stage.json              # parameters, hash of all inputs, and how it ended
-runs/mine/seeds/seed=0/{result.json, environment.json, log.txt}
-
-A run whose inputs (notebook, parameters, package) are unchanged since it ended well is not run again. One that was
+A run's folder holds notebook.ipynb and .html as executed, result.json, log.txt, environment.json, and stage.json with
+parameters, hash of all inputs, and how it ended. What is unchanged since it ended well is not run again; what was
 killed goes on: its folder is left as it is, so that a training in it resumes from its checkpoint.
 """
 
@@ -56,8 +46,8 @@ class Stage(BaseModel, extra="forbid", frozen=True):
 class Pipeline(BaseModel, extra="forbid", frozen=True):
     """Stages in order, read from the YAML `file`.
 
-    executor: a pool of processes here, Slurm jobs, or a trial of such jobs here (local). workers: at most so many runs
-    of a stage at once; None: one for each GPU, or one, in a pool, and all on a cluster. cluster: what to ask it for.
+    executor: a pool of processes here, Slurm jobs, or a trial of such jobs here (local). workers: runs of a stage at
+    once; None: one for each GPU, or one, in a pool, and all on a cluster. cluster: what to ask it for.
     """
 
     title: Annotated[str, Field(min_length=1)]
@@ -82,9 +72,6 @@ class _Task(NamedTuple):
         return hashlib.sha256(self.notebook.read_bytes() + json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-# ---- what the command `run` does
-
-
 def run(
     name: str, out: Path | None = None, *, parameters: Sequence[str] = (), resume: bool = False, **changes: Any
 ) -> None:
@@ -100,13 +87,16 @@ def run(
     if name in _SHIPPED or Path(name).suffix in (".yaml", ".yml"):
         if parameters:
             raise ConfigError("parameters go to a notebook; a pipeline has its own")
-        pipeline = load_pipeline(name, **changes)
+        pipeline = _load_pipeline(name, **changes)
         place = pipeline.file.stem
     else:
         if changes.keys() - {"mode"}:
             raise ConfigError("a notebook runs here, alone: --executor and --workers are for pipelines")
         notebook = find_notebook(name)
-        place, typed = notebook.stem, _check_parameters(notebook, dict(map(_split, parameters)), typed=True)
+        if wrong := next((text for text in parameters if "=" not in text), ""):
+            raise ConfigError(f"{wrong!r} is not NAME=VALUE")
+        typed = _check_parameters(notebook, dict(text.split("=", 1) for text in parameters), typed=True)
+        place = notebook.stem
         pipeline = Pipeline(title=place, stages=(Stage(notebook=name, parameters=typed),), **changes)
     folder, results = out or runs_folder() / place, []
     total = sum(map(len, _plan(pipeline)))
@@ -121,22 +111,8 @@ def run(
         raise KitError(f"{failed[0].name} failed at {failed[0].error}; see {failed[0].folder}/log.txt{more}")
 
 
-def _split(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-# ---- pipelines
-
-
-def load_pipeline(name: str, **changes: Any) -> Pipeline:
-    """A shipped pipeline by name, or one by the path of its YAML file; with fields changed.
-
-    Raises:
-        ConfigError: no such pipeline; not YAML of plain values; not of a pipeline's form.
-    """
+def _load_pipeline(name: str, **changes: Any) -> Pipeline:
+    """A shipped pipeline by name, or one by the path of its YAML file; with fields changed."""
     file = _SHIPPED.get(name, Path(name))
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -150,11 +126,7 @@ def load_pipeline(name: str, **changes: Any) -> Pipeline:
 
 
 def _plan(pipeline: Pipeline) -> list[list[_Task]]:
-    """The runs of each stage, all of them checked.
-
-    Raises:
-        ConfigError: a notebook or parameter is unknown, a value has the wrong type, or a name is used twice.
-    """
+    """The runs of each stage, all of them checked; no name is used twice."""
     planned: dict[str, list[_Task]] = {}
     for stage in pipeline.stages:
         notebook = find_notebook(stage.notebook, pipeline.file.parent)
@@ -170,11 +142,7 @@ def _plan(pipeline: Pipeline) -> list[list[_Task]]:
 
 
 def _expand(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The points of a grid, each with a name like "seed=0,tau=0.5" that can be a folder; one nameless without a grid.
-
-    Raises:
-        ConfigError: two points would have the same name.
-    """
+    """The points of a grid, each with a name like "seed=0,tau=0.5", safe as a folder; one nameless without a grid."""
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = [re.sub(r"[^\w.=,+-]", "-", ",".join(f"{k}={v}" for k, v in p.items()), flags=re.ASCII) for p in points]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -186,9 +154,6 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
     """Parameters held against those that a notebook declares, before a kernel starts: papermill would only warn.
 
     typed: as text on a command line; read as JSON (3, 0.5, true, [1, 2]) unless the notebook wants a str.
-
-    Raises:
-        ConfigError: one that the notebook does not have, or a value of another type than its default.
     """
     import papermill
 
@@ -201,9 +166,10 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
         if name not in declared:
             raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {', '.join(declared)}")
         kind = _kind(declared[name])
+        form = TypeAdapter(kind)
+        read = form.validate_json if typed and kind is not str else form.validate_python
         try:
-            adapter, as_json = TypeAdapter(kind), typed and kind is not str
-            checked[name] = (adapter.validate_json if as_json else adapter.validate_python)(value, strict=True)
+            checked[name] = read(value, strict=True)
         except ValidationError:
             said = f"{name} is {kind.__name__}, got {value!r} ({type(value).__name__})"
             raise ConfigError(f"{notebook.stem}: {said}") from None
@@ -219,26 +185,23 @@ def _kind(default: str) -> Any:
     return Any if value is None else type(value)
 
 
-# ---- the runs of a pipeline
-
-
 def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iterator[Ended]:
     """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
 
     Raises:
-        KitError: `out` holds something already and `resume` is off. ConfigError: more workers than GPUs, a request that
-            submitit does not understand; or see `_plan`; before anything runs.
+        KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown, a
+            value has the wrong type, a name is used twice; or the workers or the request to the cluster cannot be.
     """
     planned = _plan(pipeline)
     if out.exists() and any(out.iterdir()) and not resume:
         raise KitError(f"{out} is not empty: go on with --resume, or name another folder with --out")
+    failed = False
     for tasks in planned:
-        failed = False
+        if failed:
+            return
         for ended in _run_tasks(pipeline, tasks, out):
             failed = failed or ended.status == "failed"
             yield ended
-        if failed:
-            return
 
 
 def _run_tasks(pipeline: Pipeline, tasks: Sequence[_Task], out: Path) -> Iterator[Ended]:
@@ -260,14 +223,8 @@ def _run_tasks(pipeline: Pipeline, tasks: Sequence[_Task], out: Path) -> Iterato
                 yield Ended(task.name, "failed", 0.0, out / task.name, error)
 
 
-# ---- one run
-
-
 def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None = None) -> Ended:
-    """Execute one notebook into `folder`, unless it has ended well there from the same inputs before.
-
-    The folder is passed to the notebook as `out`. Files of a run from other inputs are moved to FOLDER.earlier-1.
-    While another process runs in the folder, this one waits.
+    """Execute one notebook into `folder`, its `out`, unless it has ended well there from the same inputs before.
 
     Raises:
         ConfigError: no such notebook or parameter, or a value of the wrong type. KitError: the folder holds something
@@ -278,6 +235,7 @@ def run_notebook(name: str, folder: Path, parameters: Mapping[str, Any] | None =
 
 
 def _run_task(task: _Task, out: Path) -> Ended:
+    """Files of a run from other inputs are moved to FOLDER.earlier-1. Where another process runs, this one waits."""
     folder = out / task.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f".{folder.name}.lock")):  # beside the folder, since that may be moved
@@ -302,11 +260,10 @@ def _run(task: _Task, folder: Path) -> Ended:
     started, log = time.perf_counter(), folder / "log.txt"
     error, traceback = _execute(task, folder, log)
     error = error or next(_hidden_faults(folder / "notebook.ipynb"), "")
-    if not error:
-        try:
-            read_result(folder)
-        except DataError as fault:
-            error = str(fault)
+    try:
+        read_result(folder)
+    except DataError as fault:
+        error = error or str(fault)
     lines = _ANSI.sub("", log.read_bytes().decode()).replace("\r\n", "\n").split("\n")
     said = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # the last state of each progress bar
     log.write_text(f"{said}\n{traceback or error}\n", encoding="utf-8")
@@ -318,7 +275,7 @@ def _run(task: _Task, folder: Path) -> Ended:
 
 
 def _execute(task: _Task, folder: Path, log: Path) -> tuple[str, str]:
-    """Error in one line and traceback; both empty if the notebook came to its end."""
+    """Error in one line and traceback; both empty at its end."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
@@ -349,9 +306,7 @@ def _execute(task: _Task, folder: Path, log: Path) -> tuple[str, str]:
 
 
 def _hidden_faults(notebook: Path) -> Iterator[str]:
-    """Errors that stopped no cell, in a thread, an observer or a widget: on the stderr of a cell, or in the saved state
-    of an Output widget.
-    """
+    """Errors that stopped no cell, in a thread or a widget: on a cell's stderr, or in the state of an Output widget."""
     import nbformat
 
     document = nbformat.read(notebook, as_version=4)

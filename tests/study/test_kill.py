@@ -4,11 +4,10 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import warm
 import yaml
 
 from dispersive_kit.study.notebook import read_result
@@ -31,20 +30,18 @@ class Killed:
             stage["notebook"] = str(notebook)
         (folder / "p.yaml").write_text(yaml.safe_dump(pipeline))
         self.marks.write_text("")
-        self.command = [sys.executable, "-m", "dispersive_kit.cli", "run", str(folder / "p.yaml"), *options]
-        self.command += ["--out", str(folder / "out"), "--resume"]
-        process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = ["dispersive-kit", "run", folder / "p.yaml", *options, "--out", folder / "out", "--resume"]
+        process = warm.start(*command)
         try:
             until(lambda: all(self.lines(name, "begun") for name in victims), process)
         finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()
             if "local" in options:  # jobs outlive the process that submitted them
                 for name in victims:
                     os.kill(self.lines(name, "begun")[0], signal.SIGKILL)
         self.finished = {file: file.stat() for file in (folder / "out").rglob("result.json")}
         self.go.touch()
-        self.said = subprocess.run(self.command, capture_output=True, text=True, check=True).stdout
+        self.said = warm.run(*command)
 
     def lines(self, name, word):
         """For each time the run `name` began or ended, the process that had started its kernel."""
@@ -58,7 +55,7 @@ class Killed:
 def until(done, process):
     end = time.monotonic() + 400
     while not done():
-        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        assert process.poll() is None and time.monotonic() < end, process.output
         time.sleep(0.02)
 
 

@@ -21,9 +21,9 @@ from dispersive_kit.study.run import (
     Stage,
     _check_parameters,
     _hidden_faults,
+    _load_pipeline,
     _plan,
     _Task,
-    load_pipeline,
     run_notebook,
     run_pipeline,
 )
@@ -333,18 +333,18 @@ def test_a_pipeline_of_another_form_is_refused_and_the_place_named(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
-        load_pipeline("p.yaml")
+        _load_pipeline("p.yaml")
     assert not (tmp_path / "owned").exists()
     with pytest.raises(ConfigError, match="demo, digits"):
-        load_pipeline("demos.yaml")
+        _load_pipeline("demos.yaml")
 
 
 def test_every_shipped_pipeline_names_notebooks_that_exist_and_parameters_they_have():
     assert {"demo", "quick", "digits", "cifar10", "imagenet", "analysis"} <= set(_SHIPPED)
-    for pipeline in map(load_pipeline, _SHIPPED):
+    for pipeline in map(_load_pipeline, _SHIPPED):
         assert all(task.notebook.is_file() for tasks in _plan(pipeline) for task in tasks)
         assert not any(stage.notebook.endswith(".ipynb") for stage in pipeline.stages)  # by number: from a wheel too
-    quick = load_pipeline("quick")
+    quick = _load_pipeline("quick")
     (*tasks,) = (task for tasks in _plan(quick) for task in tasks)
     assert [task.notebook for task in tasks] == sorted(notebooks_folder().glob("*.ipynb"))
     assert all(task.parameters == {"mode": "smoke"} for task in tasks)
@@ -358,4 +358,4 @@ def test_notebooks_are_found_by_number_name_or_path_also_beside_a_pipeline(quick
             find_notebook(wrong)
     (quick.parent / "p.yaml").write_text("title: t\nstages: [{notebook: quick.ipynb}]")
     monkeypatch.chdir("/")
-    assert _plan(load_pipeline(str(quick.parent / "p.yaml")))[0][0].notebook == quick
+    assert _plan(_load_pipeline(str(quick.parent / "p.yaml")))[0][0].notebook == quick

@@ -12,7 +12,7 @@ import pytest
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
-from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.errors import ConfigError, DataError, KitError
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
 from dispersive_kit.study.report import Ended, write_report
 from dispersive_kit.study.run import (
@@ -173,20 +173,21 @@ def test_an_error_that_stops_no_cell_fails_the_run(write_quick, tmp_path, x):
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"),
-    [
-        ("1 + 1", r"nb.finish\(\)"),
-        ("import os\nos._exit(1)", "DeadKernelError"),
-        ("open(out + '/result.json', 'w').write('{}')", "notebook: Field required"),
-        (
-            'open(out + \'/result.json\', \'w\').write(\'{"notebook": "n", "mode": "full", "seconds": NaN}\')',
-            "result.json: seconds",
-        ),
-    ],
+    ("cell", "words"), [("1 + 1", r"nb.finish\(\)"), ("import os\nos._exit(1)", "DeadKernelError")]
 )
 def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_path, cell, words):
     result = run_notebook(str(write_notebook("made", cell, bare=True)), tmp_path / "run")
     assert result.status == "failed" and re.search(words, result.error), result.error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{}", "notebook: Field required"), ('{"notebook": "n", "mode": "full", "seconds": NaN}', "json: seconds")],
+)
+def test_a_result_of_another_form_is_refused(tmp_path, text, words):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_result(tmp_path)
 
 
 def test_a_kernel_that_does_not_begin_with_a_cell_has_failed(write_quick, tmp_path, monkeypatch):
@@ -252,11 +253,6 @@ def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_
 # ---- what is refused before a kernel starts
 
 
-@pytest.mark.parametrize("good", [{}, {"value": 2}, {"value": 2.5}, {"seed": -1}, {"mode": "full"}])
-def test_right_parameters_pass_and_an_integer_will_do_for_a_float(quick, good):
-    assert _check_parameters(quick, good) == good
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -275,6 +271,8 @@ def test_a_wrong_name_or_type_is_refused(quick, wrong, words):
 
 
 def test_what_is_typed_is_read_as_the_notebook_declares_it(quick):
+    for right in ({}, {"value": 2}, {"value": 2.5, "seed": -1, "mode": "full"}):  # an integer will do for a float
+        assert _check_parameters(quick, right) == right
     typed = _check_parameters(quick, {"seed": "3", "value": "1e-3", "mode": "3"}, typed=True)
     assert typed == {"seed": 3, "value": 0.001, "mode": "3"}
     with pytest.raises(ConfigError, match="seed is int, got 'three'"):

@@ -15,7 +15,6 @@ from traitlets import Type, default
 
 from dispersive_kit.study.notebook import notebooks_folder
 
-LAB = "lab"
 CONSOLE = "voila/render/90_lecture_console.ipynb"
 # Voila's template for the console's page, which fetches nothing; and defaults of JupyterLab: long lines of code are
 # wrapped, so that a projector shows all of them, and no news is fetched, which would cover figures too.
@@ -70,10 +69,10 @@ class Kernel(AsyncKernelManager):
             shutil.rmtree(Path(self.ip).parent, ignore_errors=True)
 
 
-def serve_lab(port: int, *, browser: bool, page: str = LAB) -> None:
+def serve_lab(port: int, *, browser: bool, page: str = "lab") -> None:
     """Start JupyterLab in this process, so that the token is on no command line, and print the address to open.
 
-    page: what the browser opens: `LAB`, or `CONSOLE`, which Voila serves on the same server and behind the same token.
+    page: what the browser opens: JupyterLab, or `CONSOLE`, which Voila serves on the same server behind the same token.
     """
     from jupyterlab.labapp import LabApp
 

@@ -165,7 +165,11 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
             raise ConfigError(f"{notebook.stem}: 'out' is set by the run itself; choose its folder with --out")
         if name not in declared:
             raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {', '.join(declared)}")
-        kind = _kind(declared[name])
+        try:
+            default = ast.literal_eval(declared[name])
+        except (ValueError, SyntaxError):  # computed
+            default = None
+        kind: Any = Any if default is None else type(default)  # None says nothing
         form = TypeAdapter(kind)
         read = form.validate_json if typed and kind is not str else form.validate_python
         try:
@@ -174,15 +178,6 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
             said = f"{name} is {kind.__name__}, got {value!r} ({type(value).__name__})"
             raise ConfigError(f"{notebook.stem}: {said}") from None
     return checked
-
-
-def _kind(default: str) -> Any:
-    """The type of a default; any for None, which says nothing, and for one that is computed."""
-    try:
-        value = ast.literal_eval(default)
-    except (ValueError, SyntaxError):
-        return Any
-    return Any if value is None else type(value)
 
 
 def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iterator[Ended]:
@@ -207,11 +202,12 @@ def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iter
 def _run_tasks(pipeline: Pipeline, tasks: Sequence[_Task], out: Path) -> Iterator[Ended]:
     call = functools.partial(_run_task, out=out.resolve())
     if pipeline.executor != "pool":
-        done = [task for task in tasks if _ended_well(task, out / task.name)]
+        done = [task for task in tasks if _ended(task, out / task.name, "ok")]
         yield from (Ended(task.name, "skipped", 0.0, out / task.name) for task in done)
         waiting = [task for task in tasks if task not in done]
         for task, last_words in on_cluster(call, waiting, pipeline.workers, out, pipeline.executor, pipeline.cluster):
-            yield _ended(task, out / task.name) or Ended(task.name, "failed", 0.0, out / task.name, last_words)
+            ended = _ended(task, out / task.name, "ok", "failed")
+            yield ended or Ended(task.name, "failed", 0.0, out / task.name, last_words)
     elif len(tasks) == 1:
         yield call(tasks[0])
     else:
@@ -239,7 +235,7 @@ def _run_task(task: _Task, out: Path) -> Ended:
     folder = out / task.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f".{folder.name}.lock")):  # beside the folder, since that may be moved
-        if _ended_well(task, folder):
+        if _ended(task, folder, "ok"):
             return Ended(task.name, "skipped", 0.0, folder)
         stage = _read_stage(folder)
         if not stage and folder.exists() and any(folder.iterdir()):
@@ -325,14 +321,9 @@ def _read_stage(folder: Path) -> dict[str, Any]:
     return read_json(folder / "stage.json", default={})
 
 
-def _ended(task: _Task, folder: Path) -> Ended | None:
-    """How the run in `folder` ended, if it was of these inputs and has ended."""
+def _ended(task: _Task, folder: Path, *how: str) -> Ended | None:
+    """The run in `folder`, if it was of these inputs and has ended so."""
     stage = _read_stage(folder)
-    if stage.get("key") != task.key() or stage["status"] == "running":
+    if stage.get("key") != task.key() or stage["status"] not in how:
         return None
     return Ended(task.name, stage["status"], stage["seconds"], folder, stage["error"])
-
-
-def _ended_well(task: _Task, folder: Path) -> bool:
-    ended = _ended(task, folder)
-    return ended is not None and ended.status == "ok" and (folder / "result.json").is_file()

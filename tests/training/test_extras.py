@@ -9,14 +9,18 @@ import re
 import subprocess
 import sys
 import termios
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dispersive_kit.data import load_images
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
+from dispersive_kit.evaluation import Panel, balanced_labels, generate, make_extractor
+from dispersive_kit.models import build_dit
+from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, runs, train, train_preset, with_settings
 from dispersive_kit.training.runs import sample_batch
 from dispersive_kit.training.train import Session
 
@@ -93,12 +97,16 @@ def test_tensorboard_files_are_written_on_request(tmp_path):
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_blocks_compiled_or_recomputed_train_the_same_model(tmp_path):
-    plain = list(train(SMOKE.changed(regularizer=PAPER), tmp_path / "plain"))
-    config = SMOKE.changed(regularizer=PAPER, checkpointing=True)
-    assert list(train(config, tmp_path / "again"))[-1].values["loss"] == pytest.approx(
-        plain[-1].values["loss"], rel=1e-5
-    )
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """Folder and records of a run with the loss that logs each step."""
+    folder = tmp_path_factory.mktemp("paper") / "run"
+    return folder, list(train(SMOKE.changed(regularizer=PAPER, log_every=1), folder))
+
+
+def test_recomputed_blocks_train_the_same_model(tmp_path, paper):
+    again = list(train(SMOKE.changed(regularizer=PAPER, checkpointing=True), tmp_path / "again"))
+    assert again[-1].values["loss"] == pytest.approx(paper[1][-1].values["loss"], rel=1e-5)
 
 
 def test_settings_are_taken_by_name_and_checked():
@@ -129,15 +137,15 @@ def test_the_card_says_how_many_rows_the_memory_keeps(tmp_path):
     assert (card["dispersion_batch"], card["dispersion_memory"]) == (SMOKE.batch_size // 2, 16)
 
 
-def test_every_line_of_the_log_is_json(tmp_path):
+def test_every_line_of_the_log_is_json(paper):
     """At the first step the output is zero, so the denoising gradient at the tap is too, and their ratio infinite."""
-    records = list(train(SMOKE.changed(regularizer=PAPER, log_every=1), tmp_path / "run"))
+    folder, records = paper
     assert records[0].values["gradient_ratio"] == float("inf")
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [line["step"] for line in logged] == [1, 2, 3, 4] and "gradient_ratio" in logged[1]
 
@@ -189,3 +197,22 @@ def test_the_kept_settings_of_an_old_run_are_read_and_those_that_are_no_more_ref
     for name, value in (("ema_widths", [0.05, 0.1]), ("weight_decay", 0.1), ("classes", ["n01"]), ("balanced", True)):
         with pytest.raises(ConfigError, match=name):
             TrainConfig.from_json(json.dumps(old | {name: value}))
+
+
+@pytest.mark.long
+def test_meanflow_learns_where_it_is_told_t_and_not_where_it_is_told_a_thousand_times_t(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    config = train_preset("digits", steps=300, objective="meanflow", seed=90, eval_every=300, preview_images=0)
+    real, held_out = load_images("digits", "train"), load_images("digits", "test")
+    panel, distance = Panel(make_extractor("classifier", real, held_out), real, held_out, metrics=("FD",)), {}
+    for scale in (1.0, 1000.0):
+        monkeypatch.setattr(runs, "build_dit", partial(build_dit, time_scale=scale))
+        for _ in train(config, tmp_path / str(scale)):
+            pass
+        images = generate(
+            load_run(tmp_path / str(scale))[0], balanced_labels(2000, 10), objective="meanflow", num_steps=2
+        )
+        distance[scale] = panel.measure(images)[0].value
+    with capsys.disabled():
+        print(f"\n  FD[digits-classifier48, N=2000]: told t {distance[1.0]:.1f}, 1000 t {distance[1000.0]:.1f}")
+    assert distance[1000.0] > 3 * distance[1.0]

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from dispersive_kit.data import load_images
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
 from dispersive_kit.training.batches import DeviceSet, _share_of, sample_index, stream
-from dispersive_kit.training.train import Session, _gradient_ratio
+from dispersive_kit.training.train import EMA, Session, _gradient_ratio
 
 SMOKE = train_preset("smoke", steps=6)
 PAPER_SET = {"regularizer.preset": "paper"}
@@ -256,3 +257,26 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing():
     config = train_preset("digits", steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [config.learning_rate_at(s) for s in range(100)]
     assert rates[0] < 0.11 and max(rates) <= 1 and rates[-1] < 0.001 and rates.index(max(rates)) in range(8, 12)
+
+
+def test_the_average_is_the_recursion_written_out():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    ema = EMA(model, decay=0.9)
+    expected = model.weight.detach().clone()
+    for n in range(30):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3, dtype=torch.float64))
+        ema.update(model)
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * model.weight.detach()
+    assert torch.allclose(ema.model.weight, expected, atol=1e-12)
+    assert not ema.model.weight.requires_grad and not ema.model.training
+
+
+def test_buffers_are_copied_not_averaged():
+    model = nn.BatchNorm1d(2)
+    ema = EMA(model)
+    model.train()(torch.randn(8, 2) + 5)
+    ema.update(model)
+    assert torch.equal(ema.model.running_mean, model.running_mean)

@@ -17,6 +17,7 @@ import torch
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import RegularizerConfig, checkpoint, load_run, train, train_preset
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
+from dispersive_kit.training.parallel import StopRequest
 
 CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
 COMMAND = [
@@ -111,16 +112,23 @@ def test_a_changed_configuration_is_refused_with_the_difference(whole):
     assert "checkpoint_every" not in str(caught.value)  # cadence may change
 
 
-def interrupted(folder):
+@pytest.fixture(scope="module")
+def left_at_10(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
     for record in train(CONFIG, folder):
         if record.step == 10:
-            return folder  # checkpoints of steps 6 and 9
-    return None
+            break
+    return folder
+
+
+@pytest.fixture
+def folder(left_at_10, tmp_path):
+    """A run of its own that was left after step 10, with checkpoints of steps 6 and 9."""
+    return shutil.copytree(left_at_10, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "manifest"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, whole, damage):
-    folder = interrupted(tmp_path / "run")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(folder, whole, damage):
     newest = checkpoints(folder / "checkpoints")[-1]
     file = newest / ("manifest.json" if damage == "manifest" else "model.safetensors")
     content = bytearray(file.read_bytes())
@@ -136,8 +144,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     assert_same_bits(final_tensors(folder), final_tensors(whole))
 
 
-def test_when_every_checkpoint_is_damaged_the_run_is_refused_by_name(tmp_path):
-    folder = interrupted(tmp_path / "run")
+def test_when_every_checkpoint_is_damaged_the_run_is_refused_by_name(folder):
     for path in checkpoints(folder / "checkpoints"):
         (path / "ema.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
@@ -147,8 +154,7 @@ def test_when_every_checkpoint_is_damaged_the_run_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("largest", [200_000, 0])
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_configuration(tmp_path, whole, largest):
-    folder = interrupted(tmp_path / "run")
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_configuration(folder, whole, largest):
     before = {name: (folder / name).read_text() for name in ("config.json", "run.json")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # what a write to a full disk looks like: it fails
@@ -181,7 +187,7 @@ def can_mount():
 
 
 @pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here; the tests above limit the file size")
-def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_there_is_room(tmp_path, whole):
     arguments = [
         "train", "--preset", "smoke", "--steps", "14", "--set", "checkpoint_every=3",
         "--regularizer", "paper", "--resume",
@@ -196,8 +202,7 @@ def test_a_disk_that_runs_full_keeps_both_checkpoints_and_the_run_goes_on_when_t
     ]  # fmt: skip
     again = load_latest(tmp_path / "disk.after")
     assert again.step == 14
-    run(tmp_path / "whole", CONFIG)
-    assert_same_bits(again.groups, final_tensors(tmp_path / "whole"))
+    assert_same_bits(again.groups, final_tensors(whole))
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
@@ -209,8 +214,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
     assert load_latest(tmp_path).step == 7
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path, whole):
-    folder = interrupted(tmp_path / "run")
+def test_what_a_killed_writer_left_is_cleared_away(folder, whole):
     left = folder / "checkpoints" / ".partial-step-00000012"  # by the process that was killed at step 12
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
@@ -253,8 +257,8 @@ def test_a_folder_is_trained_by_one_process_at_a_time(start, run_command, tmp_pa
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole_command))
 
 
-def test_a_reader_whom_the_pruning_overtakes_reads_the_newer_one(tmp_path, monkeypatch):
-    folder = run(tmp_path / "run") / "checkpoints"
+def test_a_reader_whom_the_pruning_overtakes_reads_the_newer_one(whole, monkeypatch):
+    folder = whole / "checkpoints"
     gone, listed = folder / "step-00000001", iter([[folder / "step-00000001"]])
     monkeypatch.setattr(checkpoint, "checkpoints", lambda there: next(listed, None) or checkpoints(there))
     assert not gone.exists() and load_latest(folder).step == 14
@@ -283,3 +287,25 @@ def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="previews could not be written"):
         run(tmp_path / "run", resume=True)
     assert load_latest(tmp_path / "run" / "checkpoints").step == 3
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_runs_side_by_side_leave_the_signals_as_they_found_them(first_out):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    runs = [StopRequest().__enter__(), StopRequest().__enter__()]
+    signal.raise_signal(signal.SIGTERM)
+    assert [run.signal_number for run in runs] == [None, signal.SIGTERM]  # the one begun last has them
+    left = runs[1 - first_out]
+    runs[first_out].__exit__(None, None, None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [left._note] * 2
+    left.__exit__(None, None, None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stop.end_run()

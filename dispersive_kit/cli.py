@@ -15,7 +15,6 @@ import tyro
 from dispersive_kit import __version__
 from dispersive_kit.cli_study import STUDY_COMMANDS
 from dispersive_kit.errors import ConfigError, DataError, KitError
-from dispersive_kit.evaluation import Evaluation
 
 Folder = Annotated[Path, tyro.conf.Positional]
 
@@ -158,21 +157,44 @@ def _published(file: Path, vae: str | None, device: Any) -> tuple[Any, str, Any,
     return net, net.objective, load_autoencoder(vae, device=device).images, file.name
 
 
-def evaluate(run: Folder, how: Annotated[Evaluation, tyro.conf.arg(name="")], out: Path | None = None) -> None:
+def evaluate(
+    run: Folder,
+    out: Path | None = None,
+    extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"] = "classifier",
+    metrics: Literal["panel", "FD", "FID"] = "panel",
+    reference: Literal["test", "train"] = "test",
+    num: int = 500,
+    num_steps: int = 25,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    memorisation: bool = False,
+    data: str | None = None,
+    vae: str | None = None,
+) -> None:
     """Measure samples: a panel of distances to real images, each with interval, floor and record.
 
     Args:
         run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
-        how: What to measure, and how samples are drawn.
         out: JSON file for the records; named after the settings and beside the samples if not given.
+        extractor: Feature space, which names the numbers; inception needs its weights in the data folder.
+        metrics: All metrics, or the Frechet distance alone; FID is refused unless it is that of the published protocol.
+        reference: Real images to compare with.
+        num: Number of generated images, classes in turn; of an .npz with more, so many drawn at random.
+        num_steps: Steps of the sampler that fits the run's objective.
+        cfg_scale: Classifier-free guidance; 1 is none.
+        seed: Seed of the first image; image i has seed + i.
+        memorisation: Also compare distances to the nearest training image with those of held-out images.
+        data: Data set the samples of an .npz are compared with; a run knows its own.
+        vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
     """
     from dispersive_kit.data.files import require_writable
+    from dispersive_kit.evaluation import Evaluation, table, to_json
     from dispersive_kit.evaluation import evaluate as measure
-    from dispersive_kit.evaluation import table, to_json
     from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.evaluation.panel import record_file, record_folder
     from dispersive_kit.training.runs import run_folder
 
+    how = Evaluation(extractor, metrics, reference, num, num_steps, cfg_scale, seed, memorisation, data, vae)
     if out:
         require_writable(out)
     elif run_folder(run).exists():  # anything else is named by what follows

@@ -171,7 +171,9 @@ def test_what_is_out_of_reach_is_named(trained, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no checkpoint of step 3; kept are: 4"):
         load_run(trained, step=3)
     beyond = ["--seed", "99999999999999999999"]
-    assert "64 bits" in refused(capsys, *TRAIN, "--out", tmp_path / "t", *beyond)
+    assert f"seed = {beyond[1]}: Input should be less than {2**63}" in refused(
+        capsys, *TRAIN, "--out", tmp_path / "t", *beyond
+    )
     assert "64 bits" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "2", *beyond)
 
 
@@ -185,7 +187,7 @@ def test_a_shipped_run_is_not_measured_where_its_record_cannot_be_kept(monkeypat
 
 def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
     said = refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path / "nothing")
-    assert f"1-noise-floor has no results in {tmp_path / 'nothing'} yet" in said
+    assert "no results yet" in said and str(tmp_path / "nothing") in said
     (tmp_path / "results.json").write_text("{}")
     assert "is damaged" in refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path)
 

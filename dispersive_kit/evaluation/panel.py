@@ -138,28 +138,18 @@ def measure_memorisation(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured, against what, and how the samples of a run are drawn (an .npz has its own)."""
+    """What is measured, against what, and how the samples are drawn: the options of `dispersive-kit evaluate`."""
 
     extractor: Extractors = "classifier"
-    """Feature space, which names the numbers; `inception` needs its weights in the data folder."""
     metrics: Literal["panel", "FD", "FID"] = "panel"
-    """All metrics, or the Frechet distance alone; FID is refused unless it is that of the published protocol."""
     reference: Literal["test", "train"] = "test"
-    """Real images to compare with."""
     num: int = 500
-    """Number of generated images, classes in turn; of an .npz with more, so many drawn at random."""
     num_steps: int = 25
-    """Steps of the sampler that fits the run's objective."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
     seed: int = 0
-    """Of the first image; image i has seed + i."""
     memorisation: bool = False
-    """Also compare distances to the nearest training image with those of held-out images."""
     data: str | None = None
-    """Data set the samples of an .npz are compared with; a run knows its own."""
     vae: str | None = None
-    """Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same."""
 
     def __post_init__(self) -> None:
         for name, low in {"num": 4, "num_steps": 1}.items():  # half-samples need two images each

@@ -57,7 +57,7 @@ class Dispersive(Attached):
         self.options = LossOptions.of(options)
         check_choice("gather", gather, (True, False))
         check_number("memory", memory, at_least=0)
-        super().__init__(model, at, depth, select, weight, schedule)
+        super().__init__(model, at, depth=depth, select=select, weight=weight, schedule=schedule)
         self.gather, self.memory = gather, int(memory)
         self._forget_all()
 

@@ -1,15 +1,12 @@
 """One batch of all processes, with gradients."""
 
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dispersive_kit.errors import DispersiveError
-
-MOST_AXES = 8  # that are compared
 
 
 class _AllGather(torch.autograd.Function):
@@ -52,19 +49,12 @@ def all_gather(z: Tensor) -> Tensor:
 
 
 def _check_even(z: Tensor) -> None:
-    own = [crc32(str(z.dtype).encode()), z.ndim, *z.shape]
-    padded = torch.tensor((own + [0] * MOST_AXES)[: MOST_AXES + 2])
-    flat = padded.new_empty(dist.get_world_size() * len(padded))
-    dist.all_gather_into_tensor(flat, padded)
-    of_all = flat.view(-1, len(padded))
-    if (of_all == padded).all():
-        return
-    shapes = [tuple(shape[:ndim]) for _, ndim, *shape in of_all.tolist()]
-    sizes = [shape[0] for shape in shapes]
+    forms: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(forms, (tuple(z.shape), str(z.dtype)))
+    sizes = [len(shape) and shape[0] for shape, _ in forms]
     if len(set(sizes)) > 1:
         raise DispersiveError(
             f"gather=True over processes with batches of {sizes}: all need the same size; set drop_last=True"
         )
-    raise DispersiveError(
-        f"gather=True over processes with features of shapes {shapes}, here {z.dtype}: all need one shape and dtype"
-    )
+    if len(set(forms)) > 1:
+        raise DispersiveError(f"gather=True over processes with features {forms}: all need one shape and dtype")

@@ -267,10 +267,9 @@ def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: T
 
 
 def _per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
-    """A label (B,) for every row (R,), also where tokens are rows."""
     if label is None:
         raise DispersiveError(missing)
-    return label.detach().to(x.device).repeat_interleave(len(x) // len(label))
+    return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
 
 def temperature(x: Tensor, options: LossOptions) -> Tensor:
@@ -301,11 +300,8 @@ def _angular_slope(u: Tensor, tau: Tensor) -> Tensor:
 
 def _kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
     if kind == "hinge":
-        return Kernel(
-            lambda u: (tau - u / dim).clamp(min=0).square(),
-            lambda u: (tau - u / dim).clamp(min=0) * (-2 / dim),
-            log=False,
-        )
+        short = lambda u: (tau - u / dim).clamp(min=0)  # noqa: E731
+        return Kernel(lambda u: short(u).square(), lambda u: short(u) * (-2 / dim), log=False)
     if kind == "angular":
         return Kernel(lambda u: distance(u, kind, dim) / -tau, lambda u: _angular_slope(u, tau))
     slope = distance(torch.ones_like(tau), kind, dim) / -tau
@@ -381,15 +377,11 @@ def floor(
     share = own / max(1, batch * (batch - 1) - dropped + own)  # of the diagonal among the pairs that count
     if not KINDS[kind].log:
         return share * scale**2 if kind == "hinge" else 0.0
-    near = (1 / scale if kind == "infonce_cosine" else 0.0) + _log(share)
+    near = (1 / scale if kind == "infonce_cosine" else 0.0) + math.log(share) if share else -math.inf
     bounded = kind != "infonce_l2" and share < 1
-    far = _log(1 - share) - _largest_mean(kind, 2 if dropped else batch) / scale if bounded else -math.inf
+    far = math.log(1 - share) - _largest_mean(kind, 2 if dropped else batch) / scale if bounded else -math.inf
     top = max(near, far)
     return top + math.log1p(math.exp(-abs(near - far))) if top > -math.inf else top
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
 
 
 def _largest_mean(kind: str, B: int) -> float:

@@ -9,17 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispersive_kit.errors import DispersiveError
+from dispersive_kit.regularizers import losses
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.losses import (
-    LossOptions,
-    check_number,
-    dispersive_loss,
-    distance,
-    rows_of,
-    temperature,
-)
+from dispersive_kit.regularizers.losses import LossOptions, check_number, dispersive_loss
 from dispersive_kit.regularizers.pairwise import full_precision
-from dispersive_kit.regularizers.taps import At, Attached, Schedule, Select
+from dispersive_kit.regularizers.taps import At, Attached
 
 
 def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **options: Any) -> Tensor:
@@ -45,15 +39,15 @@ def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **optio
 
 
 def _positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
-    a, b = rows_of(z, options), rows_of(positive, options)  # (R, dim)
+    a, b = losses.rows_of(z, options), losses.rows_of(positive, options)  # (R, dim)
     u = (a - b).square().sum(1).clamp(min=1e-12)  # (R,)
     if options.kind == "covariance":
         a, b = ((v - v.mean(0)) / (v.var(0, correction=0) + 1e-12).sqrt() for v in (a, b))
         return (1 - (a * b).mean(0)).square().mean()
-    D = distance(u, options.kind, a.shape[1]) - float(options.kind == "infonce_cosine")  # -cos
+    D = losses.distance(u, options.kind, a.shape[1]) - float(options.kind == "infonce_cosine")  # -cos
     if options.kind == "vicreg":
         return D.mean()
-    return D.square().mean() if options.kind == "hinge" else D.mean() / temperature(a, options)
+    return D.square().mean() if options.kind == "hinge" else D.mean() / losses.temperature(a, options)
 
 
 class NormMatched(Dispersive):
@@ -80,20 +74,11 @@ class NormMatched(Dispersive):
 class LayerSync(Attached):
     """weight * -E cos(shallow token, deep token without gradient): a deeper block teaches an earlier one.
 
-    Used as `Dispersive` is: `with sync: ...`, then `sync.loss(step=step)`.
+    Used as `Dispersive` is: `with sync: ...`, then `sync.loss(step=step)`. options: weight, select, schedule.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shallow: str | nn.Module,
-        deep: str | nn.Module,
-        *,
-        weight: float = 0.5,
-        select: Select = None,
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__(model, [shallow, deep], 1 / 4, select, weight, schedule)
+    def __init__(self, model: nn.Module, shallow: str | nn.Module, deep: str | nn.Module, **options: Any) -> None:
+        super().__init__(model, [shallow, deep], **options)
         if len(self.taps) != 2:
             self.remove()
             raise DispersiveError(f"LayerSync needs one shallow and one deep module, not {', '.join(self.paths)}")
@@ -119,22 +104,19 @@ class REPA(Attached):
 
     encoder: any callable of the clean images, giving (B, E), aligned with the mean of the tokens, or (B, N, E),
     token by token. projector: an nn.Module from the block's width to E (the paper's: three layers with SiLU), whose
-    parameters belong into the optimizer.
+    parameters belong into the optimizer. options: weight, depth, select, schedule.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        at: str | nn.Module | None = None,
+        at: At = None,
         *,
         encoder: Callable[[Tensor], Tensor],
         projector: nn.Module,
-        weight: float = 0.5,
-        depth: float = 1 / 4,
-        select: Select = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, at, depth, select, weight, schedule)
+        super().__init__(model, at, **options)
         self.encoder, self.projector = encoder, projector
 
     def loss(self, x0: Tensor, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:

@@ -118,17 +118,14 @@ class Watch:
                     f"tap {record.path!r}: the loss is {loss}, so the features hold NaN, infinity, or values whose "
                     "square overflows: lower the learning rate, or tap an earlier block"
                 )
-            self._warn(record, dropped, mass)
-
-    def _warn(self, record: Record, dropped: float, mass: float) -> None:
-        empty = dropped >= record.rows * (record.rows - 1)
-        if self._warned or not (empty or (KINDS[record.options.kind].log and mass < AT_FLOOR)):
-            return
-        self._warned = True
-        why = (
-            "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
-            if empty
-            else "the loss is at its floor and its gradient all but zero; the features have grown apart beyond "
-            "what tau sees: diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
-        )
-        warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=5)
+            why = ""
+            if dropped >= record.rows * (record.rows - 1):
+                why = "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
+            elif KINDS[record.options.kind].log and mass < AT_FLOOR:
+                why = (
+                    "the loss is at its floor and its gradient all but zero; the features have grown apart beyond "
+                    "what tau sees: diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
+                )
+            if why and not self._warned:
+                self._warned = True
+                warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=4)

@@ -31,8 +31,6 @@ UNSEEN = (
     "the hook too: call it under torch.no_grad()"
 )
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
-
-
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
 
 
@@ -109,7 +107,14 @@ class Attached:
     """Taps on a model: armed by `with`, read once a call, taken off by `remove()`."""
 
     def __init__(
-        self, model: nn.Module, at: At, depth: float, select: Select, weight: float, schedule: Schedule | None
+        self,
+        model: nn.Module,
+        at: At,
+        *,
+        depth: float = 1 / 4,
+        select: Select = None,
+        weight: float = 0.5,
+        schedule: Schedule | None = None,
     ) -> None:
         check_number("weight", weight, at_least=0.0)
         if not isinstance(schedule, Schedule | None):
@@ -188,15 +193,12 @@ class Attached:
 
     def _take(self, taps: Sequence[Tensor] | None = None) -> list[Tensor]:
         """One z (B, ...) a tap, with gradient, captured or given."""
-        self._require_hooks()
         outputs = [tap.take() for tap in self.taps]
         if taps is None:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
         if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
-            raise DispersiveError(
-                f"taps= is a {type(taps).__name__}{f' of {len(taps)}' if isinstance(taps, list | tuple) else ''}: "
-                f"give a list of one tensor each for {', '.join(self.paths)}"
-            )
+            given = f"of {len(taps)}" if isinstance(taps, list | tuple) else f"a {type(taps).__name__}"
+            raise DispersiveError(f"taps= is {given}: give a list of one tensor each for {', '.join(self.paths)}")
         return [self._checked(tap, (z, []), None) for tap, z in zip(self.taps, taps, strict=True)]
 
     def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
@@ -211,16 +213,15 @@ class Attached:
                 f"tap {tap.path!r} was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
                 "outside: return the features from the function (has_aux=True) and pass them as loss(taps=...)"
             )
-        if self.weight and not z.requires_grad:
-            raise DispersiveError(
-                f"tap {tap.path!r} carries no gradient, so the loss would do nothing: it was computed under no_grad, "
-                "or inside a reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a "
-                "later block). weight=0 measures without a gradient"
+        if self.weight and not (z.requires_grad and torch.is_grad_enabled()):
+            why = (
+                "loss() was called under no_grad: call it outside"
+                if z.requires_grad
+                else "it carries no gradient: it was computed under no_grad, or inside a reentrant checkpoint (use "
+                "use_reentrant=False), or by frozen parameters only (tap a later block)"
             )
-        if self.weight and not torch.is_grad_enabled():
             raise DispersiveError(
-                f"tap {tap.path!r}: loss() was called under no_grad, so it would do nothing: call it outside. weight=0 "
-                "measures without a gradient"
+                f"tap {tap.path!r}: the loss would do nothing, {why}. weight=0 measures without a gradient"
             )
         if _overwritten(z, output[1]):
             raise DispersiveError(

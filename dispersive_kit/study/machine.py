@@ -1,5 +1,6 @@
 """The machine: what it is, a pool of processes on it, and the cluster that it belongs to."""
 
+import contextlib
 import functools
 import hashlib
 import multiprocessing
@@ -30,14 +31,13 @@ _POLL_S = 0.5
 def describe_environment() -> dict[str, Any]:
     """Commit ("-dirty" where files were changed since; None outside a checkout), package's hash, versions, device."""
     git = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout that it trusts
-        found = ""
-    checkout = (PACKAGE.parent / ".git").exists()  # and not a package installed somewhere inside another one
+    commit = None
+    if (PACKAGE.parent / ".git").exists():  # and not a package installed somewhere inside another checkout
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not a checkout that it trusts
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() or None
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return {
-        "commit": found.strip() if checkout and found else None,
+        "commit": commit,
         "package_sha256": package_hash(),
         "versions": versions(),
         "platform": platform.platform(),

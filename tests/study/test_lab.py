@@ -1,16 +1,14 @@
 """The JupyterLab that the kit starts, against a configuration that would open it to everyone."""
 
-import os
 import re
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
+import warm
 
 OPEN_TO_ALL = """
 c.ServerApp.ip = "0.0.0.0"
@@ -27,38 +25,24 @@ def lab(tmp_path):
     (tmp_path / "jupyter_server_config.py").write_text(OPEN_TO_ALL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "dispersive_kit.cli", "lab", "--no-browser", "--port", port]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        port = free.getsockname()[1]
+    places = {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    process = warm.start("dispersive-kit", "lab", "--no-browser", "--port", port, **places)
     try:
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "is running at" in line:
-                break
-        address = re.search(rf"^open (http://127\.0\.0\.1:{port}/lab\?token=\w+)$", said, re.MULTILINE)
-        assert address and "is running at" in said, said
-        wait_until_it_answers(int(port))
-        yield address[1], process.pid
+        end = time.monotonic() + 120
+        while not answers(port):
+            assert process.poll() is None and time.monotonic() < end, process.output
+            time.sleep(0.1)
+        address = re.search(rf"^open (http://127\.0\.0\.1:{port}/lab\?token=\w+)$", process.output, re.MULTILINE)
+        assert address, process.output
+        yield address[1]
     finally:
         process.kill()  # no kernel was started
-        process.communicate()
 
 
-def wait_until_it_answers(port, seconds=60):
-    """It says that it runs a little before it listens."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with socket.socket() as caller:
-            if caller.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
+def answers(port):
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 def status(address):
@@ -70,11 +54,10 @@ def status(address):
 
 
 def test_jupyterlab_listens_on_localhost_with_a_token_whatever_its_configuration_says(lab):
-    address, pid = lab
-    base, token = re.match(r"(.+)/lab\?token=(\w+)", address).groups()
+    base, token = re.match(r"(.+)/lab\?token=(\w+)", lab).groups()
     assert len(token) == 48
     assert status(f"{base}/api/contents") == 403 == status(f"{base}/api/contents?token=wrong")
     assert status(f"{base}/api/contents?token={token}") == 200
     with pytest.raises(urllib.error.URLError):  # another address of this machine, as a neighbour would see it
         urllib.request.urlopen(base.replace("127.0.0.1", "127.0.0.2"), timeout=5)
-    assert token not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert token not in subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout

@@ -41,7 +41,7 @@ def run(
     run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, executor=executor, workers=workers)
 
 
-def list_runs() -> None:
+def _list_runs() -> None:
     """List the runs of notebooks and pipelines in the runs folder ($DISPERSIVE_KIT_RUNS, else runs/)."""
     from dispersive_kit.study.report import runs_table
 
@@ -61,7 +61,7 @@ def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | No
     print(f"exported: {export_run(run, out, step=step)}")
 
 
-def study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
+def _study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
     """Run what is not done yet of a study; give the same command again after a stop or kill.
 
     Args:
@@ -87,7 +87,7 @@ def study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
     _report_study(opened, conclude(opened, folder), folder)
 
 
-def study_report(plan: Name, out: Path | None = None) -> None:
+def _study_report(plan: Name, out: Path | None = None) -> None:
     """Write the page of a study and print its verdicts: of the runs made here, else of the results that come along.
 
     Args:
@@ -128,7 +128,7 @@ def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
     return elements
 
 
-def study_list() -> None:
+def _study_list() -> None:
     """List the plans that come with the kit, and what they found."""
     from dispersive_kit.study.plan import load_plan, shipped_plans
     from dispersive_kit.study.report import as_table
@@ -145,7 +145,7 @@ def study_list() -> None:
     print(as_table(rows))
 
 
-def study_table() -> None:
+def _study_table() -> None:
     """The verdicts of all studies that come with the kit, as the README has them."""
     from dispersive_kit.study.verdict import evidence_markdown
 
@@ -210,14 +210,14 @@ def _tasks(doc: str, **tasks: Callable[..., None]) -> Callable[..., None]:
 STUDY_COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "runs": _tasks(
-        "List the runs of notebooks and pipelines, or export one of a training.", list=list_runs, export=export
+        "List the runs of notebooks and pipelines, or export one of a training.", list=_list_runs, export=export
     ),
     "study": _tasks(
         "Run a pre-registered study, report one, list those that come with the kit, or show all their verdicts.",
-        run=study_run,
-        report=study_report,
-        list=study_list,
-        table=study_table,
+        run=_study_run,
+        report=_study_report,
+        list=_study_list,
+        table=_study_table,
     ),
     "lab": lab,
     "console": console,

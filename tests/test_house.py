@@ -1,5 +1,6 @@
 """What the repository promises about itself."""
 
+import ast
 import re
 import statistics
 import subprocess
@@ -7,7 +8,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+
+from dispersive_kit.cli import COMMANDS, main
+from dispersive_kit.training.config import RegularizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,23 +48,87 @@ def as_numbers(version):
 
 
 def test_importing_the_kit_is_light():
-    """Beyond torch: under 0.3 s, and none of the heavy packages."""
+    """Beyond torch: under 0.1 s, and none of the heavy packages."""
     code = (
-        "import sys, time, torch; t = time.process_time(); import dispersive_kit; t = time.process_time() - t\n"
+        "import sys, time, torch; t = time.process_time(); from dispersive_kit import *; t = time.process_time() - t\n"
         "heavy = {'matplotlib', 'papermill', 'anywidget', 'diffusers', 'umap', 'sklearn', 'scipy', 'accelerate',"
-        " 'tyro', 'torchvision', 'seaborn'}\n"
+        " 'tyro', 'torchvision', 'seaborn', 'pydantic'}\n"
         "print(t); print(sorted(heavy & set(sys.modules)))"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     seconds, heavy = zip(*(run.stdout.split("\n")[:2] for run in runs), strict=True)
-    assert min(map(float, seconds)) < 0.3
+    assert min(map(float, seconds)) < 0.1
     assert set(heavy) == {"[]"}
 
 
-def test_files_are_short_enough_to_read():
-    lines = {p: len(p.read_text().splitlines()) for p in (ROOT / "dispersive_kit").rglob("*.py")}
-    assert {str(p): n for p, n in lines.items() if n > 620} == {}
-    assert statistics.median(lines.values()) < 120
+# A change that passes one of these takes something away first, or says here why the kit needs more. Four stand above
+# what is aimed at (9,000 lines in 65 files, 10,500 lines of tests) and only ever go down.
+BUDGET = {
+    "lines of the package": 11_600,
+    "files of the package": 68,
+    "public names": 330,
+    "settings of a training": 45,
+    "flags": 60,
+    "commands": 11,
+    "lines of the longest file": 400,
+    "lines of the median function": 12,
+    "lines of the browser module": 1_000,
+    "lines of scripts that make artefacts": 300,
+    "lines of tests": 12_700,
+    "longest line": 120,
+}
+
+
+def lines_of(files):
+    return {file: file.read_text(encoding="utf-8").splitlines() for file in files}
+
+
+def functions_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def flags_of(command, capsys):
+    """The options that `command --help` lists, those of its tasks among them; --flip/--no-flip is one."""
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    if tasks := re.search(r"^usage: dispersive-kit [\w ]+ \[-h\] \{([\w,-]+)\}", " ".join(text.split())):
+        return [flag for task in tasks[1].split(",") for flag in flags_of([*command, task], capsys)]
+    options = re.findall(r"^(?:│ |  )(?:-\w[^,\n]*, )?--([\w-]+)", text, flags=re.MULTILINE)
+    return [f"{' '.join(command)} --{name}" for name in options if name != "help"]
+
+
+def test_the_house_stays_within_its_budgets(capsys):
+    package = lines_of((ROOT / "dispersive_kit").rglob("*.py"))
+    trees = [ast.parse("\n".join(lines)) for lines in package.values()]
+    public = [
+        node.name
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    lengths = [f.end_lineno - f.lineno + 1 for tree in trees for f in functions_of(tree)]
+    settings = [*TrainConfig.model_fields, *RegularizerConfig.model_fields]
+    settings.remove("regularizer")
+    scripts = lines_of((ROOT / "data").glob("*.py"))
+    browser = lines_of((ROOT / "dispersive_kit").rglob("*.js"))
+    tests = lines_of((ROOT / "tests").rglob("*.py"))
+    found = {
+        "lines of the package": sum(map(len, package.values())),
+        "files of the package": len(package),
+        "public names": len(public),
+        "settings of a training": len(settings),
+        "flags": sum(len(flags_of([name], capsys)) for name in COMMANDS),
+        "commands": len(COMMANDS),
+        "lines of the longest file": max(map(len, package.values())),
+        "lines of the median function": statistics.median(lengths),
+        "lines of the browser module": sum(map(len, browser.values())),
+        "lines of scripts that make artefacts": sum(map(len, scripts.values())),
+        "lines of tests": sum(map(len, tests.values())),
+        "longest line": max(len(line) for lines in (package | tests | browser | scripts).values() for line in lines),
+    }
+    assert found.keys() == BUDGET.keys()
+    assert {name: (n, BUDGET[name]) for name, n in found.items() if n > BUDGET[name]} == {}
 
 
 def test_the_readme_shows_the_commands_that_exist():

@@ -339,7 +339,8 @@ def exercises() -> dict[str, tuple[Path, str, str]]:
         for cell, after in itertools.pairwise(read(path).cells):
             name = next((t[9:] for t in cell.metadata.get("tags", []) if t.startswith("exercise:")), None)
             if name:
-                found[name] = path, cell.source, re.search(r"```python\n(.+?)```", after.source, re.DOTALL)[1]  # type: ignore[index]
+                (solution,) = re.findall(r"```python\n(.+?)```", after.source, re.DOTALL)
+                found[name] = path, cell.source, solution
     return found
 
 

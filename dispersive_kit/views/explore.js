@@ -65,7 +65,7 @@ export function render({ model, el }) {
   el.append(element("style", {}, CSS));
   const root = element("div", { class: "dk" });
   el.append(root);
-  if (el !== document.body) root.addEventListener("keydown", event => event.stopPropagation()); // JupyterLab has shortcuts
+  if (el !== document.body) root.addEventListener("keydown", event => event.stopPropagation()); // Lab has shortcuts
   const listeners = [];
   const heard = message => listeners.forEach(listener => listener(message));
   model.on("msg:custom", heard);
@@ -542,7 +542,8 @@ function quiz(root, spec) {
   const said = element("output", { "aria-live": "polite" }), picture = element("div", { class: "picture" });
   const votes = { left: "left", right: "right", neither: "no difference" }, picked = [];
   const buttons = Object.entries(votes).map(([side, name]) => button(name, () => answer(side)));
-  root.append(element("div", { class: "controls" }, element("span", {}, "Which look better?"), ...buttons, said), picture);
+  const asked = element("span", {}, "Which look better?");
+  root.append(element("div", { class: "controls" }, asked, ...buttons, said), picture);
 
   function ask() {
     const k = picked.length, [left, right] = spec.swapped[k] ? [1, 0] : [0, 1];
@@ -597,7 +598,8 @@ function latency(root, spec, kernel) {
     const counted = times.slice(1).sort((a, b) => a - b); // the first waited for the cell to end
     const median = counted[counted.length >> 1];
     said.textContent = `to the kernel and back: median ${median.toFixed(0)} ms, slowest `
-      + `${counted.at(-1).toFixed(0)} ms of ${counted.length}: sliders ${median < 60 ? "feel immediate" : "lag; is the kernel far away, or busy?"}`;
+      + `${counted.at(-1).toFixed(0)} ms of ${counted.length}: sliders `
+      + (median < 60 ? "feel immediate" : "lag; is the kernel far away, or busy?");
   });
   start();
 }

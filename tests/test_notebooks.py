@@ -339,8 +339,8 @@ def exercises() -> dict[str, tuple[Path, str, str]]:
         for cell, after in itertools.pairwise(read(path).cells):
             name = next((t[9:] for t in cell.metadata.get("tags", []) if t.startswith("exercise:")), None)
             if name:
-                (solution,) = re.findall(r"```python\n(.+?)```", after.source, re.DOTALL)
-                found[name] = path, cell.source, solution
+                solutions = re.findall(r"```python\n(.+?)```", after.source, re.DOTALL)
+                found[name] = path, cell.source, solutions[0]
     return found
 
 

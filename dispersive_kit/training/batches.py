@@ -7,6 +7,7 @@ that differ only in the regulariser see the same images, times, noise and label 
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -63,17 +64,18 @@ class Batch:
         return Batch(self.x0[keep], self.y[keep], self.labels[keep], self.draws[keep])
 
 
-class _TrainingSet:
+class _TrainingSet(ABC):
     """A set that global batches are drawn from; the device is where they lie."""
 
     device: torch.device
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Samples in the set."""
 
+    @abstractmethod
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x0 (B, ...) and labels (B,) of one step; `generator` is the step's own."""
-        raise NotImplementedError
 
     def batch(
         self,

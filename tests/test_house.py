@@ -131,6 +131,26 @@ def test_the_house_stays_within_its_budgets(capsys):
     assert {name: (n, BUDGET[name]) for name, n in found.items() if n > BUDGET[name]} == {}
 
 
+def test_every_command_and_flag_that_is_named_somewhere_exists(capsys):
+    """In pages, notebooks, docstrings and messages; mutation: a command or flag that went and is still recommended."""
+    known = {flag for name in COMMANDS for flag in re.findall(r"--[\w-]+", " ".join(flags_of([name], capsys)))}
+    known |= {
+        "--" + flag for flag in ("no-flip", "no-browser", "help", "version", "nproc_per_node", "multi_gpu", "cpu")
+    }
+    known |= {"--num_processes", "--name", "--sys-prefix"}  # of accelerate, of ipykernel
+    pages = [ROOT / name for name in ("README.md", "data/README.md", "CONTRIBUTING.md")]
+    pages += [*(ROOT / "notebooks").rglob("*.ipynb"), *(ROOT / "dispersive_kit").rglob("*.py")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"dispersive-kit (\w+)", text)) & {"demo", "latents", "artefacts", "export", *COMMANDS}
+        assert named <= COMMANDS.keys(), (page, named - COMMANDS.keys())
+        if page.suffix == ".py":  # sentences, not the arguments of other programs
+            strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+            text = "\n".join(s for s in strings if isinstance(s, str) and not s.startswith("--") and " " in s)
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+\b", text))
+        assert flags <= known, (page, flags - known)
+
+
 def test_the_readme_shows_the_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     for target in ("make demo", "make test", "make lab"):

@@ -71,7 +71,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
-        """What the diffusion model speaks of (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        """Latents as the diffusion model has them (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
         return self.network.decode((x / self.card.scale + self.card.shift).to(self.device)).to(x.device)
 
 

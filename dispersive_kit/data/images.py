@@ -191,7 +191,7 @@ def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSe
         raise DataError(
             f"{name} is not in {folder}, and {why}. Put there either {TORCHVISION_SETS[name]}, or {name}.npz with "
             "arrays images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder "
-            "with --data-dir or the variable DISPERSIVE_KIT_DATA"
+            "with the setting data_dir or the variable DISPERSIVE_KIT_DATA"
         ) from error
     images = torch.as_tensor(found.data)  # (N, H, W), or (N, H, W, C)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
@@ -33,7 +32,7 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.regularizers.losses import LossOptions
 from dispersive_kit.training.runs import run_folder
-from dispersive_kit.views.figures import BLUE, RED
+from dispersive_kit.views.figures import RED, scatter
 from dispersive_kit.views.lessons import PATHS, SAMPLERS, block_maps, cloud, level_names, trajectory
 from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
@@ -54,19 +53,14 @@ STEPS = (1, 2, 4, 8, 16)
 
 def playground() -> Explorer:
     """Points that can be dragged, where the loss pushes each, and how far the loss is from its floor."""
-    z, scales = cloud(16).clone().requires_grad_(), np.geomspace(0.1, 6, 15)
+    z = cloud(16).requires_grad_()
     loss, low = dispersive_loss(z, tau=0.5), _floor("l2", 0.5, 16)
     (gradient,) = torch.autograd.grad(loss, z)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    left.quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
-    left.plot(*z.detach().T, "o", color=BLUE)
-    left.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title="pushed downhill")
-    right.plot(scales, [float(dispersive_loss(k * cloud(16), tau=0.5)) for k in scales], color=BLUE)
-    right.plot(1, loss.item(), "o", color=RED)
-    right.axhline(low, color="black", linestyle="--")
-    right.set(xscale="log", xlabel="scale s", title="loss at every scale")
-    alt = f"16 points and where each is pushed; their loss at every scale: {loss.item():.3f} at 1, floor {low:.3f}."
-    return Explorer(_playground(), still(figure, alt))
+    figure = scatter({f"loss {loss:.3f}, floor {low:.3f}": z.detach()}, size=4)
+    figure.axes[0].quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
+    return Explorer(
+        _playground(), still(figure, f"16 points, and where each is pushed: loss {loss:.3f}, floor {low:.3f}.")
+    )
 
 
 def _playground() -> dict[str, Any]:
@@ -151,7 +145,14 @@ def _noise() -> dict[str, Any]:
     return {"kind": "noise", "controls": controls, "start": (0, 0, 50), "sets": sets, "paths": paths, "eps": eps}
 
 
-def _sampler() -> dict[str, Any]:
+def trajectories() -> Explorer:
+    """Where each step of a sampler leads through the exact field of eight Gaussians, as a film."""
+    ends = {"Euler, 4 steps": trajectory("Euler", 4)[-1], "the same noise, carried exactly": trajectory("RK4", 128)[-1]}
+    alt = "Samples of Euler's method in 4 steps, and where the exact ODE carries the same noise: eight spots."
+    return Explorer(_trajectories(), still(scatter(ends), alt))
+
+
+def _trajectories() -> dict[str, Any]:
     controls = {"sampler": list(SAMPLERS), "steps": STEPS, "part": _short(np.linspace(0, 1, 21))}
     ways = {f"{s},{n}": _short(trajectory(s, n)[:, :200]) for s in SAMPLERS for n in STEPS}  # (n + 1, 200, 2)
     calls = {name: calls for name, (_, calls) in SAMPLERS.items()}
@@ -232,7 +233,7 @@ def _console(seed: int) -> dict[str, Any]:
     demos = {
         "playground": _playground(),
         "noise": _noise(),
-        "sampler": _sampler(),
+        "sampler": _trajectories(),
         "training": _training(),
         "guidance": _guidance(files),
         "map": _map(files),
@@ -242,16 +243,11 @@ def _console(seed: int) -> dict[str, Any]:
     return {"kind": "console", "demos": demos}
 
 
-def console_html() -> str:
-    """The console as one page. The browser itself refuses every address, and every script but this one."""
+def write_console(file: Path) -> int:
+    """Write the console as one page, whose policy refuses every address and other script; gives its size in bytes."""
     page = Path(__file__).with_name("console.html").read_text(encoding="utf-8")
     script = "\n" + MODULE.read_text(encoding="utf-8") + "\nalone();\n"
     data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return page.replace("{{ digest }}", digest).replace("{{ script }}", script).replace("{{ data }}", data)
-
-
-def write_console(file: Path) -> int:
-    """Write the page, and say how many bytes it has."""
-    file.write_text(console_html(), encoding="utf-8")
-    return file.stat().st_size
+    page = page.replace("{{ digest }}", digest).replace("{{ script }}", script).replace("{{ data }}", data)
+    return file.write_bytes(page.encode())

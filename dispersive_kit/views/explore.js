@@ -10,6 +10,7 @@ const SQUARE = 420;
 const LEFT = [150, 44, SQUARE, SQUARE], RIGHT = [660, 44, SQUARE, SQUARE]; // left, top, width, height of two panels
 const FILM_MS = 4000; // what a smooth play takes from end to end
 const PINGS = 20; // to the kernel and back
+const PAUSE_MS = 50; // before the kernel draws what was not asked for: the next key press goes first
 const FRAME_MS = 500; // how long one of a few frames is seen
 
 const EXTENT = 7.8, ARROW = 1.3; // of the playground: half side of its plane, length of an arrow for B |g| >= 1
@@ -215,34 +216,40 @@ function panel([left, top, width, height], [x0, x1], [y0, y1]) {
 function frames(root, spec, kernel) {
   const known = new Map(), picture = element("div", { class: "picture" });
   const { made, row, place } = controlRow(spec.controls, spec.start, show), here = () => place().join();
-  let told = "", waits = false, shown = "";
+  let asked = "", shown = "";
   for (const [key, frame] of Object.entries(spec.frames)) known.set(key, drawn(frame));
   if (spec.play) row.append(...player(made[spec.play], { ready: () => shown === here() }));
   root.append(row, picture);
 
   async function show() {
     const key = here(), frame = known.get(key);
-    if (spec.asks) tell(key);
     picture.setAttribute("aria-busy", !frame);
-    if (!frame) return;
+    if (!frame) return ask(place());
+    if (spec.asks) setTimeout(() => ask(neighbour()), PAUSE_MS);
     await Promise.all([...frame.querySelectorAll("img")].map(one => one.decode().catch(() => {}))); // no blank between
-    if (key !== here()) return;
+    if (key !== here() || key === shown) return;
     picture.replaceChildren(frame);
     shown = key;
   }
 
-  function tell(key) { // one at a time: of the keys pressed meanwhile only the last counts
-    if (waits || key === told) return;
-    [told, waits] = [key, true];
-    kernel.ask({ place: place(), known: known.has(key) });
+  function ask(wanted) { // one at a time: of the keys pressed meanwhile only the last counts
+    if (asked || !wanted) return;
+    asked = wanted.join();
+    kernel.ask({ place: wanted });
   }
 
-  kernel.hear(({ place: drawnAt, html, fault }) => { // also unasked: what may come next
+  /** A place one step away that is not drawn yet: asked for in a pause, since drawing takes longer than a key repeats. */
+  function neighbour() {
+    const near = place().flatMap((i, k) => [i + 1, i - 1].map(j => place().with(k, j))
+      .filter(one => one[k] >= 0 && one[k] < Object.values(spec.controls)[k].length));
+    return near.find(one => !known.has(one.join()));
+  }
+
+  kernel.hear(({ place: drawnAt, html, fault }) => {
     const key = drawnAt.join();
-    if (html) known.set(key, drawn(html));
-    if (fault) known.set(key, element("pre", { class: "fault", role: "alert" }, fault));
-    if (key === told) waits = false;
-    if (shown !== here() || told !== here()) show();
+    known.set(key, fault ? element("pre", { class: "fault", role: "alert" }, fault) : drawn(html));
+    if (key === asked) asked = "";
+    show();
   });
   show();
 }

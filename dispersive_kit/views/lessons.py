@@ -56,25 +56,17 @@ def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figur
     return figure
 
 
-@cache
 def cloud(B: int) -> Tensor:
-    """B points of a disc of radius 1.3 (B, 2), float64, each as far as it can be from those before it: a larger batch
-    has the points of a smaller one, and they are nearer to each other.
-    """
-    rng = torch.Generator().manual_seed(3)
-    radius, turn = torch.rand(2, 800, generator=rng, dtype=torch.float64)
-    angle = 2 * math.pi * turn
-    disc = 1.3 * radius.sqrt()[:, None] * torch.stack([angle.cos(), angle.sin()], 1)  # (800, 2)
-    chosen = [0]
-    for _ in range(B - 1):
-        chosen.append(int(torch.cdist(disc, disc[chosen]).amin(1).argmax()))
-    return disc[chosen]
+    """The first B points (B, 2), float64, of a sequence that fills a disc of radius 1.3 ever more densely."""
+    radius, turn = (0.5 + torch.arange(B).double()[:, None] * torch.tensor([0.7548776662, 0.5698402910])).frac().T
+    angle = 2 * math.pi * turn  # Roberts' R2 sequence, on the disc
+    return 1.3 * radius.sqrt()[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 # ---- sampling with the exact velocity of eight Gaussians
 
 T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
-POINTS, SHOWN = 300, 24
+POINTS = 300
 SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # with the evaluations of a step
     "Euler": (euler, 1),
     "Heun": (heun, 2),
@@ -105,18 +97,6 @@ def trajectory(sampler: str, num_steps: int) -> Tensor:
         callback=lambda _i, _t, x: visited.append(x),
     )  # fmt: skip
     return torch.stack(visited)
-
-
-def stepper(sampler: str = "Euler", num_steps: int = 4, part: float = 1.0) -> Figure:
-    """Left: samples after a part of the steps, and the way some of them took. Right: where the exact ODE takes them."""
-    ways, done = trajectory(sampler, num_steps), int(part * num_steps)
-    here = f"{sampler}: step {done} of {num_steps}, {done * SAMPLERS[sampler][1]} evaluations"
-    ends = {here: ways[done], "the same noise, carried exactly": trajectory("RK4", 128)[-1]}
-    figure = scatter(ends, extent=3.2, size=4.4)
-    figure.axes[0].plot(*ways[: done + 1, :SHOWN].unbind(2), color=GREY, linewidth=0.8, marker=".", markersize=3)
-    for axis in figure.axes:
-        axis.plot(*DATA.means.T, "+", color="black", markersize=9)
-    return figure
 
 
 # ---- inside a model

@@ -30,17 +30,11 @@ def overlapping(texts):
     return [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
-# ---- on the page
-
-
 def test_a_figure_on_the_page_carries_its_alternative_text_inside():
     figure = figures.curves({"y": {"a": ([0, 1], [0, 1])}})
     page = figures.figure_html(figure, alt='two "lines" <cross>', caption="a & b")
     assert re.search(r'<img [^>]*alt="two &quot;lines&quot; &lt;cross&gt;"', page)
     assert page.startswith("<figure") and "a &amp; b" in page and "data:image/png;base64," in page
-
-
-# ---- curves
 
 
 def test_an_arm_has_one_colour_in_all_panels_its_null_too_and_a_number_is_a_dotted_level():
@@ -65,39 +59,27 @@ def test_the_legend_lies_on_no_panel(panels):
     assert not any(axis.get_legend() or legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
 
 
-METRICS = {
-    "base": [{"step": s, "gap": 3 / s, "feature_rms": 1.0, "gradient_ratio": 0.1 / s} for s in (1, 10, 20)],
-    "paper": [{"step": 1, "gap": 0.0, "feature_rms": 9.0, "gradient_ratio": 0.1}, {"step": 25, "held_out": 0.5}],
-}
-
-
 def test_what_was_logged_is_drawn_and_lines_without_the_key_are_passed_over():
-    assert figures.logged(METRICS, "gap") == {"base": ((1, 10, 20), (3, 0.3, 0.15)), "paper": ((1,), (0.0,))}
-    assert figures.logged(METRICS, "held_out") == {"paper": ((25,), (0.5,))}
-    figure = figures.saturation(METRICS)
+    lines = [{"step": s, "gap": 3 / s, "feature_rms": 1.0, "gradient_ratio": 0.1 / s} for s in (1, 10)]
+    metrics = {"base": lines, "paper": [{**lines[0], "gap": 0.0}, {"step": 25, "held_out": 0.5}]}
+    assert figures.logged(metrics, "gap") == {"base": ((1, 10), (3, 0.3)), "paper": ((1,), (0.0,))}
+    assert figures.logged(metrics, "held_out") == {"paper": ((25,), (0.5,))}
+    figure = figures.saturation(metrics)
     figure.canvas.draw()
     assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2]
 
 
-# ---- tables, images, points, distributions
-
-
-def test_tables_share_one_scale_of_colours_and_the_difference_is_centred():
+def test_tables_share_one_scale_of_colours_and_every_number_stands_in_its_field():
     figure = figures.heatmaps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, rows="ab", difference=True)
     figure.canvas.draw()
-    base, loss, apart = (axis.collections[0].get_clim() for axis in figure.axes)
-    assert base == loss == (0, 1) and apart == (-1, 1)
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a", "b"]
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "2", "3"]
-
-
-def test_every_number_stands_in_its_field_on_a_log_scale_too_or_a_bar_tells_the_colours():
+    assert [axis.collections[0].get_clim() for axis in figure.axes] == [(0, 1), (0, 1), (-1, 1)]
+    ticks = figure.axes[0].get_yticklabels(), figure.axes[0].get_xticklabels()
+    assert [[tick.get_text() for tick in side] for side in ticks] == [["a", "b"], ["1", "2", "3"]]
     table = np.array([[2.0, 3.0], [40.0, 5.0]])
-    figure = figures.heatmaps({"base": table}, rows=(1, 4), columns=("a", "b"), fmt=".1f", limits=(1.5, 40), log=True)
-    axis = figure.axes[0]
-    assert [t.get_text() for t in axis.texts] == ["2.0", "3.0", "40.0", "5.0"]
-    assert axis.collections[0].get_clim() == (1.5, 40)
-    figure = figures.heatmaps({"x": table, "y": table}, fmt="")
+    figure = figures.heatmaps({"base": table}, fmt=".1f", limits=(1.5, 40), log=True)
+    assert [t.get_text() for t in figure.axes[0].texts] == ["2.0", "3.0", "40.0", "5.0"]
+    assert figure.axes[0].collections[0].get_clim() == (1.5, 40)
+    figure = figures.heatmaps({"x": table, "y": table}, fmt="")  # a bar tells the colours
     assert len(figure.axes) == 3 and not figure.axes[0].texts
 
 
@@ -124,28 +106,15 @@ def test_panels_of_points_share_their_axes_and_classes_have_colour_and_numeral()
     assert len({tuple(c.get_facecolor()[0]) for c in figure.axes[0].collections}) == 3
 
 
-@pytest.mark.parametrize("kind", ["hist", "ecdf", "kde"])
-def test_distributions_are_a_line_each(kind):
-    figure = figures.distribution({"a": torch.randn(50), "b": np.arange(50.0)}, kind, xlim=(-3, 3))
-    figure.canvas.draw()
-    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
-
-
-def test_pairwise_distances_are_the_definition():
+def test_distances_are_the_definition_and_size_alone_moves_only_the_raw_ones():
     z = torch.randn(5, 2, 3, dtype=torch.float64)
     i, j = np.triu_indices(5, 1)
     assert np.allclose(figures.pairwise_distances(z), ((z[i] - z[j]) ** 2).flatten(1).mean(1))
-
-
-def test_only_size_moves_the_raw_distances_and_not_the_scaled_ones():
-    z = torch.randn(20, 8)
-    figure = figures.pairwise_histogram({"z": z, "8 z": 8 * z})
-    raw, scaled = figure.axes[1].lines, figure.axes[3].lines
+    raw, scaled = (figures.pairwise_histogram({"z": z, "8 z": 8 * z}).axes[k].lines for k in (1, 3))
     assert not np.allclose(raw[0].get_xdata()[1:], raw[1].get_xdata()[1:])
     assert np.allclose(scaled[0].get_xdata()[1:], scaled[1].get_xdata()[1:])
-
-
-# ---- intervals and studies
+    figure = figures.distribution({"a": torch.randn(50), "b": np.arange(50.0)}, "kde", xlim=(-3, 3))
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
 
 
 def test_a_forest_has_a_panel_a_metric_with_its_level_and_draws_an_interval_that_misses_its_value():
@@ -160,56 +129,41 @@ def test_a_forest_has_a_panel_a_metric_with_its_level_and_draws_an_interval_that
     assert {"base", "paper", "4.0", "40.0"} <= set(text_of(figure).split())
 
 
-@pytest.fixture
-def results():
-    values = {"base": 4.0, "paper": 12.0}
-    runs = [
-        {"arm": arm, "condition": "one", "seed": seed, "values": {"frechet": value + seed} if seed < 5 else {}}
-        for seed in range(6)
-        for arm, value in values.items()
+def study(means, seeds, words):
+    """Runs and verdicts of arms by their values; without a value every run crashed."""
+    of = {arm: {"frechet": mean} if mean else {} for arm, mean in means.items()}
+    runs = [{"arm": arm, "condition": "one", "seed": seed, "values": of[arm]} for seed in range(seeds) for arm in means]
+    summary = [
+        {"condition": "one", "arm": arm, "values": {"frechet": {"mean": mean}} if mean else {}}
+        for arm, mean in means.items()
     ]
-    verdict = {"arm": "paper", "condition": "one", "measure": "frechet", "word": "worse", "margin": 0.1}
-    return {
-        "reference": "base",
-        "runs": runs,
-        "summary": [{"condition": "one", "arm": arm, "values": {"frechet": {"mean": v}}} for arm, v in values.items()],
-        "record": {"floor_value": 2.8},
-        "verdicts": [{**verdict, "low": 0.8, "mean": 1.0, "high": 1.2}],
-    }
+    verdict = {"condition": "one", "measure": "frechet", "margin": 0.1, "low": 0.8, "mean": 1.0, "high": 1.2}
+    verdicts = [{**verdict, "arm": arm, "word": words[k % len(words)]} for k, arm in enumerate(means) if arm != "base"]
+    return {"reference": "base", "runs": runs, "summary": summary, "record": {}, "verdicts": verdicts}
 
 
-def test_a_line_a_seed_and_the_interval_of_the_ratio_with_its_word(results):
+def test_a_line_a_seed_and_the_interval_of_the_ratio_with_its_word():
+    results = study({"base": 4.0, "paper": 12.0}, 5, ["worse"])
     above, below = slope_graph(results).axes
-    lines = [line for line in above.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"]
-    assert [list(line.get_ydata()) for line in lines[:2]] == [[4.0, 12.0], [5.0, 13.0]] and len(lines) == 6
+    assert [list(line.get_ydata()) for line in above.lines] == [[4.0, 12.0]] * 5
     assert [label.get_text() for label in below.texts] == ["worse"]
     assert below.containers[0].lines[0].get_xdata()[0] == pytest.approx(math.e)
     assert (above.get_ylabel(), above.get_title()) == ("Fréchet distance", "")  # no name of a measure or a condition
-
-
-def test_a_measure_without_a_registered_contrast_has_lines_and_no_interval(results):
-    (above,) = slope_graph({**results, "verdicts": []}).axes
-    assert len(above.lines) >= 6 and not above.containers
+    (alone,) = slope_graph({**results, "verdicts": [], "record": {"floor_value": 2.8}}).axes  # no contrast registered
+    assert len(alone.lines) == 6 and not alone.containers
 
 
 def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overlap():
     """Reference first; an arm whose runs all crashed, last."""
-    means = {f"a long name {k}": float((k * 5) % 13 + 1) for k in range(11)} | {"base": 4.0}
-    arms = [*means, "crashed"]
-    of = {arm: {"frechet": means[arm]} if arm in means else {} for arm in arms}
-    runs = [{"arm": arm, "condition": "one", "seed": seed, "values": of[arm]} for seed in range(9) for arm in arms]
-    summary = [
-        {"condition": "one", "arm": arm, "values": {"frechet": {"mean": means[arm]}} if arm in means else {}}
-        for arm in arms
-    ]
-    verdict = {"condition": "one", "measure": "frechet", "margin": 0.1, "low": -0.1, "mean": 0.0, "high": 0.1}
-    verdicts = [{**verdict, "arm": arm, "word": WORDS[k % 4]} for k, arm in enumerate(arms) if arm != "base"]
-    figure = slope_graph({"reference": "base", "runs": runs, "summary": summary, "record": {}, "verdicts": verdicts})
+    means = {f"a long name {k}": float((k * 5) % 13 + 1) for k in range(11)} | {"base": 4.0, "crashed": None}
+    figure = slope_graph(study(means, 9, WORDS))
     above, below = figure.axes
     figure.canvas.draw()
     names = [label.get_text() for label in above.get_xticklabels()]
     assert names[0] == "base" and names[-1] == "crashed"
-    assert [means[name] for name in names[1:-1]] == sorted(means[name] for name in means if name != "base")
+    assert [means[name] for name in names[1:-1]] == sorted(
+        filter(None, [means[name] for name in means if name != "base"])
+    )
     assert [label.get_text() for label in below.get_yticklabels()] == names[1:]
     assert len(below.texts) == 12 and not overlapping(below.get_yticklabels()) and not overlapping(below.texts)
     step = np.diff([label.get_window_extent().x1 for label in above.get_xticklabels()])

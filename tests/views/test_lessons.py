@@ -1,5 +1,6 @@
 """What the lessons show: true to the library, and drawn on axes that do not move with the sliders."""
 
+import inspect
 import math
 from itertools import product
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.diffusion.samplers import rk4
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers import dispersive_loss
-from dispersive_kit.views import lessons, style
+from dispersive_kit.views import lessons, show_source, style
 from dispersive_kit.views.figures import pairwise_distances
 
 
@@ -24,11 +27,6 @@ def clean_figures():
 
 def points(n=50, seed=0):
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-
-
-def limits(figure):
-    figure.canvas.draw()
-    return [(axis.get_xlim(), axis.get_ylim()) for axis in figure.axes]
 
 
 @pytest.fixture(scope="module")
@@ -58,47 +56,27 @@ def taps():
     return views
 
 
-# ---- frames
+def test_a_frame_keeps_its_axes_at_every_corner_of_its_sliders(inside, taps):
+    def fields(t):
+        zero = torch.zeros_like
+        return lessons.field_panels({"exact": lessons.exact_velocity, "zero": lambda x, _t: zero(x)}, points(), t)
 
+    def axes(figure):
+        figure.canvas.draw()
+        return [(axis.get_xlim(), axis.get_ylim()) for axis in figure.axes]
 
-def fields(t):
-    zero = torch.zeros_like
-    return lessons.field_panels({"exact": lessons.exact_velocity, "zero": lambda x, _t: zero(x)}, points(), t)
-
-
-FRAMES = {
-    "fields": (fields, [(0.1,), (0.9,)]),
-    "stepper": (lessons.stepper, product(lessons.SAMPLERS, (1, 32), (0.0, 1.0))),
-}
-
-
-@pytest.mark.parametrize("name", FRAMES)
-def test_a_frame_keeps_its_axes_at_every_corner_of_its_sliders(name):
-    frame, corners = FRAMES[name]
-    first, *others = (limits(frame(*corner)) for corner in corners)
-    assert others and all(other == first for other in others)
-
-
-def test_inside_a_block_axes_stay_whatever_block_and_time(inside):
-    first, *others = (limits(inside.frame(*corner)) for corner in product((0, 3), (0.02, 0.98)))
-    assert all(other == first for other in others)
-
-
-def test_the_tap_chooser_keeps_its_axes_whatever_tap_and_tau(taps):
-    first, *others = (limits(taps.frame(*corner)) for corner in product(("0", "2"), (1e-3, 20.0)))
+    inner = product((0, 3), (0.02, 0.98))
+    for frame, corners in ((fields, [(0.1,), (0.9,)]), (inside.frame, inner)):
+        first, *others = (axes(frame(*corner)) for corner in corners)
+        assert others and all(other == first for other in others)
+    first, *others = (axes(taps.frame(*corner)) for corner in product(("0", "2"), (1e-3, 20.0)))
     assert all(other[0::2] == first[0::2] and other[1][0] == first[1][0] for other in others)  # counts are of the tap
-
-
-# ---- sampling
 
 
 def test_a_trajectory_begins_at_the_same_noise_and_ends_on_the_data():
     ways = [lessons.trajectory(name, 32) for name in lessons.SAMPLERS]
     assert all(len(way) == 33 and torch.equal(way[0], ways[0][0]) for way in ways)
-    for way in ways:
-        assert torch.cdist(way[-1], lessons.DATA.means.double()).amin(1).mean() < 0.25
-    figure = lessons.stepper("Heun", 4, 0.5)
-    assert figure.axes[0].get_title() == "Heun: step 2 of 4, 4 evaluations"
+    assert all(torch.cdist(way[-1], lessons.DATA.means.double()).amin(1).mean() < 0.25 for way in ways)
 
 
 def test_the_conditional_velocity_is_that_of_the_class_and_the_null_class_is_all():
@@ -110,11 +88,10 @@ def test_the_conditional_velocity_is_that_of_the_class_and_the_null_class_is_all
     assert torch.allclose(mixed[4:], lessons.exact_velocity(x, t)[4:])
 
 
-def test_a_larger_cloud_holds_the_smaller_one():
-    assert torch.equal(lessons.cloud(64)[:8], lessons.cloud(8))
-
-
-# ---- models
+def test_a_larger_cloud_holds_the_smaller_one_and_fills_its_disc():
+    large = lessons.cloud(64)
+    assert torch.equal(large[:8], lessons.cloud(8)) and large.norm(dim=1).max() <= 1.3
+    assert pairwise_distances(large).min() > 0.005 and large.mean(0).norm() < 0.1
 
 
 def test_inside_is_what_the_library_computes(model, inside):
@@ -130,8 +107,7 @@ def test_inside_is_what_the_library_computes(model, inside):
 
 
 def test_each_tap_is_seen_as_it_is(taps):
-    assert [tuple(z.shape) for z in taps.z.values()] == [(16, 8), (16, 6)]
-    assert len(taps.distances["0"]) == 120
+    assert [tuple(z.shape) for z in taps.z.values()] == [(16, 8), (16, 6)] and len(taps.distances["0"]) == 120
     assert taps.rms["2"] == pytest.approx(float(taps.z["2"].square().mean().sqrt()), rel=1e-5)
 
 
@@ -151,14 +127,23 @@ def test_maps_of_blocks_name_the_levels_and_have_the_difference():
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["clean", "-2"]
 
 
-# ---- studies
-
-
 def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():
     values = {("base", 1): 2.0, ("paper", 1): 3.0, ("base", 2): 2.0, ("paper", 2): 1.0, ("base", 3): 2.0}
     runs = [{"arm": a, "seed": s, "condition": "one", "values": {"frechet": v}} for (a, s), v in values.items()]
     verdict = {"arm": "paper", "measure": "frechet", "condition": "one", "low": -0.5, "mean": 0.0, "high": 0.5}
-    figure = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper")
-    axis = figure.axes[0]
+    (axis,) = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper").axes
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["seed 1 alone", "seed 2 alone", "all, 95 %"]
     assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [1.5, 0.5, 1.0]
+
+
+def test_code_on_a_page_is_the_code_that_runs_from_the_margin_and_in_colour(monkeypatch):
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", displayed.append)
+    show_source(FlowMatching.loss)
+    show_source(rk4)
+    method, sampler = displayed
+    compile("from __future__ import annotations\n" + method.data, "shown", "exec")
+    assert method.data.startswith("def loss(")
+    assert "def rk4(f: " in sampler.data and "def run" not in sampler.data
+    assert list(inspect.signature(rk4).parameters)[:3] == ["model", "x", "ts"]
+    assert "<span" in sampler._repr_html_() and "://" not in sampler._repr_html_()

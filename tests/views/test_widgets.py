@@ -1,8 +1,6 @@
 """Widgets without a front end: what the browser is given, what the kernel draws when it is asked, and the figure."""
 
-import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from dispersive_kit.views import widgets
+
+SLIDERS = {"size": (1, 2, 3), "name": ("a", "b")}
 
 
 @pytest.fixture(autouse=True)
@@ -34,58 +34,32 @@ class Painter:
         return plt.figure(figsize=(1, 1))
 
 
-SLIDERS = {"size": (1, 2, 3), "name": ("a", "b")}
-
-
-def ask(explorer: widgets.Explorer, place: list[int], known: bool = False) -> list[dict[str, Any]]:
+def ask(explorer: widgets.Explorer, message: dict[str, Any]) -> dict[str, Any]:
     """What a browser is answered."""
     answers: list[dict[str, Any]] = []
     explorer.send = answers.append
-    explorer._asked(explorer, {"place": place, "known": known}, [])
-    return answers
+    explorer._handle_custom_msg(message, [])
+    return answers[0]
 
 
-def test_the_first_state_is_there_without_a_front_end_and_with_its_words() -> None:
+def test_the_first_state_is_there_without_a_front_end_and_a_picture_is_drawn_once() -> None:
     painter = Painter()
     explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="{name} at {size}", caption="small")
     bundle, _ = explorer._repr_mimebundle_()
-    assert painter.asked == [(2, "a")]
     assert 'alt="a at 2"' in bundle["text/html"] and "<figcaption>small</figcaption>" in bundle["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert explorer.spec["start"] == (1, 0) and explorer.spec["frames"] == {"1,0": bundle["text/html"]}
-
-
-def test_an_asked_picture_is_drawn_once_and_sent_to_who_does_not_know_it() -> None:
-    painter = Painter()
-    explorer = widgets.explore(painter, SLIDERS, alt="{name} at {size}")
-    (answer,) = ask(explorer, [2, 1])
-    assert answer["place"] == (2, 1) and 'alt="b at 3"' in answer["html"]
-    assert ask(explorer, [2, 1], known=True) == [{"place": (2, 1)}]
-    assert painter.asked == [(1, "a"), (3, "b")]
-
-
-def test_neighbours_are_drawn_while_the_kernel_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widgets, "IDLE_S", 0.0)
-    painter = Painter()
-
-    async def wait() -> None:
-        explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="")
-        assert len(painter.asked) == 1  # nobody looks yet
-        ask(explorer, [1, 0], known=True)
-        while explorer.neighbours((1, 0)):
-            await asyncio.sleep(0.001)
-
-    with ThreadPoolExecutor(1) as own:  # a browser test before may have left its loop running in this thread
-        own.submit(asyncio.run, asyncio.wait_for(wait(), 30)).result()
-    assert set(painter.asked) == {(2, "a"), (1, "a"), (3, "a"), (2, "b")}
-    assert len(painter.asked) == 4
+    assert explorer.spec["start"] == [1, 0] and explorer.spec["frames"] == {"1,0": bundle["text/html"]}
+    for _ in range(2):
+        answer = ask(explorer, {"place": [2, 1]})
+        assert answer["place"] == [2, 1] and 'alt="b at 3"' in answer["html"]
+    assert painter.asked == [(2, "a"), (3, "b")]
 
 
 def test_an_error_of_a_view_stops_the_cell_at_first_and_later_is_told_to_the_browser() -> None:
     with pytest.raises(ValueError, match="three"):
         widgets.explore(Painter(fails=True), SLIDERS, start={"size": 3}, alt="")
-    (answer,) = ask(widgets.explore(Painter(fails=True), SLIDERS, alt=""), [2, 0])
-    assert answer["place"] == (2, 0) and answer["fault"].endswith("ValueError: three\n")
+    answer = ask(widgets.explore(Painter(fails=True), SLIDERS, alt=""), {"place": [2, 0]})
+    assert answer["place"] == [2, 0] and answer["fault"].endswith("ValueError: three\n")
 
 
 def test_a_film_is_given_whole_and_begins_at_its_end() -> None:
@@ -96,8 +70,5 @@ def test_a_film_is_given_whole_and_begins_at_its_end() -> None:
 
 
 def test_the_latency_test_says_what_it_is_without_a_front_end_and_answers_one() -> None:
-    test, answers = widgets.latency_test(), []
-    assert "No front end" in test.still
-    test.send = answers.append
-    test._handle_custom_msg({"ping": 3}, [])
-    assert answers == [{"ping": 3}]
+    test = widgets.latency_test()
+    assert "No front end" in test.still and ask(test, {"ping": 3}) == {"ping": 3}

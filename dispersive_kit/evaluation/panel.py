@@ -31,7 +31,7 @@ from dispersive_kit.evaluation.generate import (
 from dispersive_kit.evaluation.record import Record, describe_set, number_name, refuse_fid, weights_sha256
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
-from dispersive_kit.training.runs import SAMPLER_NAMES, run_folder
+from dispersive_kit.training.runs import OBJECTIVES, run_folder
 
 METRICS = ("FD", "KID", "PRDC")
 NEIGHBOURS, RESAMPLES = 5, 100
@@ -220,7 +220,7 @@ def _drawn(model: Any, card: dict[str, Any], decode: Any, how: Evaluation) -> tu
         "weights": card["weights"],
         "checkpoint_sha256": weights_sha256(model.state_dict()),
         "training_seed": config.seed,
-        "sampler": SAMPLER_NAMES[config.objective],
+        "sampler": OBJECTIVES[config.objective][1].__name__,
         "labels": "classes in turn",
         "autoencoder": card["data"].get("autoencoder"),
         "device": this_process().device.type,

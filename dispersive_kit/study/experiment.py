@@ -34,7 +34,7 @@ from dispersive_kit.study.machine import describe_environment, in_pool
 from dispersive_kit.study.plan import Cell, Plan, Sampling
 from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
-from dispersive_kit.training.runs import OBJECTIVES, SAMPLER_NAMES
+from dispersive_kit.training.runs import OBJECTIVES
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
 DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
@@ -130,7 +130,7 @@ def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     for name, scale in how.frechets.items():
         drawn: dict[str, Any] = {"num_steps": how.num_steps, "cfg_scale": scale}
         images = generate(model, labels, objective=config.objective, **drawn)
-        protocol = {"sampler": SAMPLER_NAMES[config.objective], **drawn, "weights": card["weights"],
+        protocol = {"sampler": OBJECTIVES[config.objective][1].__name__, **drawn, "weights": card["weights"],
                     "step": card["step"], "first_seed": 0, "labels": "classes in turn",
                     "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
         numbers[name] = panel.measure(images, protocol=protocol)[0]
@@ -169,7 +169,7 @@ def _probe_accuracy(model: Any, config: TrainConfig) -> float:
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    cells = candidates(encoder(model), parts, draws=DRAWS, path=OBJECTIVES[config.objective]().path)
+    cells = candidates(encoder(model), parts, draws=DRAWS, path=OBJECTIVES[config.objective][0]().path)
     return choose_and_test("ridge", cells)[0].accuracy
 
 

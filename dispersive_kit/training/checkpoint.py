@@ -113,3 +113,19 @@ def load_latest(folder: Path) -> Checkpoint | None:
     if found:
         raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}. Start a new run")
     return None
+
+
+def pick_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step`; None: the newest that is whole.
+
+    Raises:
+        CheckpointError: there is none, none of this step, or it is damaged.
+    """
+    found = checkpoints(folder)
+    if step is not None and found and folder / f"step-{step:08d}" not in found:
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {steps}")
+    checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
+    return checkpoint

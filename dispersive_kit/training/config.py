@@ -128,7 +128,6 @@ class TrainConfig(_Settings):
     preview_images: NonNegativeInt = 16  # in the grid drawn at each checkpoint; 0 is none
     tensorboard: bool = False  # event files beside metrics.jsonl
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    fsdp: bool = False  # shard parameters over processes (FSDP2), not only the batch
     compile_blocks: bool = False
     checkpointing: bool = False  # recompute blocks in backward: less memory, more time; not with MeanFlow
 
@@ -177,7 +176,7 @@ class TrainConfig(_Settings):
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 
 
-RETIRED: dict[str, Any] = {"classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0}
+RETIRED: dict[str, Any] = {"classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0, "fsdp": False}
 # Cadence and place change no number, so a resumed run may alter them.
 FREE_TO_CHANGE = {
     "data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images", "tensorboard",

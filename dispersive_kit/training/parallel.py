@@ -1,4 +1,4 @@
-"""Processes: which device and precision, what is split over them, what they agree on, and when they stop."""
+"""Processes: their device and precision, what they must agree on, and when they stop."""
 
 import ctypes
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, is_tensorboard_available
-from torch import Tensor, nn
 
 from dispersive_kit.errors import CheckpointError, ConfigError
 
@@ -72,61 +71,6 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def place(accelerator: Accelerator, model: Any, average: Any, *, compiled: bool, fsdp: bool) -> nn.Module:
-    """The model as it is called in training: its blocks compiled, its parameters or its batch split over processes."""
-    if compiled:
-        for block in model.blocks:
-            block.compile()
-    if not fsdp:
-        return accelerator.prepare_model(model)
-    for one in (model, average):
-        _shard(one, accelerator.device)
-    return model
-
-
-def _shard(model: Any, device: torch.device) -> None:
-    """FSDP2: each process holds its part of every parameter, and a block is gathered while it computes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in (*model.blocks, model):
-        # True also for the whole model: an average is only ever called forward, and must be split again after it.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
-def whole(tensor: Any) -> Tensor:
-    """A sharded tensor gathered from all processes, which must all call this; any other tensor as it is.
-
-    (To look for the class of sharded tensors would load its module, which is slow and needless in one process.)
-    """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizer's tensors, whole and by names like "3.exp_avg", and its groups; all processes must call this."""
-    state = optimizer.state_dict()
-    entries = state["state"].items()
-    return {f"{i}.{name}": whole(value) for i, entry in entries for name, value in entry.items()}, state["param_groups"]
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]
-) -> None:
-    """The inverse of `state_of`: what has the shape of a sharded parameter is split as that is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        like = parameters[int(index)]
-        if hasattr(like, "device_mesh") and value.shape == like.shape:
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, like.device_mesh, like.placements)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": param_groups})
-
-
 def require_agreement(what: str, value: Any) -> None:
     """All processes must call this with the same value.
 
@@ -141,37 +85,27 @@ def require_agreement(what: str, value: Any) -> None:
 class StopRequest:
     """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint, instead of in the middle of one.
 
-    While entered, the signals only set `signal_number`; a second SIGINT acts at once.
-    Handlers can be set in the main thread only; elsewhere this does nothing, and signals act as usual.
+    Of several runs in one process the one that began last gets the signal. A second SIGINT acts at once.
+    Handlers can be set in the main thread only; elsewhere signals act as usual.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._over = False
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in SIGNALS:
+                if (before := signal.signal(number, _note)) is not _note:
+                    _before[number] = before
+            _entered.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
-        for number in self._previous:
-            if signal.getsignal(number) == self._note:  # else a run that was begun later has it, and gives it back
-                signal.signal(number, self._before(number))
-
-    def _before(self, number: int) -> Any:
-        """The handler there was before this run and before all that have ended since."""
-        handler = self._previous[number]
-        owner = getattr(handler, "__self__", None)
-        return owner._before(number) if isinstance(owner, StopRequest) and owner._over else handler
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_number = number
+        if self in _entered:
+            _entered.remove(self)
+        for number in SIGNALS:
+            if not _entered and signal.getsignal(number) is _note:  # else a notebook's kernel has set its own since
+                signal.signal(number, _before[number])
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether a process got one of the signals; all must call this."""
@@ -181,10 +115,22 @@ class StopRequest:
         return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum"))
 
     def end_run(self) -> None:
-        """Ends the run as the signal would have: KeyboardInterrupt, or exit status 128 + 15.
+        """End as the signal would have ended it: KeyboardInterrupt, or exit status 128 + 15.
 
         A process that was not signalled itself, but whose neighbour was, ends as by SIGTERM.
         """
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signal_number or signal.SIGTERM))
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_entered: list[StopRequest] = []
+_before: dict[int, Any] = {}  # the handlers that runs found
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    last = _entered[-1]
+    if last.signal_number is not None and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    last.signal_number = number

@@ -34,7 +34,7 @@ from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.rivals import NormMatched
-from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from dispersive_kit.training.checkpoint import Checkpoint, pick_checkpoint, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
 
@@ -106,12 +106,11 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
             process, and an option that needs several.
     """
     processes, regularizer = accelerator.num_processes, config.regularizer
-    for name, wanted in (("fsdp", config.fsdp), ("regularizer.gather", regularizer.gather)):
-        if wanted and processes == 1:
-            raise ConfigError(
-                f"{name} needs several processes, and this is one: start with "
-                "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
-            )
+    if regularizer.gather and processes == 1:
+        raise ConfigError(
+            "regularizer.gather needs several processes, and this is one: start with "
+            "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+        )
     if config.batch_size % (parts := processes * config.accumulation):
         raise ConfigError(
             f"batch_size {config.batch_size} cannot be split over {processes} processes x {config.accumulation} "
@@ -195,7 +194,13 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
         return build(**sizes, num_classes=num_classes, interval=config.objective == "meanflow")
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"flow": FlowMatching, "ddpm": DDPM, "meanflow": MeanFlow}
+# How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
+OBJECTIVES: dict[str, tuple[Callable[[], Objective], Callable[..., Tensor]]] = {
+    "flow": (FlowMatching, heun),
+    "ddpm": (DDPM, ddim),
+    "meanflow": (MeanFlow, meanflow),
+}
+PREVIEW_STEPS = 20
 
 
 def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
@@ -233,7 +238,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     """
     run_dir = run_folder(run)
     config = read_config(run_dir)
-    checkpoint = _pick_checkpoint(run_dir / "checkpoints", step)
+    checkpoint = pick_checkpoint(run_dir / "checkpoints", step)
     data = read_json(run_dir / "run.json", error=CheckpointError)["data"]
     model = build_model(config, data)
     known = [group for group in checkpoint.groups if group != "optimizer"]
@@ -242,27 +247,6 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     model.load_state_dict(checkpoint.groups[weights])
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
-
-
-def _pick_checkpoint(folder: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError: there is none."""
-    if step is not None and (kept := checkpoints(folder)) and folder / f"step-{step:08d}" not in kept:
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in kept)
-        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {steps}")
-    checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
-    return checkpoint
-
-
-# The sampler of each objective: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "flow": heun,
-    "ddpm": partial(ddim, prediction="eps"),
-    "meanflow": meanflow,
-}
-SAMPLER_NAMES = {"flow": "heun", "ddpm": "ddim", "meanflow": "meanflow"}
-PREVIEW_STEPS = 20
 
 
 @torch.no_grad()
@@ -280,17 +264,16 @@ def sample_batch(
     keep_freed_memory(device)
     x = initial_noise(seeds, model.sample_shape).to(device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
-    return SAMPLERS[objective](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+    _, sampler = OBJECTIVES[objective]
+    return sampler(model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
 
 
-def draw_preview(model: Any, n: int, *, objective: str, file: Path | None) -> None:
+def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
     """n samples, classes in turn, always from the same noise: a grid of images as PNG; points, and latents that only a
-    decoder can show, as safetensors. Where there is no `file` (of several processes, in all but one) only drawn.
+    decoder can show, as safetensors.
     """
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
-    samples = sample_batch(model, labels, range(len(labels)), objective=objective, num_steps=PREVIEW_STEPS).cpu()
-    if file is None:
-        return
+    samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
     with writing(file.parent, CheckpointError):
         file.parent.mkdir(exist_ok=True)
         if samples.ndim == 4 and samples.shape[1] in (1, 3):
@@ -316,7 +299,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
     config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another folder")
-    found = _pick_checkpoint(run_dir / "checkpoints", step)
+    found = pick_checkpoint(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
     card = read_json(run_dir / "run.json", error=CheckpointError)
     card["data"]["source"] = Path(card["data"]["source"]).name

@@ -15,8 +15,12 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
@@ -31,15 +36,7 @@ from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
 from dispersive_kit.training.batches import Batch, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
-from dispersive_kit.training.parallel import (
-    StopRequest,
-    make_accelerator,
-    place,
-    require_agreement,
-    restore_state,
-    state_of,
-    whole,
-)
+from dispersive_kit.training.parallel import StopRequest, make_accelerator, require_agreement
 from dispersive_kit.training.runs import (
     OBJECTIVES,
     attach_regularizer,
@@ -121,7 +118,7 @@ def _update(run: "Session", step: int, *, measure: bool) -> dict[str, Any]:
         values = {name: values.get(name, 0) + value / config.accumulation for name, value in measured.items()}
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    values["grad_norm"] = whole(accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip))
+    values["grad_norm"] = accelerator.clip_grad_norm_(run.network.parameters(), config.grad_clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.ema.update(run.model)
@@ -147,9 +144,7 @@ def _losses(
     if measure:
         stats = regularizer.stats
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
-        # FSDP hands out returned features by a side branch, on which no denoising gradient comes back.
-        if not (run.config.fsdp and run.returned_taps):
-            ratio = _gradient_ratio(dispersive, taps, added=added)
+        ratio = _gradient_ratio(dispersive, taps, added=added)
     return (loss + dispersive if added else loss), values, ratio
 
 
@@ -216,15 +211,9 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages, parameters = ([_local(p) for p in m.parameters()] for m in (self.model, model))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Session:
@@ -232,7 +221,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         self.config, self.run_dir = config, run_dir
-        self.objective: Objective = OBJECTIVES[config.objective]()
+        self.objective: Objective = OBJECTIVES[config.objective][0]()
         with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
             accelerator = make_accelerator(config.precision, tensorboard=run_dir if config.tensorboard else None)
             self.accelerator, self.source = accelerator, open_source(config, accelerator.device)
@@ -247,13 +236,13 @@ class Session:
             accelerator.wait_for_everyone()
             latest = self._load_weights(resume=resume)
             self.done = latest.step if latest else 0  # steps already taken
-            # The model as prepared for several processes; the optimizer is made of what that leaves of its parameters.
-            self.network = place(
-                accelerator, self.model, self.ema.model, compiled=config.compile_blocks, fsdp=config.fsdp
-            )
+            for block in self.model.blocks if config.compile_blocks else ():
+                block.compile()
+            self.network = accelerator.prepare_model(self.model)  # as it is called in training
             optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
             if latest:
-                restore_state(optimizer, latest.groups["optimizer"], latest.state["param_groups"])
+                moments = _nested(latest.groups["optimizer"])
+                optimizer.load_state_dict({"state": moments, "param_groups": latest.state["param_groups"]})
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             if accelerator.is_main_process:
                 _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
@@ -297,7 +286,7 @@ class Session:
     def reduce(self, values: dict[str, Any]) -> dict[str, float]:
         """Mean over processes, read back from the device."""
         tensors = {k: torch.as_tensor(v, device=self.accelerator.device) for k, v in values.items()}
-        return {k: float(self.accelerator.reduce(whole(v), "mean")) for k, v in tensors.items()}
+        return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, and to TensorBoard's files if there are any.
@@ -316,18 +305,16 @@ class Session:
 
         No process goes on before it is on the disk: the first that ended would have the others ended too.
         """
-        # Under FSDP gathering is a joint act, so every process does it and the first one writes.
-        models = {"model": self.model, "ema": self.ema.model}
-        tensors = {name: {k: whole(v) for k, v in m.state_dict().items()} for name, m in models.items()}
-        moments, groups = state_of(self.optimizer)
-        first = self.accelerator.is_main_process
-        if first:
-            state = {"param_groups": groups, "ema_updates": self.ema.updates}
-            checkpoint = Checkpoint(step, {**tensors, "optimizer": moments}, state)
-            save_checkpoint(self.run_dir / "checkpoints", checkpoint, keep_last=self.config.keep_last)
-        if self.config.preview_images and (first or self.config.fsdp):
-            file = self.run_dir / "previews" / f"step-{step:08d}" if first else None
-            draw_preview(self.ema.model, self.config.preview_images, objective=self.config.objective, file=file)
+        if self.accelerator.is_main_process:
+            moments = self.optimizer.state_dict()
+            groups = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict()}
+            groups["optimizer"] = {f"{i}.{k}": v for i, own in moments["state"].items() for k, v in own.items()}
+            state = {"param_groups": moments["param_groups"], "ema_updates": self.ema.updates}
+            folder = self.run_dir / "checkpoints"
+            save_checkpoint(folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
+            if n := self.config.preview_images:
+                file = self.run_dir / "previews" / f"step-{step:08d}"
+                draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
         self.accelerator.wait_for_everyone()
 
     def post_mortem(self, step: int) -> str:
@@ -346,6 +333,15 @@ class Session:
         return f"{kept}; the newest checkpoint in {self.run_dir / 'checkpoints'} is from before"
 
 
+def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The state of an optimizer from names such as "3.exp_avg"."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
 def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
     if file.exists():
@@ -356,3 +352,33 @@ def _forget_metrics_after(file: Path, step: int) -> None:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
+
+
+def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
+    """Pass step records through and show how far they have come: a bar on a terminal, one line a tenth elsewhere.
+
+    Of several processes the first one does. (A bar that is saved, as in a notebook, freezes at 0 %.)
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield from records
+        return
+    bar, shown, tenths, first, start = None, "", -1, 0, time.monotonic()
+    for record in records:
+        if record.values:
+            shown = "  ".join(f"{k} {record.values[k]:.3f}" for k in ("loss", "held_out") if k in record.values)
+            if torch.cuda.is_available():
+                shown += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        first = first or record.step
+        if sys.stderr.isatty():
+            bar = bar or tqdm(total=record.steps, initial=first - 1, desc=label, unit="step", dynamic_ncols=True)
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update()
+        elif record.step * 10 // record.steps > tenths:
+            tenths = record.step * 10 // record.steps
+            rate = (record.step - first + 1) / max(time.monotonic() - start, 1e-9)
+            left = timedelta(seconds=round((record.steps - record.step) / rate))
+            line = f"{label} step {record.step}/{record.steps}  {shown}  {rate:.1f} step/s  {left} left"
+            print(line.strip(), flush=True)
+        yield record
+    if bar:
+        bar.close()

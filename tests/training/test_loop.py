@@ -169,7 +169,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
         (POINTS | {"data_share": 0.5}, ConfigError, "is for sets of images"),
         (POINTS | {"flip": True}, ConfigError, "flip is for images"),
         ({"image_size": 64}, ConfigError, "a size of its own"),
-        ({"fsdp": True}, ConfigError, "fsdp needs several processes"),
         ({"regularizer.gather": True}, ConfigError, "regularizer.gather needs several processes"),
         (PAPER_SET | {"regularizer.gather": True}, ConfigError, "regularizer.gather needs several processes"),
     ],

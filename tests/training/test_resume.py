@@ -289,17 +289,29 @@ def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):
     assert load_latest(tmp_path / "run" / "checkpoints").step == 3
 
 
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_two_runs_side_by_side_leave_the_signals_as_they_found_them(first_out):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    runs = [StopRequest().__enter__(), StopRequest().__enter__()]
+    before, runs = handlers(), [StopRequest().__enter__(), StopRequest().__enter__()]
     signal.raise_signal(signal.SIGTERM)
     assert [run.signal_number for run in runs] == [None, signal.SIGTERM]  # the one begun last has them
-    left = runs[1 - first_out]
-    runs[first_out].__exit__(None, None, None)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [left._note] * 2
-    left.__exit__(None, None, None)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    runs[first_out].__exit__()
+    signal.raise_signal(signal.SIGTERM)
+    assert runs[1 - first_out].signal_number == signal.SIGTERM
+    runs[1 - first_out].__exit__()
+    assert handlers() == before
+
+
+def test_a_run_that_ends_leaves_a_handler_that_was_set_after_it_began():
+    """As a notebook's kernel sets one with every cell."""
+    before, run = handlers(), StopRequest().__enter__()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run.__exit__()
+    assert handlers() == [signal.default_int_handler, before[1]]
+    signal.signal(signal.SIGINT, before[0])
 
 
 def test_a_second_ctrl_c_acts_at_once():

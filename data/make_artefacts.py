@@ -46,7 +46,7 @@ from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
-from dispersive_kit.evaluation.record import describe_set
+from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.study.verdict import all_verdicts, evidence_markdown
 from dispersive_kit.training import load_run, train, train_preset

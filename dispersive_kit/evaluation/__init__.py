@@ -1,7 +1,7 @@
 """Evaluation: features, distances, and the record beside every number."""
 
 from dispersive_kit.evaluation.distances import frechet_distance
-from dispersive_kit.evaluation.features import make_extractor
+from dispersive_kit.evaluation.features import make_extractor, weights_sha256
 from dispersive_kit.evaluation.generate import (
     balanced_labels,
     decoder_of,
@@ -10,8 +10,7 @@ from dispersive_kit.evaluation.generate import (
     load_reference,
     pixel_gaussian,
 )
-from dispersive_kit.evaluation.panel import Evaluation, Panel, evaluate, measure_memorisation
-from dispersive_kit.evaluation.record import Record, table, to_json, weights_sha256
+from dispersive_kit.evaluation.panel import Evaluation, Panel, Record, evaluate, measure_memorisation, table, to_json
 
 __all__ = [
     "Evaluation",

@@ -1,7 +1,7 @@
 """Feature extractors: uint8 images (N, C, H, W) -> float32 features (N, D), each with the name its numbers carry."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,12 +16,21 @@ from dispersive_kit.data.files import file_sha256
 from dispersive_kit.data.images import data_folder
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.evaluation.generate import draw_images, gathered, shared_out
-from dispersive_kit.evaluation.record import INCEPTION, INCEPTION_SHA256, weights_sha256
 from dispersive_kit.models import efficientnet
 
 Extractors = Literal["classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"]
+INCEPTION = "inception-pool3"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 EFFNET_PCA_IMAGES = 2000  # real images on which the components of EfficientNet's features are fitted
+
+
+def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names and values, in their order."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Under a launcher the processes take batches in turn and each gets all: the same 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +21,13 @@ from dispersive_kit.training.batches import open_store, stream
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.runs import sample_batch
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
 
 
-def this_process() -> "PartialState":
-    """Rank, number of processes and device; one process if no launcher is at work."""
+def this_process() -> Any:
+    """Accelerate's `PartialState`: rank, number of processes and device; one process if no launcher is at work."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -128,12 +125,9 @@ def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[I
     """
     if decode:
         train, held_out = (_decoded(part, decode) for part in open_store(config.data))
-    else:
-        train, held_out = (
-            load_images(config.data, split, data_dir=config.data_dir, size=config.image_size)
-            for split in ("train", "test")
-        )
-    return train, held_out
+        return train, held_out
+    where: dict[str, Any] = {"data_dir": config.data_dir, "size": config.image_size}
+    return load_images(config.data, "train", **where), load_images(config.data, "test", **where)
 
 
 def _decoded(data: Selection, decode: Decode) -> ImageSet:

@@ -1,25 +1,35 @@
 """The panel: several distances beside each other, each with its interval, its real-against-real floor and its record.
 
-No number sees everything: the Frechet distance misses local spread, precision to coverage miss class proportions.
+No number sees everything: the Frechet distance misses local spread, precision to coverage miss class proportions. FID
+is the name of one protocol; every other number says what it is.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.data.files import versions
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import distances
-from dispersive_kit.evaluation.distances import Array, Halves, Memorisation, Valued
-from dispersive_kit.evaluation.features import Extractors, FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.distances import Array, Measured
+from dispersive_kit.evaluation.features import (
+    INCEPTION,
+    INCEPTION_SHA256,
+    Extractors,
+    FeatureExtractor,
+    make_extractor,
+    weights_sha256,
+)
 from dispersive_kit.evaluation.generate import (
     balanced_labels,
     decoder_of,
@@ -28,31 +38,129 @@ from dispersive_kit.evaluation.generate import (
     load_reference,
     this_process,
 )
-from dispersive_kit.evaluation.record import Record, describe_set, number_name, refuse_fid, weights_sha256
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 from dispersive_kit.training.runs import OBJECTIVES, run_folder
 
+Card = dict[str, Any]
 METRICS = ("FD", "KID", "PRDC")
+PROTOCOL_N = 50_000  # generated images of an FID
 NEIGHBOURS, RESAMPLES = 5, 100
 
 
-def _measured(metrics: Sequence[str], x: Array, y: Array, halves: Halves) -> dict[str, Valued]:
-    """Each number of x (N, D) against y (M, D) by name."""
-    found: dict[str, Valued] = {}
-    if "FD" in metrics:
-        found["FD"] = distances.frechet_on_halves(x, y, halves)
-    if "KID" in metrics:
-        found["KID"] = distances.kid(x, y, halves)
-    return found | (distances.prdc(x, y, halves, k=NEIGHBOURS) if "PRDC" in metrics else {})
+def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
+    """The conditions of FID that do not hold, in words; see `FeatureExtractor.card` and `describe_set`."""
+    part = f"the reference is {reference.get('n', 0):,} of the {reference.get('drawn_from') or 0:,} images of "
+    conditions = {
+        f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
+        "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
+        == INCEPTION_SHA256,
+        f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
+        f"{part}{reference.get('data')}": not reference.get("drawn_from"),
+        "the reference set has no name": bool(reference.get("data")),
+    }
+    return [fault for fault, holds in conditions.items() if not holds]
 
 
-def _ends(metric: str, value: float, halves: Array, n: int) -> tuple[float, float]:
-    """Of the interval: precision is a share of n images that are each in a real ball or not; shares end at 0 and 1."""
-    low, high = distances.interval(value, halves)
-    if metric == "precision" and len(halves):
-        return distances.wilson(value, n)
-    return (max(low, 0.0), min(high, 1.0)) if metric in ("recall", "coverage") else (low, high)
+def refuse_fid(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> None:
+    """Raises ConfigError: the number may not be called FID; the message names every condition that is not met."""
+    if faults := _unmet(extractor, n, reference):
+        raise ConfigError(f"this is not FID: {'; '.join(faults)}. Call it FD[...], which names its extractor")
+
+
+def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> str:
+    """ "FD[digits-classifier48, N=500]"; FID where, and only where, its conditions hold.
+
+    FID names the split of its reference too: to the training images and to the test images are two numbers.
+    """
+    if metric != "FD" or _unmet(extractor, n, reference):
+        return f"{metric}[{extractor['name']}, N={n}]"
+    return f"FID[{' '.join(filter(None, (reference['data'], reference.get('split'))))}, N={n}]"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured number.
+
+    name: e.g. "FD[digits-classifier48, N=500]". low, high: its 95 % interval, NaN where there is none. floor: what real
+    images of another split get: the lowest or, for `better="higher"`, highest to hope for. protocol: everything else.
+
+    Raises:
+        ConfigError: the name is FID and the protocol is another.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    floor: float
+    n: int
+    n_reference: int
+    protocol: Card = field(default_factory=dict)
+    better: Literal["lower", "higher", "about 1"] = "lower"
+
+    def __post_init__(self) -> None:
+        if self.name.partition("[")[0].strip() == "FID":
+            refuse_fid(self.protocol.get("extractor", {}), self.n, self.protocol.get("reference", {}))
+
+    def fields(self) -> Card:
+        """As JSON has them, which has no NaN."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    def in_words(self) -> tuple[str, str, str]:
+        """Value, interval and floor, which has its own N where there were fewer real images: it is then too high."""
+        ends = "none" if self.low != self.low else f"[{self.low:.4g}, {self.high:.4g}]"
+        of = self.protocol.get("floor", {}).get("n", self.n)
+        return f"{self.value:.4g}", ends, f"{self.floor:.4g}" + (f" (N={of})" if of < self.n else "")
+
+    def __str__(self) -> str:
+        value, ends, floor = self.in_words()
+        return f"{self.name} = {value}, interval {ends}, real against real {floor}"
+
+
+def table(records: Sequence[Record]) -> str:
+    """One line a number: name, value, interval, what real images get, which way is better."""
+    rows = [("", "value", "95 % interval", "real", "better"), *((r.name, *r.in_words(), r.better) for r in records)]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [[row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def to_json(records: Sequence[Record]) -> str:
+    """All numbers of one evaluation: the first one's protocol, and beside a number what is otherwise in its own."""
+    shared, numbers = records[0].protocol, []
+    for number in (record.fields() for record in records):
+        own = {key: value for key, value in number.pop("protocol").items() if shared.get(key) != value}
+        numbers.append({**number, "protocol": own} if own else number)
+    return json.dumps({"protocol": shared, "numbers": numbers}, indent=2)
+
+
+def describe_set(data: ImageSet) -> dict[str, Any]:
+    """Of a set of real images, for a record."""
+    card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256, "resize": data.resize}
+    return card | ({"drawn_from": data.drawn_from} if data.drawn_from else {})
+
+
+def _protocol(extractor: FeatureExtractor, reference: Card, floor: Card, resamples: int, own: Card | None) -> Card:
+    """What every number of this kit says about how it was measured, and its own."""
+    return {
+        "reference": reference,
+        "floor": floor,
+        "extractor": extractor.card(),
+        "resize": f"{reference['resize']}, then the extractor's own",
+        "uint8_rule": "round(127.5 x + 127.5), clamped to 0..255",
+        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision and copies "
+        "Wilson's; of density that of a mean; of recall and coverage none",
+        "versions": versions(),
+        **(own or {}),
+    }
+
+
+def measured(metrics: Sequence[str], x: NDArray, y: NDArray, resamples: int) -> dict[str, Measured]:
+    """Each number of x (N, D) against y (M, D) by name, with its interval."""
+    known = {"FD": distances.frechet, "KID": distances.kid}
+    found = {name: measure(x, y, resamples=resamples) for name, measure in known.items() if name in metrics}
+    return found | (distances.prdc(x, y, k=NEIGHBOURS) if "PRDC" in metrics else {})
 
 
 class Panel:
@@ -75,65 +183,75 @@ class Panel:
             raise ConfigError(f"unknown metric {sorted(unknown)}; there are: {', '.join(METRICS)}")
         self.extractor, self.real, self.reference = extractor, real, reference
         self.metrics, self.resamples = metrics, resamples
-        self.y = extractor(reference.images).astype(np.float64)
-        self._floors: dict[int, dict[str, Valued]] = {}
+        self.y = extractor(reference.images)
+        self._floors: dict[int, dict[str, Measured]] = {}
 
-    def measure(self, generated: Tensor, *, protocol: dict[str, Any] | None = None) -> list[Record]:
+    def measure(self, generated: Tensor, *, protocol: Card | None = None) -> list[Record]:
         """A record a metric for uint8 images (N, C, H, W). protocol: how they were made, for the record.
 
         The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
         n, others = len(generated), draw_images(self.real, len(generated))
-        found = self._measure(generated, distances.half_samples(n, self.resamples))
+        found = measured(self.metrics, self.extractor(generated), self.y, self.resamples)
         if n not in self._floors:
-            self._floors[n] = self._measure(others.images, distances.half_samples(len(others), 0))
-        everything = _protocol(
-            self.extractor, describe_set(self.reference), describe_set(others), self.resamples,
-            neighbours=NEIGHBOURS, **(protocol or {}),
-        )  # fmt: skip
+            self._floors[n] = measured(self.metrics, self.extractor(others.images), self.y, 0)
+        own, (reference, floor) = (
+            {"neighbours": NEIGHBOURS, **(protocol or {})},
+            map(describe_set, (self.reference, others)),
+        )
+        everything = _protocol(self.extractor, reference, floor, self.resamples, own)
         records = []
-        for metric, (value, halves) in found.items():
-            name = number_name(metric, everything["extractor"], n, everything["reference"])
-            numbers = (value, *_ends(metric, value, halves, n), self._floors[n][metric][0])
+        for metric, numbers in found.items():
             better: Literal["lower", "higher"] = "lower" if metric in ("FD", "KID") else "higher"
-            records.append(Record(name, *numbers, n, len(self.reference), everything, better))
+            name, real = number_name(metric, everything["extractor"], n, reference), self._floors[n][metric][0]
+            records.append(Record(name, *numbers, real, n, len(self.reference), everything, better))
         return records
 
-    def _measure(self, images: Tensor, halves: Halves) -> dict[str, Valued]:
-        return _measured(self.metrics, self.extractor(images).astype(np.float64), self.y, halves)
 
+class Memorisation(NamedTuple):
+    """How near samples are to training images, beside held-out images, which nobody trained on.
 
-def _protocol(
-    extractor: FeatureExtractor, reference: dict[str, Any], floor: dict[str, Any], resamples: int, **own: Any
-) -> dict[str, Any]:
-    """What every number of this kit says about how it was measured, and its own."""
-    return {
-        "reference": reference,
-        "floor": floor,
-        "extractor": extractor.card(),
-        "resize": f"{reference['resize']}, then the extractor's own",
-        "uint8_rule": "round(127.5 x + 127.5), clamped to 0..255",
-        "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision, Wilson's",
-        "versions": versions(),
-        **own,
-    }
+    ratio: median distance to the nearest training image over that of the held-out: about 1 if nothing was copied,
+    towards 0 if all was; its floor is that of one half of the held-out over the other. copies: share nearer than half
+    the mean of the held-out; its floor is the share of the held-out. distance, index: of the nearest training image of
+    each sample (N,).
+    """
+
+    ratio: Record
+    copies: Record
+    distance: Array
+    index: Any
 
 
 def measure_memorisation(
-    generated: Tensor,
-    train: ImageSet,
-    held_out: ImageSet,
-    extractor: FeatureExtractor,
-    *,
-    protocol: dict[str, Any] | None = None,
-) -> tuple[Record, Memorisation]:
-    """How near generated images are to training images, over how near held-out ones are, as a record and in detail."""
-    sets = (extractor(images) for images in (generated, held_out.images, train.images))
-    found, n, floor = distances.memorisation(*sets, resamples=RESAMPLES), len(generated), describe_set(held_out)
-    reference = {**describe_set(train), "held_out": floor}
-    everything = _protocol(extractor, reference, floor, RESAMPLES, copies=found.copies, **(protocol or {}))
-    name = number_name("nearest-train", everything["extractor"], n, reference)
-    return Record(name, found.ratio, found.low, found.high, found.floor, n, len(train), everything, "about 1"), found
+    generated: Tensor, train: ImageSet, held_out: ImageSet, extractor: FeatureExtractor, *, protocol: Card | None = None
+) -> Memorisation:
+    """How near generated images are to training images, and how near held-out ones are.
+
+    Raises:
+        ConfigError: half of the held-out images are training images.
+    """
+    known = extractor(train.images)
+    (distance, index), (real, _) = (distances.nearest(extractor(x), known) for x in (generated, held_out.images))
+    n, usual = len(generated), float(np.median(real))
+    if usual == 0:
+        raise ConfigError("half of the held-out images are in the training set: the splits are not apart")
+    halves = [np.median(distance[half]) / usual for half in distances.half_samples(n, RESAMPLES)]
+    ratio, real_ratio = float(np.median(distance)) / usual, float(np.median(real[::2]) / np.median(real[1::2]))
+    copied, real_copied = (float((one < real.mean() / 2).mean()) for one in (distance, real))
+    floor = describe_set(held_out)
+    everything = _protocol(extractor, {**describe_set(train), "held_out": floor}, floor, RESAMPLES, protocol)
+
+    def record(metric: str, numbers: Measured, floor: float, better: Any) -> Record:
+        name = number_name(metric, everything["extractor"], n, everything["reference"])
+        return Record(name, *numbers, floor, n, len(train), everything, better)
+
+    return Memorisation(
+        record("nearest-train", (ratio, *distances.interval(ratio, halves)), real_ratio, "about 1"),
+        record("copies", (copied, *distances.wilson(copied, n)), real_copied, "lower"),
+        distance,
+        index,
+    )
 
 
 @dataclass(frozen=True)
@@ -152,9 +270,8 @@ class Evaluation:
     vae: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low in {"num": 4, "num_steps": 1}.items():  # half-samples need two images each
-            if (value := getattr(self, name)) < low:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+        if self.num < 4:  # half-samples need two images each
+            raise ConfigError(f"--num must be at least 4, got {self.num}")
 
 
 def evaluate(source: Path, how: Evaluation) -> list[Record]:
@@ -183,11 +300,11 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
     metrics = METRICS if how.metrics == "panel" else ("FD",)
     records = Panel(extractor, others, reference, metrics=metrics).measure(images, protocol=protocol)
     if how.memorisation:
-        records.append(measure_memorisation(images, train, held_out, extractor, protocol=protocol)[0])
+        records += measure_memorisation(images, train, held_out, extractor, protocol=protocol)[:2]
     return records
 
 
-def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
+def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card]:
     """`how.num` samples of an .npz, and what the record says of them."""
     if how.data is None:
         raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
@@ -210,14 +327,12 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
     return images, {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
 
 
-def _drawn(model: Any, card: dict[str, Any], decode: Any, how: Evaluation) -> tuple[Tensor, dict[str, Any]]:
+def _drawn(model: Any, card: Card, decode: Any, how: Evaluation) -> tuple[Tensor, Card]:
     """`how.num` samples of a run, and what the record says of them."""
     config, labels = card["config"], balanced_labels(how.num, model.num_classes)
-    settings: dict[str, Any] = {"num_steps": how.num_steps, "cfg_scale": how.cfg_scale, "first_seed": how.seed}
+    settings: Card = {"num_steps": how.num_steps, "cfg_scale": how.cfg_scale, "first_seed": how.seed}
     return generate(model, labels, objective=config.objective, decode=decode, **settings), {
-        "run": card["run"],
-        "step": card["step"],
-        "weights": card["weights"],
+        **{key: card[key] for key in ("run", "step", "weights")},
         "checkpoint_sha256": weights_sha256(model.state_dict()),
         "training_seed": config.seed,
         "sampler": OBJECTIVES[config.objective][1].__name__,

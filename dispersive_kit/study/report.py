@@ -224,7 +224,7 @@ def _summary(values: list[float]) -> dict[str, Any]:
 
 
 def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> Row:
-    interval = f"{record['low']:.2f} to {record['high']:.2f}" if "low" in record else ""
+    interval = f"{record['low']:.2f} to {record['high']:.2f}" if record.get("low") is not None else ""
     floor = f"{record['floor']:.2f}" if "floor" in record else ""
     return name, f"{value:.3g}", interval, floor, html.unescape(note)
 

@@ -9,7 +9,7 @@ import warm
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation import draw_images, generate, pixel_gaussian
 from dispersive_kit.evaluation.generate import shared_out
-from dispersive_kit.evaluation.record import describe_set
+from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.training import load_run
 
 OPTIONS = {"--num": 300, "--num-steps": 2, "--extractor": "pixels-pca32", "--metrics": "FD"}

@@ -52,7 +52,7 @@ class Conditioned(nn.Module):
     ) -> None:
         self.num_classes, self.null_label = num_classes, null_label
         # 1000 as in DiT; 1 for MeanFlow, whose target holds the model's derivative along t, 1000 times larger with it:
-        # with 1000 a DiT-T/2 does not learn digits in 300 steps, and with 1 it does (tests/training/test_meanflow.py).
+        # with 1000 a DiT-T/2 does not learn digits in 300 steps, and with 1 it does (tests/training/test_extras.py).
         self.time_scale = (1.0 if interval else 1000.0) if time_scale is None else time_scale
         self.t_embedder = _TimestepEmbedder(hidden_size)
         self.r_embedder = _TimestepEmbedder(hidden_size) if interval else None

@@ -1,7 +1,5 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
-import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +11,6 @@ from dispersive_kit.regularizers.gather import all_gather
 from dispersive_kit.regularizers.losses import LossOptions, check_choice, check_number, measure, preset_settings
 from dispersive_kit.regularizers.stats import Record, Stats, Watch
 from dispersive_kit.regularizers.taps import At, Attached, Schedule, Select
-
-LONG_UNUSED = 3  # steps
 
 
 class Dispersive(Attached):
@@ -31,14 +27,13 @@ class Dispersive(Attached):
     select: which part of a tuple or dict output is z (B, ...): an index, a key, or a function of the output.
     gather: all processes' batches are one dispersion batch; otherwise each has its own, as published.
     memory: rows of earlier micro-batches of the same `step` that are kept, detached, and repelled too.
-    options: those of `dispersive_loss`: kind, tau, diagonal, pool, normalize, norm_penalty, t_window,
-        ignore_same_class.
+    options: those of `dispersive_loss`.
 
     With several taps the loss is their mean. The hook never raises, `loss()` does. One thing it cannot see: in a
     model compiled as a whole, that a later layer writes over the tapped output in place.
 
     Raises:
-        DispersiveError: unknown path or option; at odds with each other; no torch.distributed for `gather`.
+        DispersiveError: unknown path or option, or options that do not fit each other.
     """
 
     def __init__(
@@ -56,9 +51,9 @@ class Dispersive(Attached):
     ) -> None:
         self.options = LossOptions.of(options)
         check_choice("gather", gather, (True, False))
-        check_number("memory", memory, at_least=0)
+        check_number("memory", memory, at_least=0, whole=True)
         super().__init__(model, at, depth=depth, select=select, weight=weight, schedule=schedule)
-        self.gather, self.memory = gather, int(memory)
+        self.gather, self.memory = gather, memory
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -66,7 +61,6 @@ class Dispersive(Attached):
         self._watch = Watch()
         self._kept: dict[str, tuple[Tensor | None, ...]] = {}
         self._step: int | None = None
-        self._met, self._unmet = False, 0  # whether kept rows ever met a micro-batch, and steps at which none did
 
     @classmethod
     def from_preset(cls, model: nn.Module, name: str, at: At = None, **overrides: Any) -> "Dispersive":
@@ -81,7 +75,7 @@ class Dispersive(Attached):
             DispersiveError: there was none yet.
         """
         if not self._records:
-            raise DispersiveError(f"no statistics of {', '.join(self.paths)} yet: call loss() in training first")
+            raise DispersiveError(f"no statistics of {self.where} yet: call loss() in training first")
         return Stats(self._records)
 
     def loss(
@@ -105,9 +99,12 @@ class Dispersive(Attached):
             return self._zero()
         features = self._take(taps)
         weight = self._weight(step)
-        if self.memory:
-            self._forget(step)
-        losses, self._records = [], []
+        if self.memory and step is None:
+            raise DispersiveError(f"the memory of {self.where} lasts one step, and step is None: call loss(step=step)")
+        if step != self._step:
+            self._kept.clear()
+        self._step, self._records = step, []
+        losses = []
         for path, z in zip(self.paths, features, strict=True):
             try:
                 losses.append(self._one(path, z if weight else z.detach(), t, y, weight))
@@ -130,7 +127,6 @@ class Dispersive(Attached):
     def _remember(self, path: str, *new: Any) -> tuple[Any, ...]:
         """z, t, y with what earlier micro-batches left, which carries no gradient."""
         old = self._kept.get(path, (None,) * len(new))
-        self._met |= old[0] is not None
         if old[0] is not None and old[0].shape[1:] != new[0].shape[1:]:
             raise DispersiveError(
                 f"the features are {tuple(new[0].shape)}, and those in memory {tuple(old[0].shape)}: memory needs "
@@ -139,22 +135,3 @@ class Dispersive(Attached):
         new = tuple(a if a is None or b is None else torch.cat([a, b]) for a, b in zip(new, old, strict=True))
         self._kept[path] = tuple(None if a is None else a[: self.memory].detach() for a in new)
         return new
-
-    def _forget(self, step: int | None) -> None:
-        try:
-            step = operator.index(step)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise DispersiveError(
-                f"the memory of {', '.join(self.paths)} is cleared at each optimizer step, and step is {step!r}: call "
-                "loss(step=step)"
-            ) from error
-        if step != self._step and self._kept:
-            self._kept.clear()
-            self._unmet += not self._met
-            if self._unmet == LONG_UNUSED and not self._met:
-                warnings.warn(
-                    f"the memory of {', '.join(self.paths)} was cleared {LONG_UNUSED} times and never met a second "
-                    "micro-batch: step= is to count optimizer steps, and be the same for all micro-batches of one",
-                    stacklevel=3,
-                )
-        self._step = step

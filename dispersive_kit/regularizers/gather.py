@@ -44,17 +44,11 @@ def all_gather(z: Tensor) -> Tensor:
     if dist.get_world_size() == 1:
         return z
     if z.device.type == "cpu":
-        _check_even(z)
+        forms: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(forms, (tuple(z.shape), str(z.dtype)))
+        if len(set(forms)) > 1:
+            raise DispersiveError(
+                f"gather=True over processes with features {forms}: all need one shape and dtype; where the last batch "
+                "is smaller, set drop_last=True"
+            )
     return _AllGather.apply(z)
-
-
-def _check_even(z: Tensor) -> None:
-    forms: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(forms, (tuple(z.shape), str(z.dtype)))
-    sizes = [len(shape) and shape[0] for shape, _ in forms]
-    if len(set(sizes)) > 1:
-        raise DispersiveError(
-            f"gather=True over processes with batches of {sizes}: all need the same size; set drop_last=True"
-        )
-    if len(set(forms)) > 1:
-        raise DispersiveError(f"gather=True over processes with features {forms}: all need one shape and dtype")

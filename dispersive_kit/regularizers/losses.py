@@ -48,11 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`PRESETS[name]`, changed by `overrides`; another kind comes with its own tau, unless given.
-
-    Raises:
-        DispersiveError: no preset has this name; options of the loss that `LossOptions` refuses; a negative weight.
-    """
+    """`PRESETS[name]`, changed by `overrides` and checked; another kind comes with its own tau, unless given."""
     check_choice("preset", name, tuple(PRESETS))
     settings = dict(PRESETS[name])
     if overrides.get("kind", settings["kind"]) != settings["kind"]:
@@ -91,9 +87,6 @@ class LossOptions:
             check_number("t_window", self.t_window, above=0.0)
         if self.tau is not None and (self.tau != "auto" or self.kind == "vicreg"):
             check_number("tau", self.tau, above=0.0)
-        self._check_fit()
-
-    def _check_fit(self) -> None:
         kind, why = KINDS[self.kind], ""
         if kind.tau is None and self.tau is not None:
             why = f"has no scale: leave out tau (it was {self.tau!r})"
@@ -131,11 +124,13 @@ def check_choice(what: str, value: Any, known: Sequence[Any]) -> None:
         raise DispersiveError(f"{what} {value!r} is unknown: {hint}choose from {', '.join(map(str, known))}")
 
 
-def check_number(what: str, value: Any, above: float = -math.inf, at_least: float = -math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def check_number(
+    what: str, value: Any, above: float = -math.inf, at_least: float = -math.inf, *, whole: bool = False
+) -> None:
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= above or value < at_least:
         bound = f"above {above:g}" if math.isfinite(above) else f"of at least {at_least:g}"
-        raise DispersiveError(f"{what} is {value!r}: give a finite number {bound}")
+        raise DispersiveError(f"{what} is {value!r}: give a {'whole' if whole else 'finite'} number {bound}")
 
 
 def dispersive_loss(
@@ -214,18 +209,11 @@ def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tens
     with full_precision(z.device):
         x = rows_of(z, options)  # (R, dim)
         tau = temperature(x, options)
-        if options.of_channels:
-            compared, variance = _standardised(x, options)
-            total, dropped, gram = PairSum.apply(compared, SQUARE, Pairs())  # |X X^T|_F^2 = sum_mn C_mn^2
-            loss, mass = _of_channels(total, compared, variance, tau, options), torch.full_like(tau, math.nan)
-        else:
-            kernel = _kernel_of(options.kind, tau, x.shape[1])
-            total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
-            loss, mass = _of_pairs(total, dropped, kernel, tau, len(x), options)
+        measured = _of_channels(x, tau, options) if options.of_channels else _of_pairs(x, tau, options, t, y)
+        loss = measured.loss
         if options.norm_penalty:
             loss = loss + options.norm_penalty * x.square().mean()
-    loss = loss.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    return Measured(loss, dropped, mass.detach(), tau, gram, rows=len(x), dim=x.shape[1])
+    return measured._replace(loss=loss.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
 
 
 def _check_features(z: Any, t: Any, y: Any) -> None:
@@ -312,42 +300,43 @@ def _kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
 SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
 
 
-def _of_pairs(
-    total: Tensor, dropped: Tensor, kernel: Kernel, tau: Tensor, rows: int, options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """(loss, mass) from the sum over the pairs i != j; the diagonal, where D is 0 exactly, is added in closed form."""
+def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y: Tensor | None) -> Measured:
+    """From the sum over the pairs i != j; the diagonal, where D is 0 exactly, is added in closed form."""
+    kernel, rows = _kernel_of(options.kind, tau, x.shape[1]), len(x)
+    total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
     own = rows if options.with_diagonal else 0
     count = (rows * (rows - 1) + own - dropped).to(tau.dtype)
     at_zero = kernel.value(torch.zeros_like(tau))
     if not kernel.log:
-        return (total + own * at_zero) / count.clamp(min=1), torch.full_like(tau, math.nan)
-    mass = torch.ones_like(tau)
-    if own:  # exp(L) = 1 / B + (1 - 1 / B) exp(L without the diagonal)
-        diagonal = at_zero + math.log(own)
-        mass = torch.sigmoid(total - diagonal)
-        total = torch.logaddexp(total, diagonal)
-    return torch.where(count > 0, total - count.clamp(min=1).log(), 0 * total), mass
+        loss, mass = (total + own * at_zero) / count.clamp(min=1), torch.full_like(tau, math.nan)
+    else:
+        mass = torch.ones_like(tau)
+        if own:  # exp(L) = 1 / B + (1 - 1 / B) exp(L without the diagonal)
+            diagonal = at_zero + math.log(own)
+            mass = torch.sigmoid(total.detach() - diagonal)
+            total = torch.logaddexp(total, diagonal)
+        loss = torch.where(count > 0, total - count.clamp(min=1).log(), 0 * total)
+    return Measured(loss, dropped, mass, tau, gram, rows, x.shape[1])
 
 
-def _standardised(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Rows whose products are covariances, or correlations, and the variance (dim,) of each channel."""
-    B = len(x)
+def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
+    """From sum_mn C_mn^2 = |X X^T|_F^2 of rows whose products are covariances, or correlations."""
+    (B, dim), of_correlations = x.shape, options.kind == "covariance"
     if B < 2:
         raise DispersiveError(f"kind {options.kind!r} needs a batch of at least 2")
     x = x - x.mean(0)
     x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice: the first mean is rounded where the offset is large
     variance = x.square().sum(0)
-    return (x / (variance + EPS).sqrt() if options.kind == "covariance" else x), variance
-
-
-def _of_channels(total: Tensor, x: Tensor, variance: Tensor, tau: Tensor, options: LossOptions) -> Tensor:
-    """The loss from sum_mn C_mn^2, in which the diagonal m = n is."""
-    dim = x.shape[1]
+    if of_correlations:
+        x = x / (variance + EPS).sqrt()
+    total, dropped, gram = PairSum.apply(x, SQUARE, Pairs())
     if not options.with_diagonal:
         total = total - x.square().sum(0).square().sum()
-    if options.kind == "covariance":
-        return total / dim**2
-    return (tau - (variance + 1e-4).sqrt()).clamp(min=0).mean() + total / (25 * dim)
+    if of_correlations:
+        loss = total / dim**2
+    else:
+        loss = (tau - (variance + 1e-4).sqrt()).clamp(min=0).mean() + total / (25 * dim)
+    return Measured(loss, dropped, torch.full_like(tau, math.nan), tau, gram, B, dim)
 
 
 def floor(

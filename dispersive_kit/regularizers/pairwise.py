@@ -58,22 +58,16 @@ def compute_dtype(z: Tensor) -> torch.dtype:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, and no TF32 or bf16 inside float32 products: distances are differences of large numbers."""
-    backends = (torch.backends.cuda, torch.backends.mkldnn)
-    settings = [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
-    everywhere = None if settings else torch.get_float32_matmul_precision()  # torch before 2.9 has one setting for all
     try:
         for setting in settings:
             setting.fp32_precision = "ieee"
-        if everywhere:
-            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
-        if everywhere:
-            torch.set_float32_matmul_precision(everywhere)
 
 
 class PairSum(torch.autograd.Function):
@@ -107,8 +101,13 @@ class PairSum(torch.autograd.Function):
         return total, dropped, corner  # type: ignore[return-value]
 
     @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        # Refused also where `grad` is a constant, and a second derivative would silently lack this part.
+        return PairSum._backward(ctx, grad.detach().requires_grad_() if torch.is_grad_enabled() else grad)
+
+    @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, squared, total, weight = ctx.saved_tensors
         kernel = ctx.kernel
         with full_precision(rows.device):
@@ -130,9 +129,7 @@ def _split(R: int) -> list[tuple[int, int]]:
 def _block(
     gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel values and slopes of the rows i to j, (j - i, R) as their Gram product, and how many pairs i != j were
-    dropped.
-    """
+    """Kernel values and slopes (j - i, R) of the rows i to j, and how many of their pairs i != j were dropped."""
     if kernel.inner:
         return kernel.value(gram), kernel.slope(gram), gram.new_zeros(())
     u = gram.mul(-2).add_(squared).add_(squared[i:j, None]).clamp_(min=0)

@@ -4,7 +4,6 @@ import copy
 import difflib
 import fnmatch
 import math
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,11 @@ Select = Callable[[Any], Tensor] | int | str | None
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
-UNARMED = "has captured nothing: call the model inside `with` before loss()"
 UNSEEN = (
-    "has captured nothing since the last loss(): the model was not called in training mode inside `with`, or "
-    "does not call this module, or torch.compile had compiled it before the hook was set, which it then does "
-    "not see. Cure for the last: attach before the first call, or torch.compiler.reset() after attaching, or "
-    "compile block by block. A compiled copy of the model (an average) that is called with gradients on hides "
-    "the hook too: call it under torch.no_grad()"
+    "has captured nothing since the last loss(): call the model in training mode inside `with`. Where it was, it does "
+    "not call this module, or torch.compile had compiled it before the hook was set, which it then does not see: "
+    "attach before the first call, or torch.compiler.reset() after attaching, or compile block by block. A compiled "
+    "copy of the model (an average) that is called with gradients on hides the hook too: call it under no_grad"
 )
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
@@ -51,19 +48,11 @@ class Schedule:
             raise DispersiveError(f"schedule {self.shape!r} over {self.steps!r} steps: give a whole number above 0")
 
     def factor(self, step: int | None) -> float:
-        """At step `step`.
-
-        Raises:
-            DispersiveError: no step where the schedule needs one, or a negative one.
-        """
         if self.shape == "constant":
             return 1.0
-        try:
-            done = operator.index(step) / self.steps  # type: ignore[arg-type]
-        except TypeError as error:
-            raise DispersiveError(f"schedule {self.shape!r} got step {step!r}: call loss(step=step)") from error
-        if done < 0:
-            raise DispersiveError(f"schedule {self.shape!r} got step {step}: steps are counted from 0")
+        if not isinstance(step, int) or step < 0:
+            raise DispersiveError(f"schedule {self.shape!r} got step {step!r}: call loss(step=step), counted from 0")
+        done = step / self.steps
         if self.shape == "warmup":
             return min(1.0, done + 1 / self.steps)
         if self.shape == "stop-at":
@@ -74,8 +63,8 @@ class Schedule:
 class _Tap:
     """A forward hook that keeps the first output of its module while armed, and never raises.
 
-    A copy of the model (an EMA by deepcopy) carries the same hook: the check of the module's identity keeps
-    the copy from writing here.
+    A copy of the model (an EMA by deepcopy) carries the same hook: the check of the module's identity keeps the copy
+    from writing here.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
@@ -98,10 +87,6 @@ class _Tap:
     def __deepcopy__(self, _memo: Any) -> Self:
         return self
 
-    def take(self) -> Captured | None:
-        output, self.output = self.output, None
-        return output
-
 
 class Attached:
     """Taps on a model: armed by `with`, read once a call, taken off by `remove()`."""
@@ -121,8 +106,7 @@ class Attached:
             raise DispersiveError(f"schedule is a {type(schedule).__name__}: give a Schedule, or None")
         self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
         self.taps = _find_taps(model, at, depth)
-        self._armed_once = self._removed = False
-        self._told = False  # that it is 0 in eval mode
+        self._removed = self._told = False  # told: that it is 0 in eval mode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Attached anew, to the copy of the model; a copy of taps would be those of the original."""
@@ -143,6 +127,10 @@ class Attached:
         return [tap.path for tap in self.taps]
 
     @property
+    def where(self) -> str:
+        return ", ".join(self.paths)
+
+    @property
     def captured(self) -> list[Tensor]:
         """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
         return [_pick(tap.output[0], self.select) for tap in self.taps if tap.output is not None]
@@ -151,7 +139,6 @@ class Attached:
         self._require_hooks()
         for tap in self.taps:
             tap.output, tap.armed = None, self.model.training
-        self._armed_once = True
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -167,7 +154,7 @@ class Attached:
 
     def _require_hooks(self) -> None:
         if self._removed:
-            raise DispersiveError(f"the taps {', '.join(self.paths)} were removed: attach anew")
+            raise DispersiveError(f"the taps {self.where} were removed: attach anew")
 
     def _active(self) -> bool:
         """Whether the model trains; where it does not and gradients are on, that is said once."""
@@ -175,8 +162,8 @@ class Attached:
         if not self.model.training and torch.is_grad_enabled() and not self._told:
             self._told = True
             warnings.warn(
-                f"{type(self).__name__} on {', '.join(self.paths)} is 0 in eval mode, and gradients are on: call "
-                "model.train() to train with it (from_pretrained leaves a model in eval mode)",
+                f"{type(self).__name__} on {self.where} is 0 in eval mode, and gradients are on: call model.train() to "
+                "train with it (from_pretrained leaves a model in eval mode)",
                 stacklevel=3,
             )
         return self.model.training
@@ -186,24 +173,26 @@ class Attached:
         try:
             return self.weight * self.schedule.factor(step)
         except DispersiveError as error:
-            raise DispersiveError(f"taps {', '.join(self.paths)}: {error}") from error
+            raise DispersiveError(f"taps {self.where}: {error}") from error
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
 
     def _take(self, taps: Sequence[Tensor] | None = None) -> list[Tensor]:
         """One z (B, ...) a tap, with gradient, captured or given."""
-        outputs = [tap.take() for tap in self.taps]
+        outputs = [tap.output for tap in self.taps]
+        for tap in self.taps:
+            tap.output = None
         if taps is None:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
         if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
-            given = f"of {len(taps)}" if isinstance(taps, list | tuple) else f"a {type(taps).__name__}"
-            raise DispersiveError(f"taps= is {given}: give a list of one tensor each for {', '.join(self.paths)}")
+            given = f"{len(taps)} tensors" if isinstance(taps, list | tuple) else f"a {type(taps).__name__}"
+            raise DispersiveError(f"taps= is {given}: give a list of one tensor each for {self.where}")
         return [self._checked(tap, (z, []), None) for tap, z in zip(self.taps, taps, strict=True)]
 
     def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
         if output is None:
-            raise DispersiveError(f"tap {tap.path!r} {UNSEEN if self._armed_once else UNARMED}")
+            raise DispersiveError(f"tap {tap.path!r} {UNSEEN}")
         try:
             z = _pick(output[0], select)
         except DispersiveError as error:
@@ -214,12 +203,12 @@ class Attached:
                 "outside: return the features from the function (has_aux=True) and pass them as loss(taps=...)"
             )
         if self.weight and not (z.requires_grad and torch.is_grad_enabled()):
-            why = (
-                "loss() was called under no_grad: call it outside"
-                if z.requires_grad
-                else "it carries no gradient: it was computed under no_grad, or inside a reentrant checkpoint (use "
-                "use_reentrant=False), or by frozen parameters only (tap a later block)"
-            )
+            why = "loss() was called under no_grad: call it outside"
+            if not z.requires_grad:
+                why = (
+                    "it carries no gradient: it was computed under no_grad, or inside a reentrant checkpoint (use "
+                    "use_reentrant=False), or by frozen parameters only (tap a later block)"
+                )
             raise DispersiveError(
                 f"tap {tap.path!r}: the loss would do nothing, {why}. weight=0 measures without a gradient"
             )

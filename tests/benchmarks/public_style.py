@@ -23,15 +23,6 @@ def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.proj, self.norm = nn.Conv2d(channels, width, kernel_size=patch, stride=patch), nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
-
-
 class Embedder(nn.Module):
     """Of times."""
 
@@ -49,31 +40,19 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm, self.k_norm, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
-        self.proj_drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=0.0)
-        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).reshape(B, N, C))))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
-        self.drop1, self.drop2 = nn.Dropout(0.0), nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
 
 
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(width), layer_norm(width)
-        self.attn, self.mlp = Attention(width, heads), Mlp(width)
+        self.norm1, self.norm2, self.attn = layer_norm(width), layer_norm(width), Attention(width, heads)
+        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU("tanh"), "fc2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -105,26 +84,37 @@ class LabelEmbedder(nn.Module):
 
 
 class PublicSiT(nn.Module):
-    """SiT-S/4 for latents 4x32x32, with the parameter names of the public code."""
+    """SiT with the parameter names of the public code; as it stands SiT-S/4 for latents 4x32x32."""
 
-    def __init__(self, patch: int = 4, depth: int = 12, width: int = 384, heads: int = 6) -> None:
+    def __init__(
+        self,
+        patch: int = 4,
+        depth: int = 12,
+        width: int = 384,
+        heads: int = 6,
+        size: int = 32,
+        channels: int = 4,
+        classes: int = 1000,
+        out: int = 4,
+    ) -> None:
         super().__init__()
-        self.patch = patch
-        self.x_embedder = PatchEmbed(patch, 4, width)
-        self.t_embedder, self.y_embedder = Embedder(width), LabelEmbedder(1000, width)
-        self.pos_embed = nn.Parameter(torch.zeros(1, (32 // patch) ** 2, width), requires_grad=False)
+        self.patch, self.out = patch, out
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.t_embedder, self.y_embedder = Embedder(width), LabelEmbedder(classes, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch) ** 2, width), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.final_layer = FinalLayer(width, 4 * patch**2)
+        self.final_layer = FinalLayer(width, out * patch**2)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x = self.x_embedder(x) + self.pos_embed
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
         x = self.final_layer(x, c)
         h = w = int(x.shape[1] ** 0.5)
-        x = torch.einsum("nhwpqc->nchpwq", x.reshape(x.shape[0], h, w, self.patch, self.patch, 4))
-        return x.reshape(x.shape[0], 4, h * self.patch, w * self.patch)
+        x = torch.einsum("nhwpqc->nchpwq", x.reshape(x.shape[0], h, w, self.patch, self.patch, self.out))
+        return x.reshape(x.shape[0], self.out, h * self.patch, w * self.patch)
 
 
 def dispersive(z: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """A Gaussian target N(0, data_std^2), for which every quantity of every path has a closed form."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path as File
 
 import pytest
 import torch
@@ -10,15 +8,14 @@ from torch import Tensor
 
 from dispersive_kit.diffusion.paths import DDPMPath, GVPPath, LinearPath, Path, VPPath, expand
 
-sys.path.insert(0, str(File(__file__).parent))  # for `import two_processes`
 PATHS = {"linear": LinearPath(), "gvp": GVPPath(), "vp": VPPath(), "ddpm": DDPMPath()}
 PATHS["ddpm-cosine"] = DDPMPath("cosine")
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """x_t is N(0, std(t)^2) and everything is linear in x: x0, eps and v are their correlation with x over
-    its variance.
+    """x_t is N(0, std(t)^2) and everything is linear in x: x0, eps and v are their correlation with x over its
+    variance.
     """
 
     path: Path

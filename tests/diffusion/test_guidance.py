@@ -29,20 +29,14 @@ def x():
 Y = torch.tensor([0, 2])
 
 
-def test_guided_is_null_plus_scale_times_the_difference_on_every_channel(x):
-    model = Counting()
+def test_guided_is_null_plus_scale_times_the_difference_on_every_channel_but_a_learned_variance(x):
+    model, y = Counting(), Y.reshape(-1, 1, 1, 1)
     out = ClassifierFree(Y, NULL, scale=2.5)(model, x, 0.5)
-    y = Y.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(out, (4 + 2.5 * (y + 1 - 4)) * x)
     assert (model.calls, model.rows) == (1, 4)
-
-
-def test_a_learned_variance_is_not_guided(x):
-    def model(x, t, y):
-        return torch.cat([x, (y + 1).reshape(-1, 1, 1, 1) * torch.ones_like(x)], 1)
-
-    out = ClassifierFree(Y, NULL, scale=2.5)(model, x, 0.5)
-    torch.testing.assert_close(out[:, 4:], (Y + 1).reshape(-1, 1, 1, 1) * torch.ones_like(x))
+    learned = lambda x, t, y: torch.cat([x, (y + 1).reshape(-1, 1, 1, 1) * torch.ones_like(x)], 1)  # noqa: E731
+    out = ClassifierFree(Y, NULL, scale=2.5)(learned, x, 0.5)
+    torch.testing.assert_close(out[:, 4:], (y + 1) * torch.ones_like(x))
 
 
 @pytest.mark.parametrize("guidance,rows", [
@@ -71,19 +65,14 @@ def test_an_interval_changes_the_adaptive_and_the_fixed_sampler_alike(x):
     torch.testing.assert_close(adaptive, fixed, atol=1e-3, rtol=1e-2)
 
 
-def test_guidance_that_lacks_its_other_half_is_refused(x):
-    model = Counting()
+def test_guidance_that_lacks_its_other_half_or_its_interval_is_refused(x):
     for guidance in (ClassifierFree(Y, None, scale=2.0), ClassifierFree(None, NULL, scale=2.0)):
         with pytest.raises(ConfigError, match="needs y and a null class"):
-            guidance(model, x, 0.5)
-    assert ClassifierFree(Y, None)(model, x, 0.5).shape == x.shape  # scale 1 needs no null class
-
-
-@pytest.mark.parametrize("interval", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.5)])
-def test_an_interval_that_is_none_is_refused(interval):
-    low, high = interval
-    with pytest.raises(ConfigError, match="0 <= low <= high <= 1"):
-        ClassifierFree(Y, NULL, scale=3.0, low=low, high=high)
+            guidance(Counting(), x, 0.5)
+    assert ClassifierFree(Y, None)(Counting(), x, 0.5).shape == x.shape  # scale 1 needs no null class
+    for low, high in ((0.9, 0.1), (-0.1, 1.0), (0.0, 1.5)):
+        with pytest.raises(ConfigError, match="0 <= low <= high <= 1"):
+            ClassifierFree(Y, NULL, scale=3.0, low=low, high=high)
 
 
 @pytest.mark.parametrize("steps", [10, 20, 25, 50])

@@ -14,25 +14,14 @@ from dispersive_kit.models.published import load_published
 
 def published_shapes(depth, D, patch, channels, grid, classes):
     """The key names and shapes of the public .pt files, written out."""
-    shapes = {
-        "pos_embed": (1, grid**2, D),
-        "x_embedder.proj.weight": (D, channels, patch, patch),
-        "x_embedder.proj.bias": (D,),
-        "t_embedder.mlp.0.weight": (D, 256),
-        "t_embedder.mlp.0.bias": (D,),
-        "t_embedder.mlp.2.weight": (D, D),
-        "t_embedder.mlp.2.bias": (D,),
-        "y_embedder.embedding_table.weight": (classes + 1, D),
-        "final_layer.linear.weight": (patch**2 * 2 * channels, D),
-        "final_layer.linear.bias": (patch**2 * 2 * channels,),
-        "final_layer.adaLN_modulation.1.weight": (2 * D, D),
-        "final_layer.adaLN_modulation.1.bias": (2 * D,),
-    }
-    layers = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
-    layers["adaLN_modulation.1"] = (6 * D, D)
-    for i in range(depth):
-        for name, shape in layers.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+    layers = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "x_embedder.proj": (D, channels, patch, patch)}
+    layers |= {"final_layer.linear": (patch**2 * 2 * channels, D), "final_layer.adaLN_modulation.1": (2 * D, D)}
+    block = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    block["adaLN_modulation.1"] = (6 * D, D)
+    layers |= {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    shapes = {"pos_embed": (1, grid**2, D), "y_embedder.embedding_table.weight": (classes + 1, D)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 
@@ -93,30 +82,24 @@ def test_wrong_state_is_refused_with_the_list_of_what_differs(tmp_path):
     ]
 
 
-def test_files_that_are_no_dit_are_refused_by_name(tmp_path):
-    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "DiT-other.pt")
-    with pytest.raises(CheckpointError, match=r"lacks x_embedder.proj.weight, pos_embed"):
-        load_published(tmp_path / "DiT-other.pt")
-    (tmp_path / "DiT-broken.pt").write_bytes(b"half a file")
-    with pytest.raises(CheckpointError, match=r"DiT-broken\.pt cannot be read"):
-        load_published(tmp_path / "DiT-broken.pt")
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        load_published(tmp_path / "absent.pt")
-    deep = {key.replace("blocks.3", "blocks.4"): value for key, value in random_state().items()}
-    torch.save({**random_state(), **deep}, tmp_path / "DiT-deep.pt")
-    with pytest.raises(ConfigError, match="depth 5 and width 96, no published size"):
-        load_published(tmp_path / "DiT-deep.pt")
-
-
 class Loud:
     def __reduce__(self):
         return (print, ("code ran while a checkpoint was read",))
 
 
-def test_a_checkpoint_never_runs_code(tmp_path, capsys):
-    torch.save({"x": Loud()}, tmp_path / "DiT-loud.pt")
-    with pytest.raises(CheckpointError):
-        load_published(tmp_path / "DiT-loud.pt")
+def test_files_that_are_no_dit_are_refused_by_name_and_run_no_code(tmp_path, capsys):
+    file, state = tmp_path / "DiT-other.pt", random_state()
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_published(file)
+    deep = {key.replace("blocks.3", "blocks.4"): value for key, value in state.items()}
+    for content, error, words in (
+        ({"conv.weight": torch.zeros(1)}, CheckpointError, "lacks x_embedder.proj.weight, pos_embed"),
+        ({"x": Loud()}, CheckpointError, r"DiT-other\.pt cannot be read"),
+        ({**state, **deep}, ConfigError, "depth 5 and width 96, no published size"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(error, match=words):
+            load_published(file)
     assert "code ran" not in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from nets import T, X, gradient, small_dit, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,35 +14,10 @@ from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.regularizers import Dispersive, LayerSync, dispersive_loss
 
-X = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-T = torch.linspace(0.1, 0.9, 6)
-
-
-def make_model(**overrides):
-    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=0, **overrides)
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad:  # the published initialisation makes every block the identity
-            nn.init.normal_(p, std=0.05, generator=generator)
-    return model.train()
-
-
-def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def step(model, reg, call=None, **labels):
-    model.zero_grad()
-    with reg:
-        out = (model if call is None else call)(X, T)
-    loss = reg.loss(**labels)
-    (out.square().mean() + loss).backward()
-    return loss.detach(), gradient(model)
-
 
 def expected(at=1, **options):
     """The same by hand: the block's output caught without Dispersive."""
-    model, seen = make_model(), []
+    model, seen = small_dit(), []
     model.get_submodule(f"blocks.{at}" if isinstance(at, int) else at).register_forward_hook(
         lambda module, args, output: seen.append(output)
     )
@@ -65,7 +41,7 @@ def fresh_compiler():
 
 def test_loss_and_gradient_are_those_of_the_blocks_output():
     # mutation: `self.output = output.detach()`
-    model = make_model()
+    model = small_dit()
     assert_same(step(model, Dispersive(model, "blocks.1")), expected())
 
 
@@ -77,7 +53,7 @@ def compiled(model):
 
 
 def test_compile_of_the_whole_model_attached_before_the_first_call():
-    model = make_model()
+    model = small_dit()
     reg, call = Dispersive(model, "blocks.1"), compiled(model)
     for _ in range(2):
         assert_same(step(model, reg, call), expected())
@@ -86,7 +62,7 @@ def test_compile_of_the_whole_model_attached_before_the_first_call():
 @pytest.mark.parametrize("in_place", [True, False])
 def test_compile_of_the_whole_model_attached_after_the_first_call_raises_with_the_cure(in_place):
     # mutation: `_checked` returns a zero where nothing was captured
-    model = make_model()
+    model = small_dit()
     call = None if in_place else compiled(model)
     if in_place:
         model.compile(backend="eager")
@@ -100,7 +76,7 @@ def test_compile_of_the_whole_model_attached_after_the_first_call_raises_with_th
 
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_compile_block_by_block_works_in_either_order(attach_first):
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1") if attach_first else None
     for block in model.blocks:
         block.compile(backend="aot_eager")
@@ -112,7 +88,7 @@ def test_compile_block_by_block_works_in_either_order(attach_first):
 
 def test_fullgraph_with_checkpointing_works_through_taps():
     # The untreated row: with the hook, Dynamo refuses the side effect inside the checkpoint.
-    model = make_model(checkpointing=True)
+    model = small_dit(checkpointing=True)
     reg = Dispersive(model, "blocks.1")
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
@@ -130,7 +106,7 @@ def test_fullgraph_with_checkpointing_works_through_taps():
 @pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
 def test_non_reentrant_checkpointing_with_backward_inside_the_with_block(path):
     # mutation: no check of the graph task in `Tap.__call__`: the recomputation fills the slot of the next step
-    model = make_model(checkpointing=True)
+    model = small_dit(checkpointing=True)
     reg = Dispersive(model, path)
     with reg:
         for _ in range(2):
@@ -147,7 +123,7 @@ def test_non_reentrant_checkpointing_with_backward_inside_the_with_block(path):
 
 def test_a_stale_recomputation_is_never_taken_for_the_next_batch():
     # mutation: as above; the second loss is then that of the first batch
-    model = make_model(checkpointing=True)
+    model = small_dit(checkpointing=True)
     reg = Dispersive(model, "blocks.1.attn")
     losses = []
     with reg:
@@ -193,7 +169,7 @@ def test_a_tap_inside_a_reentrant_checkpoint_raises_and_one_at_it_is_right(path,
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_loss_under_no_grad_raises(context):
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.0")
     with context(), reg:
         model(X, T)
@@ -203,7 +179,7 @@ def test_a_loss_under_no_grad_raises(context):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_loss_called_under_no_grad_raises_though_the_features_have_a_gradient(context):
-    model = make_model()
+    model = small_dit()
     for reg in (Dispersive(model, "blocks.0"), LayerSync(model, "blocks.0", "blocks.1")):
         with reg:
             model(X, T)
@@ -277,7 +253,7 @@ def test_autocast_captures_bf16_and_computes_in_float32():
 
 def test_ema_by_deepcopy_does_not_overwrite_the_capture():
     # mutation: no `module is not self.module` in `Tap.__call__`
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1")
     ema = copy.deepcopy(model)
     model.zero_grad()
@@ -291,7 +267,7 @@ def test_ema_by_deepcopy_does_not_overwrite_the_capture():
 
 def test_eval_captures_nothing_and_the_loss_is_zero():
     # mutation: armed without `self.model.training`
-    model = make_model().eval()
+    model = small_dit().eval()
     reg = Dispersive(model, "blocks.1")
     with reg:
         model(X, T)
@@ -305,7 +281,7 @@ def test_eval_captures_nothing_and_the_loss_is_zero():
 
 
 def test_a_block_that_was_compiled_by_itself_is_known_by_the_compiled_module():
-    model = make_model()
+    model = small_dit()
     model.blocks[1] = compiled(model.blocks[1])
     reg = Dispersive(model, model.blocks[1])
     assert reg.paths == ["blocks.1"]
@@ -313,7 +289,7 @@ def test_a_block_that_was_compiled_by_itself_is_known_by_the_compiled_module():
 
 
 def test_state_dict_is_unchanged_and_remove_leaves_no_hook():
-    model = make_model()
+    model = small_dit()
     before = list(model.state_dict())
     reg = Dispersive(model, ["blocks.0", "blocks.1"])
     assert list(model.state_dict()) == before
@@ -327,7 +303,7 @@ def test_state_dict_is_unchanged_and_remove_leaves_no_hook():
 
 def test_the_hook_costs_nothing_unarmed_and_only_the_first_call_is_captured():
     # mutation: no `self.output is not None` in `Tap.__call__`
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1")
     model(X, T)
     assert not reg.captured
@@ -339,7 +315,7 @@ def test_the_hook_costs_nothing_unarmed_and_only_the_first_call_is_captured():
 
 
 def test_features_are_let_go_after_the_loss():
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1")
     step(model, reg)
     assert not reg.captured
@@ -348,7 +324,7 @@ def test_features_are_let_go_after_the_loss():
 
 
 def test_gradient_accumulation_sums_the_losses_of_the_micro_batches():
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1")
     model.zero_grad()
     for rows in (slice(0, 3), slice(3, 6)):
@@ -357,7 +333,7 @@ def test_gradient_accumulation_sums_the_losses_of_the_micro_batches():
         (reg.loss() + 0 * out.sum()).backward()
     got, want = gradient(model), 0
     for rows in (slice(0, 3), slice(3, 6)):
-        other = make_model()
+        other = small_dit()
         _, (z,) = other(X[rows], T[rows], taps=(1,))
         (0.5 * dispersive_loss(z)).backward()
         filled = [p.grad if p.grad is not None else torch.zeros_like(p) for p in other.parameters() if p.requires_grad]
@@ -367,7 +343,7 @@ def test_gradient_accumulation_sums_the_losses_of_the_micro_batches():
 
 def test_memory_makes_the_last_micro_batch_see_the_whole_batch():
     # mutation: `_kept` never filled; never cleared
-    model = make_model()
+    model = small_dit()
     reg = Dispersive(model, "blocks.1", memory=64)
     whole = Dispersive(model, "blocks.1")
     with whole:

@@ -10,33 +10,17 @@ from dispersive_kit.regularizers import Dispersive, dispersive_loss
 
 
 def unet():
-    model = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-    )
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    sizes = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "attention_head_dim": 8}
+    model = diffusers.UNet2DModel(**sizes, norm_num_groups=4, down_block_types=down, up_block_types=up)
     return model, lambda: model(torch.randn(4, 3, 8, 8), torch.rand(4) * 999).sample
 
 
 def transformer():
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_num_groups=4,
-    )
-    labels = torch.randint(0, 10, (4,))
-    return model, lambda: model(torch.randn(4, 4, 8, 8), torch.randint(0, 10, (4,)), class_labels=labels).sample
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8}
+    model = diffusers.DiTTransformer2DModel(**sizes, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4)
+    y = torch.randint(0, 10, (4,))
+    return model, lambda: model(torch.randn(4, 4, 8, 8), torch.randint(0, 10, (4,)), class_labels=y).sample
 
 
 def resnet():

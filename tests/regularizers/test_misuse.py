@@ -4,6 +4,7 @@ A case draws a model, options and one to three things that go wrong; the judge c
 from the tapped module's own output, so a silent wrong answer fails.
 """
 
+import contextlib
 import random
 import re
 
@@ -22,42 +23,36 @@ B, WIDTH = 6, 5
 
 
 class Block(nn.Module):
-    """A block that can misbehave: `form` shapes its output, `how` is the way it is called."""
+    """`form` shapes its output."""
 
-    def __init__(self, form, how):
+    def __init__(self, form):
         super().__init__()
-        self.lin, self.form, self.how = nn.Linear(WIDTH, WIDTH), form, how
+        self.lin, self.form = nn.Linear(WIDTH, WIDTH), form
 
     def forward(self, x):
-        h = torch.tanh(self.lin(x))
-        return self.form(h)
+        return self.form(torch.tanh(self.lin(x)))
 
 
 class Net(nn.Module):
+    """The second of its blocks can misbehave; `how` is the way it is called."""
+
     def __init__(self, form, how):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(lambda h: h, "plain"), Block(form, how), Block(lambda h: h, "plain")])
-        self.head = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList([Block(lambda h: h), Block(form), Block(lambda h: h)])
+        self.head, self.how = nn.Linear(WIDTH, WIDTH), how
 
     def forward(self, x):
-        x = self.blocks[0](x)
-        out = call(self.blocks[1], x)
-        if isinstance(out, torch.Tensor) and self.blocks[1].how == "overwritten":
-            out.mul_(2)
+        x, block, how = self.blocks[0](x), self.blocks[1], self.how
+        if how in ("no_grad", "inference_mode"):
+            with getattr(torch, how)():
+                block(x)
+        elif how == "reentrant inside":
+            checkpoint(lambda x: (block(x), x)[1].clone(), x, use_reentrant=True)
+        elif how != "never called":
+            out = checkpoint(block, x, use_reentrant=False) if how == "checkpointed" else block(x)
+            if how == "overwritten" and isinstance(out, torch.Tensor):
+                out.mul_(2)
         return self.head(self.blocks[2](x))
-
-
-def call(block, x):
-    if block.how == "never called":
-        return None
-    if block.how in ("no_grad", "inference_mode"):
-        with getattr(torch, block.how)():
-            return block(x)
-    if block.how == "reentrant inside":
-        return checkpoint(lambda x: (block(x), x)[1].clone(), x, use_reentrant=True)
-    if block.how == "checkpointed":
-        return checkpoint(block, x, use_reentrant=False)
-    return block(x)
 
 
 FORMS = {
@@ -97,33 +92,15 @@ OPTIONS = {
     "depth": [0.25, 1.0, 0.0, 2.0, "deep"],
     "lambda_": [1.0],
 }
+TAPS = torch.randn(B, 4, requires_grad=True), torch.randn(B, 4)
 LABELS = {
     "t": [None, torch.linspace(0, 1, B), torch.linspace(0, 1, B - 1), torch.rand(B, 1), 0.5],
     "y": [None, torch.arange(B) % 3, torch.arange(B + 1), [0] * B, torch.zeros(B)],
     "step": [None, 0, 5, 2.5, "one", torch.tensor(3)],
-    "taps": [
-        None,
-        None,
-        None,
-        [torch.randn(B, 4, requires_grad=True)],
-        [torch.randn(B, 4)],
-        torch.randn(1, B, 4),
-        [],
-        [None],
-        3,
-    ],
+    "taps": [*[None] * 3, *([z] for z in TAPS), torch.randn(1, B, 4), [], [None], 3],
 }
-MODES = [
-    *["train"] * 5,
-    "eval",
-    "unarmed",
-    "twice",
-    "removed",
-    "compiled first",
-    "compiled after",
-    "one image",
-    "all no_grad",
-]
+MODES = [*["train"] * 5, "eval", "unarmed", "twice", "removed", "compiled first", "compiled after", "one image"]
+MODES.append("all no_grad")
 USE = {"form": "tensor", "how": "plain", "at": "blocks.1", "select": None, "mode": "train"}
 
 
@@ -155,12 +132,9 @@ def attempt(case):
     case["attached"] = False
     reg = Dispersive(net, case["at"], select=case["select"], **case["options"])
     case["attached"] = True
-    with torch.set_grad_enabled(case["mode"] != "all no_grad"):
-        if case["mode"] == "unarmed":
-            model(x)
-        else:
-            with reg:
-                model(x)
+    armed = contextlib.nullcontext() if case["mode"] == "unarmed" else reg
+    with torch.set_grad_enabled(case["mode"] != "all no_grad"), armed:
+        model(x)
     try:
         zs = reg.captured
     except DispersiveError:
@@ -201,18 +175,9 @@ def run(seed):
     return "right"
 
 
-def series(seeds):
+@pytest.mark.filterwarnings("ignore:Dispersive Loss")
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 1600), marks=pytest.mark.long)], ids=str)
+def test_random_misuse_is_refused_or_right(seeds):
     outcomes = [run(seed) for seed in seeds]
     # Neither the refusals nor the judge may be idle.
     assert min(outcomes.count("right"), outcomes.count("refused")) > len(outcomes) // 6, outcomes
-
-
-@pytest.mark.filterwarnings("ignore:Dispersive Loss")
-def test_random_misuse_is_refused_or_right():
-    series(range(100))
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:Dispersive Loss")
-def test_random_misuse_is_refused_or_right_long():
-    series(range(100, 1600))

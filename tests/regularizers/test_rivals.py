@@ -1,8 +1,11 @@
 """The rivals: what alpha = 0 and alpha = 1 are, who gets the gradient, REPA with an encoder of real weights."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import features
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -20,48 +23,32 @@ from dispersive_kit.regularizers import (
     dispersive_loss,
 )
 
-F64 = torch.float64
-
 
 def views(B=8, dim=6, noise=0.1):
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(B, dim, generator=generator, dtype=F64)
-    return z.requires_grad_(), (
-        z.detach() + noise * torch.randn(B, dim, generator=generator, dtype=F64)
-    ).requires_grad_()
+    z = features(B, dim)
+    return z, (z + noise * features(B, dim, seed=1)).detach().requires_grad_()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alpha_zero_is_dispersive_loss(kind):
-    z, positive = views()
-    assert contrastive_loss(z, positive, alpha=0.0, kind=kind) == dispersive_loss(z, kind=kind)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_positive_term_falls_as_the_views_meet_and_pulls_them_together(kind):
+def test_alpha_zero_is_dispersive_loss_and_the_positive_term_pulls_the_views_together(kind):
     z, positive = views(noise=1.0)
-    terms = []
-    for share in (0.0, 0.5, 1.0):
-        near = (positive + share * (z - positive)).detach().requires_grad_()
-        terms.append((contrastive_loss(z, near, kind=kind) - dispersive_loss(z, kind=kind)).item())
+    alone = dispersive_loss(z, kind=kind)
+    assert contrastive_loss(z, positive, alpha=0.0, kind=kind) == alone
+    at = [(positive + share * (z - positive)).detach() for share in (0.0, 0.5, 1.0)]
+    terms = [(contrastive_loss(z, near, kind=kind) - alone).item() for near in at]
     assert terms[0] > terms[1] > terms[2]
     (pull,) = torch.autograd.grad(contrastive_loss(z, positive, kind=kind), positive)
     assert pull.norm() > 0
 
 
-def test_infonce_is_the_textbook_loss_of_simclr_with_the_log_outside():
+def test_infonce_is_simclr_with_the_log_outside_and_covariance_is_barlow_twins():
     # mutation: `_positive_term` not divided by tau
     z, positive = views()
-    D = lambda a, b: (a - b).square().sum(-1) / 6  # noqa: E731
-    want = (
-        (D(z, positive) / 0.5).mean() + torch.logsumexp(-D(z[:, None], z).flatten() / 0.5, 0) - torch.tensor(64.0).log()
-    )
+    own, pair = ((z[:, None] - z).square().sum(2) / 6, (z - positive).square().sum(1) / 6)
+    want = (pair / 0.5).mean() + torch.logsumexp(-own.flatten() / 0.5, 0) - math.log(64)
     torch.testing.assert_close(contrastive_loss(z, positive), want, rtol=1e-6, atol=1e-8)
-
-
-def test_barlow_twins_with_identical_views_has_only_the_off_diagonal_left():
-    z, _ = views(B=30)
-    torch.testing.assert_close(contrastive_loss(z, z, kind="covariance"), dispersive_loss(z, kind="covariance"))
+    same = contrastive_loss(z, z, kind="covariance")  # of identical views only the off-diagonal is left
+    torch.testing.assert_close(same, dispersive_loss(z, kind="covariance"))
 
 
 @pytest.mark.parametrize(("alpha", "shape"), [(-0.1, (8, 6)), (1.1, (8, 6)), (1.0, (8, 5))])
@@ -83,9 +70,6 @@ def test_layer_sync_teaches_the_shallow_block_only():
     torch.testing.assert_close(loss, -0.1 * F.cosine_similarity(shallow, deep, dim=1).mean())
     loss.backward()
     assert model.blocks[0].fc2.weight.grad.norm() > 0 and model.blocks[3].fc2.weight.grad is None
-    with pytest.raises(DispersiveError, match="one shallow and one deep"):
-        LayerSync(model, "blocks.0", "blocks.0")
-    assert sum(len(m._forward_hooks) for m in model.modules()) == 2
 
 
 def test_repa_aligns_with_efficientnet_features_of_real_images():
@@ -111,32 +95,19 @@ def test_repa_aligns_with_efficientnet_features_of_real_images():
     assert model.blocks[0].attn.qkv.weight.grad is not None and model.blocks[1].attn.qkv.weight.grad is None
 
 
-def test_repa_takes_token_features_and_refuses_others():
-    model = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train()
-    x, t = torch.randn(3, 4, 8, 8), torch.rand(3)
-    for N, right in ((16, True), (9, False)):
-        repa = REPA(model, encoder=lambda x, N=N: torch.ones(len(x), N, 5), projector=nn.Linear(96, 5))
-        with repa:
-            model(x, t)
-        if right:
-            assert repa.loss(x).requires_grad
-        else:
-            with pytest.raises(DispersiveError, match=r"blocks\.0.*\(3, 16, 5\).*\(3, 9, 5\)"):
-                repa.loss(x)
-        repa.remove()
-    model.eval()
-    with pytest.warns(UserWarning, match="REPA on blocks.0 is 0 in eval mode"):
-        assert REPA(model, encoder=torch.nn.Identity(), projector=nn.Identity()).loss(x).item() == 0
-
-
-def test_repa_takes_features_in_bf16_outside_autocast_too():
-    model = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train()
-    repa = REPA(
-        model, encoder=lambda x: torch.ones(len(x), 5), projector=nn.Linear(96, 5), select=lambda z: z.bfloat16()
-    )
-    with repa, torch.autocast("cpu", dtype=torch.bfloat16):
-        model(torch.randn(3, 4, 8, 8), torch.rand(3))
-    assert repa.loss(torch.randn(3, 4, 8, 8)).requires_grad
+@pytest.mark.parametrize(("N", "bf16"), [(16, False), (9, False), (0, True)])
+def test_repa_takes_features_of_tokens_or_of_the_image_and_refuses_others(N, bf16):
+    model, x = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train(), torch.randn(3, 4, 8, 8)
+    select = (lambda z: z.bfloat16()) if bf16 else None  # as under autocast
+    encoder = lambda x: torch.ones(len(x), *[N] * (N > 0), 5)  # noqa: E731
+    repa = REPA(model, encoder=encoder, projector=nn.Linear(96, 5), select=select)
+    with repa:
+        model(x, torch.rand(3))
+    if N == 9:
+        with pytest.raises(DispersiveError, match=r"blocks\.0.*\(3, 16, 5\).*\(3, 9, 5\)"):
+            repa.loss(x)
+    else:
+        assert repa.loss(x).requires_grad
 
 
 def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
@@ -157,21 +128,24 @@ def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
     assert placebo.stats.loss == pytest.approx(0.0, abs=1e-6)  # of Dispersive Loss, on a batch of equal rows
 
 
-def test_the_placebo_needs_a_size():
+def test_what_a_rival_cannot_do_is_refused():
     with pytest.raises(DispersiveError, match="rms"):
         NormMatched(nn.Sequential(nn.Linear(4, 6)), "0", rms=0.0)
+    model = MLP(hidden_size=4)
+    for blocks, words in ((("0", "0"), "one shallow and one deep"), (("2", "0"), r"blocks\.2 comes after blocks\.0")):
+        with pytest.raises(DispersiveError, match=words):
+            LayerSync(model, *(f"blocks.{block}" for block in blocks))
+    assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_layersync_is_told_which_block_is_the_shallow_one_and_warns_in_eval_mode():
-    model = build_dit("DiT-T/2", input_size=8, depth=3, num_classes=0).eval()
-    with pytest.raises(DispersiveError, match=r"blocks\.2 comes after blocks\.0"):
-        LayerSync(model, "blocks.2", "blocks.0")
-    sync = LayerSync(model, "blocks.0", "blocks.2")
-    with pytest.warns(UserWarning, match="LayerSync on blocks.0, blocks.2 is 0 in eval mode"):
-        assert sync.loss().item() == 0
-    sync.remove()
-    with pytest.raises(DispersiveError, match="were removed"):
-        sync.loss()
+def test_rivals_are_zero_in_eval_mode_and_say_so():
+    model = MLP(hidden_size=4).eval()
+    for reg, at in (
+        (LayerSync(model, "blocks.0", "blocks.2"), "LayerSync on blocks.0, blocks.2"),
+        (REPA(model, encoder=nn.Identity(), projector=nn.Identity()), "REPA on blocks.0"),
+    ):
+        with pytest.warns(UserWarning, match=f"{at} is 0 in eval mode"):
+            assert reg.loss(*[torch.zeros(2)] * isinstance(reg, REPA)).item() == 0
 
 
 def test_a_memory_of_features_of_another_size_is_refused():

@@ -5,37 +5,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from nets import T, X, small_dit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dispersive_kit.errors import DispersiveError
-from dispersive_kit.models import build_dit
 from dispersive_kit.regularizers import Dispersive
 from dispersive_kit.regularizers.gather import all_gather
 
-B = 6
 OPTIONS = {"at": "blocks.1", "weight": 0.5, "tau": 0.5, "ignore_same_class": True}
+Y = torch.arange(6) % 4
 
 
 def make_model() -> nn.Module:
-    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=4, class_dropout_prob=0.0)
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.05, generator=generator)
-    return model.train()
-
-
-def make_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.randn(B, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return x, torch.linspace(0.1, 0.9, B), torch.arange(B) % 4
+    return small_dit(num_classes=4, class_dropout_prob=0.0)
 
 
 def backward(model: nn.Module, reg: Dispersive, rows: slice) -> dict[str, torch.Tensor]:
     """Mean-reduced denoising stand-in plus Dispersive Loss; full gradients by name."""
-    x, t, y = (part[rows] for part in make_batch())
+    x, t, y = (part[rows] for part in (X, T, Y))
     with reg:
         out = model(x, t, y)
     (out.square().mean() + reg.loss(y=y)).backward()
@@ -50,22 +40,9 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def uneven(rank: int) -> str:
-    reg = Dispersive(make_model(), "blocks.1", gather=True)
-    x, t, y = make_batch()
-    with reg:
-        reg.model(x[: 2 + rank], t[: 2 + rank], y[: 2 + rank])
+def refused(call) -> str:
     try:
-        reg.loss()
-    except DispersiveError as error:
-        return str(error)
-    return "nothing raised"
-
-
-def unlike(rank: int, make) -> str:
-    """What a process says whose features are not like those of the other."""
-    try:
-        all_gather(make(rank))
+        call()
     except DispersiveError as error:
         return str(error)
     return "nothing raised"
@@ -73,7 +50,7 @@ def unlike(rank: int, make) -> str:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    rank, share = dist.get_rank(), B // dist.get_world_size()
+    rank, share = dist.get_rank(), len(X) // dist.get_world_size()
     rows = slice(rank * share, (rank + 1) * share)
     results = {}
     for gather in (False, True):
@@ -88,10 +65,14 @@ def main(folder: Path) -> None:
     results["fsdp hook before"] = backward(shard(model), reg, rows)
     model = shard(make_model())
     results["fsdp hook after"] = backward(model, Dispersive(model, **OPTIONS, gather=True), rows)
-    results["uneven"] = uneven(rank)
-    results["shapes"] = unlike(rank, lambda rank: torch.zeros(2, 3, 4 + rank))
-    results["axes"] = unlike(rank, lambda rank: torch.zeros(2, 3, 4) if rank else torch.zeros(2, 12))
-    results["dtypes"] = unlike(rank, lambda rank: torch.zeros(2, 3, dtype=[torch.float, torch.bfloat16][rank]))
+    reg = Dispersive(make_model(), "blocks.1", gather=True)
+    results["uneven"] = refused(lambda: backward(reg.model, reg, slice(0, 2 + rank)))
+    unlike = {
+        "shapes": torch.zeros(2, 3, 4 + rank),
+        "axes": torch.zeros(2, 3, 4) if rank else torch.zeros(2, 12),
+        "dtypes": torch.zeros(2, 3, dtype=[torch.float, torch.bfloat16][rank]),
+    }
+    results |= {name: refused(lambda z=z: all_gather(z)) for name, z in unlike.items()}
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()

@@ -216,13 +216,13 @@ def encode(
     dtype: Literal["float16", "bfloat16"] = "float16",
     shard_size: int = 4096,
     batch_size: int = 32,
-    processes: int = 0,
     strict: bool = False,
     plan_only: bool = False,
 ) -> None:
     """Encode a folder of images once, into a store of latents to train on; given again, it goes on where it was.
 
-    torchrun and accelerate may start it on many machines at once.
+    Several processes share the work if a launcher starts them, on one machine or more, such as
+    `torchrun --nproc_per_node 8 -m dispersive_kit.cli encode ...`: each makes every eighth shard.
 
     Args:
         images: Folder of images; the first folder below it names the class.
@@ -233,32 +233,26 @@ def encode(
         dtype: Number format of the stored posterior mean and std.
         shard_size: Images in a file.
         batch_size: Images through the autoencoder at once.
-        processes: On this machine; 0: one for each GPU, or for each core where there is none.
         strict: End at a file that cannot be read; otherwise it is left out, and listed in spec.json.
         plan_only: Print the size of the store, and end.
     """
     import torch
 
-    from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+    from dispersive_kit.data.encode import Encoder, encode, store_size
 
-    if processes < 0:
-        raise ConfigError(f"--processes must be 0 or more, got {processes}")
-    gpus = torch.cuda.device_count()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpus else "cpu"
-    config = EncodeConfig(images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, device=device)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    encoder = Encoder(images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, device=device)
     number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    encoder = Encoder(config)
-    here = 1 if calls > 1 else gpus or len(os.sched_getaffinity(0))  # a launcher has started the others
-    processes = min(processes or here, len(encoder.shards))
     if number == 0:
         classes = encoder.folder.classes  # a folder too high or too low is seen here, before the night
         first = f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
-        print(f"{encoder.size}\n{len(classes):,} classes, the first folders below it: {first}")
-        print(f"{processes} processes, each at a shard of its own; {_room(out, encoder.bytes)}", flush=True)
+        total, size = store_size(len(encoder.folder.files), encoder.shape, flip=flip, shard_size=shard_size)
+        print(f"{size}\n{len(classes):,} classes, the first folders below it: {first}")
+        print(f"{calls} processes, each at a shard of its own; {_room(encoder, total)}", flush=True)
     if plan_only:
         return
     try:
-        store = encode(encoder, processes=processes, part=(number, calls))
+        store = encode(encoder, part=(number, calls))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
         raise SystemExit(130) from None
@@ -268,16 +262,17 @@ def encode(
     for kind, count in store.spec.images["odd"].items():
         print(f"  {count:,} {kind}: put right")
     for photo in (left_out := store.spec.images["left_out"])[:10]:
-        print(f"  left out: {photo['file']} ({photo['fault']})")
+        print(f"  left out: {photo['file']!r} ({photo['fault']})")
     if len(left_out) > 10:
         print(f"  and {len(left_out) - 10:,} more left out, listed in spec.json")
 
 
-def _room(out: Path, wanted: int) -> str:
+def _room(encoder: Any, wanted: int) -> str:
     """What is free where the store will lie, of which it may already have used some."""
     from dispersive_kit.data.files import free_bytes
 
-    used = sum(f.stat().st_size for f in out.glob("shard-*")) if out.is_dir() else 0
+    out = encoder.store
+    used = sum((out / shard).stat().st_size for shard in encoder.finished())
     free = free_bytes(out)
     if wanted > free + used:
         raise DataError(
@@ -288,7 +283,7 @@ def _room(out: Path, wanted: int) -> str:
 
 
 def check(store: Folder, vae: str | None = None) -> None:
-    """Verify checksums, counts, statistics and autoencoder of a store of latents, and decode 16 of its images.
+    """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images.
 
     They are written beside the store, as STORE-grid.png, to look at.
 

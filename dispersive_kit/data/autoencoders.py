@@ -1,40 +1,46 @@
-"""Autoencoders by id: a registered name, a folder that diffusers wrote, or the name of a model on the Hugging Face hub.
-
-One of your own takes ten lines:
-
-    @register_autoencoder("mine")
-    class Mine:
-        scale, shift = 0.5, 0.0  # the diffusion model sees (z - shift) * scale
-
-        def encode(self, x):  # (B, 3, H, W) in [-1, 1] -> posterior mean and std, (B, C, h, w) each
-            return x[:, :, ::8, ::8], torch.zeros_like(x[:, :, ::8, ::8])
-
-        def decode(self, z):  # (B, C, h, w) -> (B, 3, H, W)
-            return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-Its id is "mine", or "package.module:mine" for other processes. The weights in its `state_dict`, if any, are hashed.
-"""
+"""Autoencoders by id: a registered name, a folder that diffusers wrote, or a name on the Hugging Face hub."""
 
 import hashlib
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, FiniteFloat, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from dispersive_kit.errors import CheckpointError, ConfigError, DataError
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError, form_error
 
 Factory = TypeVar("Factory", bound=Callable[[], Any])
 REGISTERED: dict[str, Callable[[], Any]] = {}
+FORM = (
+    "It needs encode(x): images (B, 3, H, W) in [-1, 1] -> posterior mean and std (0 or more), two tensors (B, C, h, w)"
+    "; decode(z): a mean -> images; and numbers scale and shift"
+)
 
 
 def register_autoencoder(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: make a class, or a function without arguments, known as the autoencoder `name`."""
+    """Decorator: make a class, or a function without arguments, known as the autoencoder `name`.
+
+        @register_autoencoder("mine")
+        class Mine:
+            scale, shift = 0.5, 0.0  # the diffusion model sees (z - shift) * scale
+
+            def encode(self, x):  # (B, 3, H, W) in [-1, 1] -> posterior mean and std, (B, C, h, w) each
+                return x[:, :, ::8, ::8], torch.zeros_like(x[:, :, ::8, ::8])
+
+            def decode(self, z):  # (B, C, h, w) -> (B, 3, H, W)
+                return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    Its id is "mine", or "package.module:mine" for other processes. Its `state_dict`, if it has one, is hashed.
+    """
 
     def register(factory: Factory) -> Factory:
+        if hasattr(factory, "encode") and not isinstance(factory, type):
+            raise ConfigError(f"autoencoder {name!r}: register its class or a function that makes one, not an instance")
         REGISTERED[name] = factory
         return factory
 
@@ -48,21 +54,28 @@ class AutoencoderCard:
     id: str
     kind: str
     weights_sha256: str
-    scale: float
-    shift: float
+    scale: Annotated[FiniteFloat, Field(gt=0)]
+    shift: FiniteFloat
 
     def to_model(self, z: Tensor) -> Tensor:
         """Raw latents -> what the diffusion model is trained on."""
         return (z - self.shift) * self.scale
 
 
-@dataclass(frozen=True)
 class Autoencoder:
     """A loaded autoencoder on its device, and its card. What goes in on another device comes back there."""
 
-    card: AutoencoderCard
-    network: Any
-    device: torch.device | str = "cpu"
+    def __init__(self, name: str, network: Any, device: torch.device | str = "cpu") -> None:
+        if lacks := [part for part in ("encode", "decode", "scale", "shift") if not hasattr(network, part)]:
+            raise ConfigError(f"autoencoder {name}: {type(network).__name__} has no {' and no '.join(lacks)}. {FORM}")
+        if hasattr(network, "to"):
+            network.to(device)
+        self.network, self.device = network, device
+        kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
+        try:
+            self.card = AutoencoderCard(name, kind, _weights_sha256(network), network.scale, network.shift)
+        except ValidationError as error:
+            raise form_error(error, f"autoencoder {name}") from error
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -74,29 +87,64 @@ class Autoencoder:
         """Latents as the diffusion model has them (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
         return self.network.decode((x / self.card.scale + self.card.shift).to(self.device)).to(x.device)
 
+    @torch.no_grad()
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C, h, w) for images of so many pixels; ConfigError if one image does not go there and back as it should."""
+        x = torch.linspace(-1, 1, 3 * size * size, device=self.device).reshape(1, 3, size, size)
+        try:
+            mean = _checked(self.network.encode(x))
+            back = self.network.decode(mean)
+            if not isinstance(back, Tensor) or back.shape != x.shape or not back.isfinite().all():
+                raise ValueError(f"decode gave {_form(back)}; image_size may be no multiple of what it divides by")
+        except Exception as error:  # whatever somebody's own network may raise, told as it is
+            said = f"autoencoder {self.card.id}, tried on one image {tuple(x.shape)}"
+            raise ConfigError(f"{said}: {type(error).__name__}: {error}. {FORM}") from error
+        return mean.shape[1], mean.shape[2], mean.shape[3]
+
+
+def _checked(posterior: Any) -> Tensor:
+    """The mean, if mean and std are as they should be; ValueError says what they are."""
+    parts = posterior if isinstance(posterior, tuple | list) else [posterior]
+    if len(parts) != 2 or _form(parts[0]) != _form(parts[1]) or getattr(parts[0], "ndim", 0) != 4:
+        raise ValueError(f"encode gave {', '.join(map(_form, parts))}")
+    if not torch.stack(list(parts)).isfinite().all():
+        raise ValueError("encode gave NaN or infinity")
+    if parts[1].min() < 0:
+        raise ValueError(f"encode gave a negative std ({float(parts[1].min()):.3g}): is it the logarithm of one?")
+    return parts[0]
+
+
+def _form(value: Any) -> str:
+    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
 
 class _Diffusers:
-    """An autoencoder of diffusers with the methods of the ten lines above."""
+    """An autoencoder of diffusers in this form; where it has `latents_mean` and `latents_std` they are taken out."""
 
     def __init__(self, network: Any) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.scale = float(network.config.scaling_factor)
-        self.shift = float(network.config.get("shift_factor") or 0.0)
+        self.network, config = network.eval().requires_grad_(False), network.config
+        self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        given = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+        self.by_channel = {name: torch.tensor(x).reshape(1, -1, 1, 1) for name, x in given.items() if x}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = self.network.encode(x)
         if not hasattr(out, "latent_dist"):  # AutoencoderTiny: a point, not a distribution
             return out.latents, torch.zeros_like(out.latents)
-        return out.latent_dist.mean, out.latent_dist.std
+        return (out.latent_dist.mean - self.mean) / self.std, out.latent_dist.std / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.network.decode(z).sample
+        return self.network.decode(z * self.std + self.mean).sample
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
+        return self.network.state_dict() | self.by_channel
 
     def to(self, device: torch.device | str) -> None:
         self.network.to(device)
+        self.mean, self.std = (
+            self.by_channel.get(name, torch.tensor(unset)).to(device)
+            for name, unset in (("latents_mean", 0.0), ("latents_std", 1.0))
+        )
 
 
 def load_autoencoder(
@@ -106,24 +154,15 @@ def load_autoencoder(
 
     Raises:
         DataError: it is not here. CheckpointError: its weights are not those its configuration asks for.
-        ConfigError: a kind of autoencoder the kit does not read.
+        ConfigError: a kind that the kit does not read, or one of your own that lacks something.
     """
     where = path or autoencoder_id
-    network = _registered(where) or _from_diffusers(where, download)
-    if hasattr(network, "to"):
-        network.to(device)
     name = str(Path(autoencoder_id).resolve()) if Path(autoencoder_id).is_dir() else autoencoder_id
-    kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
-    card = AutoencoderCard(name, kind, _weights_sha256(network), float(network.scale), float(network.shift))
-    return Autoencoder(card, network, device)
+    return Autoencoder(name, _registered(where) or _from_diffusers(where, download), device)
 
 
 def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any) -> Autoencoder:
-    """Load the autoencoder of a store or run, and refuse any other.
-
-    Raises:
-        DataError: it was moved, or is not the same: the message says whether kind, weights, scale or shift differ.
-    """
+    """Load the autoencoder of a store or run; DataError if it was moved, or is another one."""
     if path is None and Path(card.id).is_absolute() and not Path(card.id).exists():
         raise DataError(
             f"autoencoder {card.id} is no longer there: if it was moved, give its new place with --vae (path= in code)"
@@ -161,8 +200,10 @@ def _registered(name: str) -> Any:
         except (ImportError, ValueError, TypeError) as error:  # the latter two of an empty or a relative name
             raise DataError(
                 f"autoencoder {name!r}: module {module!r} cannot be imported ({error}); give its dotted name, as in "
-                "my.package:MyAutoencoder"
+                "my.package:mine, with the folder that holds it in PYTHONPATH"
             ) from error
+        if last not in REGISTERED:
+            raise DataError(f"{module} registers no autoencoder {last!r}; registered are: {', '.join(REGISTERED)}")
     return REGISTERED[last]() if last in REGISTERED else None
 
 
@@ -171,6 +212,8 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         import diffusers
     except ImportError as error:
         raise DataError(f"autoencoder {where!r} needs diffusers: pip install 'dispersive-kit[latents]'") from error
+    if (Path(where) / "model_index.json").is_file():
+        raise DataError(f"{where} is a whole pipeline of diffusers; its autoencoder is a folder in it: {where}/vae")
     options: dict[str, Any] = {"local_files_only": not download}
     try:
         kind = diffusers.AutoencoderKL.load_config(where, **options).get("_class_name")
@@ -179,11 +222,11 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         network, info = getattr(diffusers, kind).from_pretrained(where, output_loading_info=True, **options)
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files in another form diffusers may raise any, told as it is
         known = f", a registered name ({', '.join(REGISTERED)})" if REGISTERED else ""
         raise DataError(
-            f"autoencoder {where!r} cannot be loaded: {str(error).splitlines()[0]}. Give the folder of a diffusers "
-            f"autoencoder (config.json and weights), a hub id{known} or module:name"
+            f"autoencoder {where!r} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            f"Give the folder of a diffusers autoencoder (config.json and weights), a hub id{known} or module:name"
         ) from error
     # diffusers only warns, and leaves at random, what the file does not have
     if faults := [f"{len(info[k])} {k.replace('_', ' ')}" for k in ("missing_keys", "unexpected_keys") if info[k]]:

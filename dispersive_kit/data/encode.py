@@ -1,4 +1,4 @@
-"""Encode a folder of images once: a shard is a function of the plan, so a kill or company changes no bit of a store.
+"""Encode a folder of images once: a shard is a function of the plan, so neither kills nor company change a bit of it.
 
 Of W processes the r-th makes the shards r, r + W, ... that are not finished, and then a record of each. A batch never
 crosses a shard, and on a CPU each process has one thread. spec.json is put together from the records, and comes last.
@@ -12,7 +12,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,22 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from dispersive_kit.data.autoencoders import load_autoencoder
-from dispersive_kit.data.files import atomic_write, lock, read_json, write_json
-from dispersive_kit.data.folder import ImageFile, list_images, read_image
+from dispersive_kit.data.autoencoders import Autoencoder, load_autoencoder
+from dispersive_kit.data.files import PARTIAL, atomic_write, list_folder, lock, read_form, read_json, write_json
+from dispersive_kit.data.folder import ON_WHITE, ImageFile, ImageFolder, list_images, read_image
 from dispersive_kit.data.images import to_float
-from dispersive_kit.data.latents import PLAN, RECORDS, SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
+from dispersive_kit.data.latents import (
+    PLAN,
+    RECORDS,
+    REPAIR,
+    SPEC,
+    LatentStore,
+    Record,
+    ShardCard,
+    Spec,
+    mean_and_std,
+    moments,
+)  # fmt: skip
 from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
@@ -35,8 +47,12 @@ Progress = Callable[[int, int], None]  # of images done by all processes, and of
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
-    """What is encoded, and how. All but `strict` and the place decide the bytes of the store."""
+class Encoder:
+    """What is encoded, with what, into which store. All but `strict` and the place decide the bytes of the store.
+
+    Raises:
+        ConfigError: a setting that it cannot take. DataError: no images, or the autoencoder is not there.
+    """
 
     images: Path
     autoencoder: str
@@ -50,236 +66,186 @@ class EncodeConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shard_size", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if min(sizes := (self.image_size, self.shard_size, self.batch_size)) < 1:
+            raise ConfigError(f"image_size, shard_size and batch_size must be above 0, got {sizes}")
         if self.dtype not in ("float16", "bfloat16"):
             raise ConfigError(f"unknown dtype {self.dtype!r}; there are: float16, bfloat16")
 
+    @cached_property
+    def folder(self) -> ImageFolder:
+        return list_images(self.images)
 
-class Encoder:
-    """One process at work on a store.
+    @cached_property
+    def loaded(self) -> Autoencoder:
+        return load_autoencoder(self.autoencoder, device=self.device)
 
-    Raises:
-        DataError: no images, or the autoencoder is not there. ConfigError: a size that it cannot take.
-    """
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a latent (C, h, w), found with one image, on which the autoencoder is tried."""
+        return self.loaded.latent_shape(self.image_size)
 
-    def __init__(self, config: EncodeConfig) -> None:
-        self.config = config
-        self.folder = list_images(config.images)
-        self.autoencoder = load_autoencoder(config.autoencoder, device=config.device)
-        self.records = config.store / RECORDS
-        blank = torch.zeros(1, 3, config.image_size, config.image_size, device=config.device)
-        try:
-            self.shape: tuple[int, ...] = tuple(self.autoencoder.posterior(blank).shape[2:])  # (C, h, w)
-        except RuntimeError as error:
-            raise ConfigError(f"images of {config.image_size} pixels are too small for this autoencoder") from error
-        if config.image_size % (side := self.shape[-1]):
-            raise ConfigError(
-                f"image_size {config.image_size} gives latents of {side}, which is no whole part of it: take a "
-                "multiple of what the autoencoder divides by"
-            )
-        self.total = len(self.folder.files)
-        self.bytes, self.size = store_size(self.total, self.shape, flip=config.flip, shard_size=config.shard_size)
-        self.shards = [f"shard-{i:05d}.safetensors" for i in range(math.ceil(self.total / config.shard_size))]
+    @cached_property
+    def shards(self) -> list[str]:
+        return [f"shard-{i:05d}.safetensors" for i in range(math.ceil(len(self.folder.files) / self.shard_size))]
+
+    def files_of(self, shard: str) -> tuple[str, ...]:
+        first = self.shards.index(shard) * self.shard_size
+        return self.folder.files[first : first + self.shard_size]
+
+    def finished(self) -> list[str]:
+        """The shards that lie there with their records."""
+        there = {path.name for folder in (self.store, self.store / RECORDS) for path in list_folder(folder)}
+        return [shard for shard in self.shards if {shard, f"{shard}.json"} <= there]
+
+    def done(self) -> int:
+        """Images in the shards that are finished."""
+        return sum(len(self.files_of(shard)) for shard in self.finished())
 
     @property
     def plan(self) -> dict[str, Any]:
         """What decides the bytes; the head of spec.json."""
-        config, folder, device = self.config, self.folder, torch.device(self.config.device).type
+        folder, device = self.folder, torch.device(self.device).type
         return {
-            "autoencoder": asdict(self.autoencoder.card),
-            "images": {"root": str(config.images.resolve()), "files": len(folder.files), "names_sha256": folder.sha256},
-            "image_size": config.image_size,
-            "flip": config.flip,
+            "autoencoder": asdict(self.loaded.card),
+            "images": {"root": str(self.images.resolve()), "files": len(folder.files), "names_sha256": folder.sha256},
+            "image_size": self.image_size,
+            "flip": self.flip,
             "shape": list(self.shape),
-            "dtype": config.dtype,
-            "encoding": {"shard_size": config.shard_size, "batch_size": config.batch_size, "device": device},
+            "dtype": self.dtype,
+            "encoding": {"shard_size": self.shard_size, "batch_size": self.batch_size, "device": device},
             "classes": list(folder.classes),
         }
 
     def begin(self) -> None:
         """Write the plan, or compare it with that of the process that was first."""
-        folder, file = self.config.store, self.records / PLAN
-        if folder.exists() and any(path != self.records for path in folder.iterdir()) and not file.exists():
-            raise ConfigError(f"{folder} is not empty and holds no store that was begun; choose another folder")
-        self.records.mkdir(parents=True, exist_ok=True)
-        with lock(self.records / "plan.lock"):
+        store, file = self.store, self.store / RECORDS / PLAN
+        if list_folder(store) not in ([], [file.parent]) and file not in list_folder(file.parent):
+            raise ConfigError(f"{store} is not empty and holds no store that was begun; choose another folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with lock(file.with_name("plan.lock")):
             if not file.exists():  # of two that begin at once, one writes
-                write_json(file, self.plan)
-        begun = read_json(file)
+                write_json(file, self.plan | {"transparency": ON_WHITE})
+        begun = read_form(file, dict[str, Any], "Choose another folder")
         if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in self.plan.items() if begun.get(k) != v]:
             raise ConfigError(
-                f"{folder} was begun with other settings or images, and cannot be gone on with:\n  "
+                f"{store} was begun with other settings or images, and cannot be gone on with:\n  "
                 + "\n  ".join(changed)
                 + "\nchoose another folder, or go back to the old ones"
             )
 
-    def finished(self, shard: str) -> bool:
-        return (self.records / f"{shard}.json").is_file() and (self.config.store / shard).is_file()
+    def make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        """Write a shard and then its record."""
+        done, total, labels = self.done(), len(self.folder.files), list[int]()
+        odd, left_out = Counter[str](), list[dict[str, str]]()
 
-    def done(self) -> int:
-        """Images in the shards that are finished."""
-        size = self.config.shard_size
-        return sum(min(size, self.total - i * size) for i, shard in enumerate(self.shards) if self.finished(shard))
-
-    def work(self, number: int, of: int, progress: Progress) -> None:
-        """Make what is not finished of the shards `number`, `number` + `of`, ..."""
-        pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
-        torch.set_num_threads(1)  # on which sums of a CPU may depend, as on a GPU on which algorithm was fastest
-        try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-                for shard in self.shards[number::of]:
-                    if not self.finished(shard):
-                        self._make(shard, pool, progress)
-        finally:
-            torch.set_num_threads(threads)
-            pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
-
-    def _make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
-        config, first, done = self.config, self.shards.index(shard) * self.config.shard_size, self.done()
-        labels: list[int] = []
-        odd: Counter[str] = Counter()
-        left_out: list[dict[str, str]] = []
-
-        def readable() -> Iterator[ImageFile]:
-            for image in self._read_ahead(pool, self.folder.files[first : first + config.shard_size]):
+        def readable() -> Iterator[Tensor]:
+            for image in self._read_ahead(pool, self.files_of(shard)):
                 if image.pixels is None:
                     left_out.append(self._leave_out(image.file, image.fault))
-                else:
-                    odd.update(image.oddities)
-                    labels.append(self.folder.label(image.file))
-                    yield image
+                    continue
+                if ON_WHITE in image.oddities and "transparency" not in read_json(self.store / RECORDS / PLAN):
+                    raise DataError(
+                        f"{self.images / image.file} is transparent, and {self.store} was begun by a version that did "
+                        "not put such images on white: choose another folder"
+                    )
+                odd.update(image.oddities)
+                labels.append(self.folder.label(image.file))
+                yield image.pixels
 
-        images = readable()
-        parts = [torch.empty(0, 1 + config.flip, 2, *self.shape, dtype=getattr(torch, config.dtype))]
-        while batch := list(itertools.islice(images, config.batch_size)):
-            parts.append(self._encode(batch))
-            progress(done + sum(map(len, parts)), self.total)
+        images, dtype = readable(), getattr(torch, self.dtype)
+        parts = [torch.empty(0, 1 + self.flip, 2, *self.shape, dtype=dtype)]
+        while batch := list(itertools.islice(images, self.batch_size)):
+            parts.append(self._encode(torch.stack(batch), shard))
+            progress(done + sum(map(len, parts)), total)
         posterior = torch.cat(parts)
         content = save({"posterior": posterior, "labels": torch.tensor(labels, dtype=torch.long)})
-        with atomic_write(config.store / shard) as partial:
+        with atomic_write(self.store / shard) as partial:
             partial.write_bytes(content)
-        record = {
-            "card": asdict(ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())),
-            "moments": moments(posterior),
-            "class_counts": Counter(self.folder.classes[label] for label in labels),
-            "odd": odd,
-            "left_out": left_out,
-        }
-        write_json(self.records / f"{shard}.json", record)
+        card = ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())
+        counts = Counter(self.folder.classes[label] for label in labels)
+        record = Record(card, moments(posterior), counts, odd, left_out)
+        write_json(self.store / RECORDS / f"{shard}.json", asdict(record))
 
     def _read_ahead(self, pool: ThreadPoolExecutor, files: tuple[str, ...]) -> Iterator[ImageFile]:
         """Images in the order of `files`, with at most READ_AHEAD read and waiting."""
         pending: deque[Future[ImageFile]] = deque()
         for file in files:
-            pending.append(pool.submit(read_image, self.config.images, file, self.config.image_size))
+            pending.append(pool.submit(read_image, self.images, file, self.image_size))
             if len(pending) >= READ_AHEAD:
                 yield pending.popleft().result()
         yield from (one.result() for one in pending)
 
     def _leave_out(self, file: str, fault: str) -> dict[str, str]:
-        if self.config.strict:
+        if self.strict:
             raise DataError(
-                f"{self.config.images / file} cannot be read ({fault}); repair or remove it, "
+                f"{self.images / file} cannot be read ({fault}); repair or remove it, "
                 "or go on without --strict, which leaves it out and lists it"
             )
         return {"file": file, "fault": fault}
 
-    def _encode(self, batch: list[ImageFile]) -> Tensor:
+    def _encode(self, pixels: Tensor, shard: str) -> Tensor:
         """Posteriors (n, flips, 2, C, h, w) on the CPU, in the type of the store."""
-        x = to_float(torch.stack([image.pixels for image in batch if image.pixels is not None])).to(self.config.device)
-        ways = [x, x.flip(-1)] if self.config.flip else [x]
-        found = torch.stack([self.autoencoder.posterior(way) for way in ways], dim=1)
-        stored = found.to(getattr(torch, self.config.dtype)).cpu()
+        x = to_float(pixels).to(self.device)
+        found = torch.stack([self.loaded.posterior(way) for way in ([x, x.flip(-1)] if self.flip else [x])], dim=1)
+        stored = found.to(getattr(torch, self.dtype)).cpu()
+        if not found.isfinite().all():
+            raise DataError(f"the autoencoder gives NaN or infinity for an image of {shard}")
         if not stored.isfinite().all():
-            raise DataError(
-                f"the latents of {batch[0].file} .. {batch[-1].file} are not finite as {self.config.dtype}; "
-                "try --dtype bfloat16, which has the range of float32"
-            )
+            raise DataError(f"latents of {shard} are beyond {self.dtype}: try --dtype bfloat16, of float32's range")
         return stored
 
     def finish(self) -> None:
-        """Write spec.json from the records of all shards, unless it says just that already.
-
-        Raises:
-            DataError: not one image could be read; with `strict`, an earlier command left one out.
-        """
-        records = [read_json(self.records / f"{shard}.json") for shard in self.shards]
-        left_out = [self._leave_out(**photo) for record in records for photo in record["left_out"]]
-        if not any(record["card"]["rows"] for record in records):
-            raise DataError(f"not one of the {len(self.folder.files)} files below {self.config.images} can be read")
-        odd, counts = (sum((Counter(one[kind]) for one in records), Counter()) for kind in ("odd", "class_counts"))
-        mean, std = mean_and_std(record["moments"] for record in records)
-        fields = self.plan
+        """Write spec.json from the records of all shards, unless it says just that already."""
+        records = [read_form(self.store / RECORDS / f"{shard}.json", Record, REPAIR) for shard in self.shards]
+        left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
+        if not any(record.card.rows for record in records):
+            raise DataError(f"not one of the {len(self.folder.files)} files below {self.images} can be read")
+        odd = sum((Counter(record.odd) for record in records), Counter[str]())
+        counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
+        mean, std = mean_and_std(record.moments for record in records)
+        fields = self.plan | {"channel_mean": mean, "channel_std": std, "shards": [record.card for record in records]}
         fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
-        fields |= {"channel_mean": mean, "channel_std": std, "shards": [record["card"] for record in records]}
         fields["class_counts"] = [counts[name] for name in self.folder.classes]
-        spec = TypeAdapter(Spec).validate_python(fields)
-        file = self.config.store / SPEC
-        if not file.is_file() or file.read_text() != spec.to_json():
+        text, file = TypeAdapter(Spec).validate_python(fields).to_json(), self.store / SPEC
+        if not file.exists() or file.read_text() != text:
             with atomic_write(file) as partial:
-                partial.write_text(spec.to_json())
-        for leftover in self.config.store.rglob(".partial-*"):
+                partial.write_text(text)
+        for leftover in self.store.rglob(f"{PARTIAL}*"):
             leftover.unlink(missing_ok=True)
 
 
-def encode(
-    encoder: Encoder, *, processes: int = 1, part: tuple[int, int] = (0, 1), progress: Progress | None = None
-) -> LatentStore | None:
-    """Encode a folder of images, or go on with it.
+def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> LatentStore | None:
+    """Encode a folder of images, or go on with it; the store, but None from all calls except the first, which waits.
 
     Args:
-        processes: on this machine, on its GPUs in turn; one: this process. part: which of how many such calls this is,
-            where a launcher has started several, on one or more machines. progress: called after each batch of this
-            process, or each second; a bar if not given.
-
-    Returns:
-        The store; None from all calls but the first, which waits for them.
+        part: which of how many such calls this is, where a launcher has started several, on one or more machines.
+        progress: called after each batch of this process, and while it waits for others; a bar if not given.
 
     Raises:
         ConfigError: the store was begun with other settings. DataError: a damaged image with `strict`; no readable
-            image at all; latents that are not finite; a full disk; a process that failed.
+            image at all; latents that are not finite; a full disk.
     """
     encoder.begin()
-    (number, calls), total = part, encoder.total
+    (number, calls), total = part, len(encoder.folder.files)
     progress = progress or _bar(total, encoder.done(), hidden=number > 0)
-    if processes == 1:
-        encoder.work(number, calls, progress)
-    else:
-        _spawn(encoder, processes, number * processes, calls * processes, progress)
+    pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
+    torch.set_num_threads(1)  # on which sums of a CPU may depend, as on a GPU on which algorithm was fastest
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            finished = encoder.finished()
+            for shard in encoder.shards[number::calls]:
+                if shard not in finished:
+                    encoder.make(shard, pool, progress)
+    finally:
+        torch.set_num_threads(threads)
+        pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
     if number > 0:
         return None
-    while calls > 1 and encoder.done() < total:
+    while encoder.done() < total:
         time.sleep(0.2)
         progress(encoder.done(), total)
     encoder.finish()
-    return LatentStore(encoder.config.store)
-
-
-def _spawn(encoder: Encoder, processes: int, first: int, of: int, progress: Progress) -> None:
-    from torch.multiprocessing.spawn import ProcessException, spawn
-
-    # torch has them end with this process, however it ends
-    workers = spawn(_work, (encoder.config, first, of), processes, join=False, daemon=True)
-    try:
-        while not workers.join(timeout=1):
-            progress(encoder.done(), encoder.total)
-        progress(encoder.done(), encoder.total)
-    except ProcessException as error:
-        raise DataError(
-            f"one of {processes} processes failed: {str(error).strip().splitlines()[-1]}. What is finished stays: put "
-            "it right, and give the command again"
-        ) from error
-    finally:
-        for process in workers.processes:
-            process.terminate()
-
-
-def _work(turn: int, config: EncodeConfig, first: int, of: int) -> None:
-    if config.device.startswith("cuda"):
-        config = replace(config, device=f"cuda:{turn % torch.cuda.device_count()}")
-    Encoder(config).work(first + turn, of, lambda done, total: None)
+    return LatentStore(encoder.store)
 
 
 def _bar(total: int, done: int, *, hidden: bool) -> Progress:

@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from dispersive_kit.errors import DataError, KitError
+from dispersive_kit.errors import DataError, KitError, form_error
 
+Form = TypeVar("Form")
 PARTIAL = ".partial-"  # start of the name of what is being written or removed
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by a disk without locks
 LIBRARIES = ("dispersive-kit", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "accelerate",
@@ -44,8 +46,7 @@ def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
 def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Path]:
     """The name under which to write a file or a folder, which gets its own name once all of it is on the disk.
 
-    Raises:
-        error: it could not be written; what was there before still is, as after a kill.
+    If that fails, `error` says so, and what was there before still is, as after a kill.
     """
     partial = target.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{target.name}")
     with writing(target, error):
@@ -70,24 +71,20 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if os.name == "nt":  # where neither a folder nor a file opened for reading can be flushed
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name != "nt":  # where neither a folder nor a file opened for reading can be flushed
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
 def lock(file: Path, busy: str = "", error: type[KitError] = KitError) -> Iterator[None]:
-    """Hold `file` against all others, in this process too; a process that ends lets it go, however it ends.
+    """Hold `file` against all others, in this process too; the end of a process frees it, also if it is killed.
 
-    Args:
-        busy: the message with which to refuse where another holds it; without one, its end is waited for.
-
-    Raises:
-        error: another holds it. A disk that knows no locks is warned of, and nothing is held.
+    Where another holds it, this raises `error` with the message `busy`, or waits if there is none. A disk without locks
+    is warned of, and nothing is held.
     """
     held = FileLock(file, thread_local=False, fallback_to_soft=False)
     try:
@@ -96,7 +93,7 @@ def lock(file: Path, busy: str = "", error: type[KitError] = KitError) -> Iterat
         raise error(busy) from None
     except OSError as fault:
         if fault.errno not in NO_LOCKS:
-            raise
+            raise error(f"{file} cannot be locked: {fault}") from fault
         warnings.warn(f"the disk of {file} has no locks: start no second process in that folder", stacklevel=3)
     try:
         yield
@@ -116,17 +113,35 @@ def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> Non
 
 
 def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataError) -> Any:
-    """The content of a JSON file, or `default`.
-
-    Raises:
-        error: it is missing or damaged, and there is no default.
-    """
+    """The content of a JSON file; `default` if it is missing or damaged, or without one `error`."""
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         if default is not None:
             return default
         raise error(f"{file} cannot be read: {fault}") from fault
+
+
+def read_form(file: Path, form: type[Form], cure: str) -> Form:
+    """A JSON file in a form that pydantic knows; DataError names the field that does not fit, and the cure."""
+    try:
+        return TypeAdapter(form).validate_python(json.loads(file.read_text()))
+    except OSError as fault:
+        raise DataError(f"{file} cannot be read: {fault}") from fault
+    except ValidationError as fault:
+        raise DataError(f"{form_error(fault, f'{file} is damaged')}. {cure}") from fault
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"{file} is damaged: {fault}. {cure}") from fault
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing if it is not there, and DataError where that cannot be known."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as fault:
+        raise DataError(f"{folder} cannot be listed ({fault.strerror}): see to the disk and its rights") from fault
 
 
 def require_writable(file: Path) -> None:
@@ -135,8 +150,7 @@ def require_writable(file: Path) -> None:
         raise DataError(f"{file} is a folder: name a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):  # os.access says yes to root, also where nobody may write
-            pass
+        tempfile.TemporaryFile(dir=file.parent).close()  # os.access says yes to root, also where nobody may write
     except OSError as error:
         raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
 
@@ -157,18 +171,15 @@ def versions() -> dict[str, str | None]:
 
 
 def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
-    """A shipped file, or a shipped folder all of whose files are sound.
-
-    Raises:
-        DataError: it is not listed, missing, or not the file that was listed.
-    """
+    """A shipped file, or a shipped folder; DataError unless all of it is there as it was listed."""
     cure = "install the package again, or make the file anew with data/make_artefacts.py of a checkout"
     try:
-        listed = [line.split("  ") for line in (folder / SUMS).read_text().splitlines()]
-        own = [(digest, folder / file) for digest, file in listed if file == name or file.startswith(f"{name}/")]
+        listed = [line.partition("  ") for line in (folder / SUMS).read_text().splitlines()]
+        own = [(digest, file) for digest, _, file in listed if f"{file}/".startswith(f"{name}/")]
         for digest, file in own:
-            if _sha256(file, file.stat().st_mtime_ns, file.stat().st_size) != digest:
-                raise DataError(f"{file} is not the file that {SUMS} lists: {cure}")
+            state = (folder / file).stat()
+            if ".." in Path(file).parts or _sha256(folder / file, state.st_mtime_ns, state.st_size) != digest:
+                raise DataError(f"{folder / file} is not the file that {SUMS} lists: {cure}")
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is missing: {cure}") from error
     if not own:

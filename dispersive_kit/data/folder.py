@@ -1,10 +1,14 @@
 """A folder of images of every kind, read one by one: listing, repair of the known oddities, ADM's crop."""
 
+import errno
 import hashlib
 import io
 import os
 import re
+import stat
 import time
+import warnings
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dispersive_kit.errors import DataError
+from dispersive_kit.errors import ConfigError, DataError
 
 WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
 HELD_OUT_PARTS = ("test", "val", "valid", "validation")
-PARTS = ("train", *HELD_OUT_PARTS)  # names of folders that are no classes
+PARTS = ("train", *HELD_OUT_PARTS)  # names of folders that are no classes, in small or capital letters
+ON_WHITE = "transparent, put on white"
+PROGRAM_MADE = ("__macosx", "@eadir", "__pycache__", "#recycle", "$recycle.bin", "system volume information")
 
 
 @dataclass(frozen=True)
@@ -30,30 +36,32 @@ class ImageFolder:
     @property
     def sha256(self) -> str:
         """Of the names: a folder that grew or shrank is another one."""
-        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
 
     def label(self, file: str) -> int:
         return self.classes.index(_class_of(file))
 
 
 def list_images(root: Path) -> ImageFolder:
-    """The images of a folder, at any depth, through links to folders too, as torchvision's ImageFolder finds them.
+    """The images of a folder, at any depth: each real file once, through links to files and folders too.
+
+    Hidden names, names that programs make, and what is no regular file are skipped; a warning says how many.
 
     Raises:
-        DataError: there is no such folder, or no image in it; its folders are train/, test/ and the like.
+        DataError: there is no such folder, or no image in it; its folders are train/, test/ and the like; a folder
+            below it cannot be listed.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one that holds a folder of images for each class")
-    files: list[str] = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
-        files += [below + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    files, skipped = _walk(root, IMG_EXTENSIONS)
+    if said := ", ".join(f"{count:,} {kind}" for kind, count in skipped.items()):
+        warnings.warn(f"{root}: skipped {said}", stacklevel=2)
     if not files:
         raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
     classes = tuple(sorted({_class_of(f) for f in files}))
-    if set(classes) <= set(PARTS):
+    if {name.lower() for name in classes} <= set(PARTS):
         raise DataError(
             f"{root} holds {', '.join(f'{name}/' for name in classes)}: these are parts of a data set and not its "
             f"classes. Give {root / classes[0]}; to train, {root} may hold train/ and test/ or val/"
@@ -61,8 +69,43 @@ def list_images(root: Path) -> ImageFolder:
     return ImageFolder(root, tuple(sorted(files)), classes)
 
 
+def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """Names of the images, and how many names of each kind were skipped. Links come last: a file keeps its own name."""
+    files: list[str] = []
+    skipped, seen = Counter[str](), set[tuple[int, int]]()
+    real, links = deque([""]), deque[str]()
+    while real or links:
+        name = (real or links).popleft()
+        path, is_image = root / name, name.lower().endswith(endings)
+        try:
+            found = path.stat()
+            below = sorted(os.scandir(path), key=lambda entry: entry.name) if stat.S_ISDIR(found.st_mode) else []
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP) or not path.is_symlink():
+                raise DataError(
+                    f"{path} cannot be listed ({error.strerror}): see to the disk and its rights"
+                ) from error
+            files += [name] if is_image else []  # a link that leads nowhere: its reader says so
+            continue
+        if (found.st_dev, found.st_ino) in seen:
+            skipped["that lead to what has another name here"] += 1
+        elif stat.S_ISREG(found.st_mode):
+            files += [name] if is_image else []
+        elif not stat.S_ISDIR(found.st_mode):
+            skipped["of what is no regular file"] += is_image
+        else:
+            for entry in below:
+                if entry.name.startswith(".") or entry.name.lower() in PROGRAM_MADE:
+                    skipped["hidden or made by a program"] += 1
+                else:
+                    (links if entry.is_symlink() else real).append(f"{name}/{entry.name}" if name else entry.name)
+        seen.add((found.st_dev, found.st_ino))
+    return files, skipped
+
+
 def _class_of(file: str) -> str:
     first, slash, _ = file.partition("/")
+    first = first.encode(errors="backslashreplace").decode()  # what is not UTF-8 can be opened, but not printed
     return first if slash else "image"  # a flat folder is one class
 
 
@@ -77,11 +120,13 @@ class ImageFile:
 
 
 def read_image(root: Path, file: str, size: int) -> ImageFile:
-    """Read, turn upright (EXIF), convert to RGB and crop. A damaged file is no error: its `fault` says what it is.
+    """Read, turn upright (EXIF), convert to RGB (transparency on white) and crop. A damaged file has a `fault`.
 
     Raises:
-        DataError: the disk is at fault and not the file, also when asked again after a while.
+        DataError: the disk is at fault and not the file, also when asked again after a while. ConfigError: no size.
     """
+    if size < 1:
+        raise ConfigError(f"image_size must be above 0, got {size}")
     path = root / file
     if path.is_symlink() and not path.exists():
         return ImageFile(file, None, fault="link to a file that is not there")
@@ -89,13 +134,13 @@ def read_image(root: Path, file: str, size: int) -> ImageFile:
     if not content:
         return ImageFile(file, None, fault="empty file")
     try:
-        return ImageFile(file, *_decode(content, size))
+        image, odd = _upright_rgb(content)
     except MemoryError:
         raise
-    # PIL raises SyntaxError, ValueError and struct.error too on damaged files, beside its documented OSError
-    except Exception as error:
+    except Exception as error:  # PIL documents OSError; damaged files raise SyntaxError, struct.error and more
         said = re.sub(r" <_io.*?>", "", str(error))  # an address in memory is another one each time
         return ImageFile(file, None, fault=f"{type(error).__name__}: {said}")
+    return ImageFile(file, _adm_crop(image, size), odd)
 
 
 def _read_patiently(path: Path) -> bytes:
@@ -111,19 +156,22 @@ def _read_patiently(path: Path) -> bytes:
     ) from failure
 
 
-def _decode(content: bytes, size: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Pixels, and what had to be put right."""
+def _upright_rgb(content: bytes) -> tuple[Any, tuple[str, ...]]:
+    """The PIL image, and what had to be put right."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as opened:
         image: Any = ImageOps.exif_transpose(opened)
-        odd = (opened.mode,) if opened.mode != "RGB" else ()
-        turned = ("EXIF-rotated",) if opened.getexif().get(0x0112, 1) != 1 else ()  # the orientation tag
+        odd = [opened.mode] if opened.mode != "RGB" else []
+        odd += ["EXIF-rotated"] if opened.getexif().get(0x0112, 1) != 1 else []  # the orientation tag
         if image.mode.startswith("I;16"):  # which PIL's own conversion to RGB makes white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"32 bits a pixel (mode {image.mode}), of which nobody knows what is white")
-        return _adm_crop(image.convert("RGB"), size), (*odd, *turned)
+        if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            odd.append(ON_WHITE)
+        return image.convert("RGB"), tuple(odd)
 
 
 def _adm_crop(image: Any, size: int) -> Tensor:

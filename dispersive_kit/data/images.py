@@ -5,7 +5,8 @@ The only conversions between uint8 and the network's [-1, 1] are `to_float` and 
 
 import hashlib
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispersive_kit.data.files import list_folder
 from dispersive_kit.data.folder import HELD_OUT_PARTS, list_images, read_image
 from dispersive_kit.errors import DataError
 
-PHOTO_CROPS = {"train": 1024, "test": 256}
 DIGITS = tuple(str(i) for i in range(10))
 DIGITS_HELD_OUT = 500  # of the 1,797 images; fixed, so that numbers from different runs can be compared
 TORCHVISION_SETS = {  # name -> its own files
@@ -31,37 +32,28 @@ TORCHVISION_SETS = {  # name -> its own files
 class ImageSet:
     """One split of a data set.
 
-    Attributes:
-        images: uint8 (N, C, H, W). labels: int64 (N,). classes: name of each label.
-        source: where it was read from. resize: what was done to the files, in words.
-        drawn_from: how many images the whole has, of which these were drawn.
+    Raises:
+        DataError: images, labels and classes do not fit together.
     """
 
     name: str
     split: str
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    source: str
-    resize: str = "none"
-    drawn_from: int | None = None
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+    classes: tuple[str, ...]  # name of each label
+    source: str  # where it was read from
+    resize: str = "none"  # what was done to the files, in words
+    drawn_from: int | None = None  # how many images the whole has, of which these were drawn
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+        x, y, top = self.images, self.labels, len(self.classes) - 1
+        if x.dtype != torch.uint8 or x.ndim != 4 or len(x) == 0 or y.shape != x.shape[:1]:
             raise DataError(
-                f"{self.source}: images must be uint8 (N, C, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
+                f"{self.source}: images must be uint8 (N, C, H, W) and labels (N,), with N at least 1; got {x.dtype} "
+                f"{tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if len(self.images) != len(self.labels) or len(self.images) == 0:
-            raise DataError(
-                f"{self.source}: {len(self.images)} images and {len(self.labels)} labels; "
-                "there must be as many labels as images, and at least one"
-            )
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.classes):
-            raise DataError(
-                f"{self.source}: labels run from {low} to {high} but there are {len(self.classes)} classes; "
-                f"labels must lie in 0..{len(self.classes) - 1}"
-            )
+        if y.min() < 0 or y.max() > top:
+            raise DataError(f"{self.source}: labels run from {y.min()} to {y.max()}, and must lie in 0..{top}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,18 +73,21 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The one rule of the kit."""
+    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The one rule of the kit.
+
+    Raises:
+        DataError: NaN or infinity, which as a picture would be black or white.
+    """
+    if wrong := int((~x.isfinite()).sum()):
+        raise DataError(f"{wrong:,} of {x.numel():,} values are NaN or infinite: they are no picture")
     return (127.5 * x + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def data_folder() -> Path:
     """Where data sets are looked for: $DISPERSIVE_KIT_DATA, else `data/` of a checkout, else the user cache."""
-    if folder := os.environ.get("DISPERSIVE_KIT_DATA"):
-        return Path(folder).expanduser()
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dispersive_kit" / "data"
+    checkout, cache = Path(__file__).resolve().parents[2], Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    own = checkout / "data" if (checkout / "pyproject.toml").is_file() else cache / "dispersive_kit" / "data"
+    return Path(os.environ.get("DISPERSIVE_KIT_DATA") or own).expanduser()
 
 
 def load_images(
@@ -107,8 +102,7 @@ def load_images(
             whose classes are those of `train/`; otherwise every tenth image is held out.
         data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
             uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
-            then torchvision's own files.
-        download: let torchvision download what is missing.
+            then torchvision's own files, which may be downloaded.
         size: side of the square to which images of a folder are resized and centre-cropped.
 
     Raises:
@@ -116,6 +110,7 @@ def load_images(
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}; there are: train, test")
+    refuse_two_meanings(name, (*BUNDLED_SETS, *TORCHVISION_SETS))
     if name in BUNDLED_SETS:
         return BUNDLED_SETS[name](split)
     folder = Path(data_dir) if data_dir else data_folder()
@@ -126,6 +121,15 @@ def load_images(
         return _image_folder(Path(name), split, size)
     known = ", ".join([*BUNDLED_SETS, *TORCHVISION_SETS])
     raise DataError(f"unknown data set {name!r}: it is neither one of {known} nor a folder of images")
+
+
+def refuse_two_meanings(name: str, known: Iterable[str]) -> None:
+    """Raise DataError where a name of a data set is that of a folder here too, unless that is a trained run."""
+    if name in known and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise DataError(
+            f"{name!r} is a data set of the kit, and the folder {Path(name).resolve()}: write ./{name} for the folder; "
+            "for the data set rename the folder, or give the command in another one"
+        )
 
 
 def _inside_scikit_learn(name: str) -> Any:
@@ -146,20 +150,16 @@ def _digits(split: str) -> ImageSet:
 
 
 def _photos(split: str) -> ImageSet:
-    """Crops of scikit-learn's two photographs at half size; the test crops come from the right third of each.
-
-    The shape of CIFAR-10 with nothing to download: to see that a pipeline runs, and for no measurement.
-    """
-    rng, test = np.random.default_rng(split == "test"), split == "test"
-    n, crops = PHOTO_CROPS[split], []
+    """Crops of scikit-learn's two photographs at half size, for trials; the test crops come from the right third."""
+    rng, crops = np.random.default_rng(split == "test"), []
+    each = 128 if split == "test" else 512
     for photo in _inside_scikit_learn("load_sample_images").images:
-        half = photo[::2, ::2]  # (213, 320, 3)
-        border = half.shape[1] * 2 // 3
-        part = half[:, border:] if test else half[:, :border]
-        tops, lefts = (rng.integers(0, side - 32, n // 2) for side in part.shape[:2])
+        left, right = np.split(photo[::2, ::2], [213], axis=1)  # of (213, 320, 3)
+        part = right if split == "test" else left
+        tops, lefts = (rng.integers(0, side - 32, each) for side in part.shape[:2])
         crops += [part[a : a + 32, b : b + 32] for a, b in zip(tops, lefts, strict=True)]
     images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
-    labels = torch.arange(2).repeat_interleave(n // 2)
+    labels = torch.arange(2).repeat_interleave(each)
     return ImageSet("photos", split, images, labels, ("temple", "flower"), "sklearn.datasets.load_sample_images")
 
 
@@ -173,7 +173,7 @@ def _packed(name: str, split: str, file: Path) -> ImageSet:
             images = torch.from_numpy(arrays["images"][keep]).permute(0, 3, 1, 2).contiguous()
             labels = torch.from_numpy(arrays["labels"][keep]).long()
             classes = tuple(str(c) for c in arrays["classes"])
-    except (KeyError, ValueError, OSError, EOFError, RuntimeError, IndexError, BadZipFile) as error:
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, IndexError, BadZipFile, zlib.error) as error:
         raise DataError(
             f"{file} cannot be read ({error}); it must hold images (N, H, W, C), labels, split and classes. "
             "Replace it, or delete it to use torchvision's own files"
@@ -186,12 +186,11 @@ def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSe
 
     try:  # torchvision checks the md5 of what it unpickles, and downloads nothing that is there
         found = getattr(datasets, name.upper())(folder, train=split == "train", download=download)
-    except (OSError, RuntimeError) as error:
-        why = f"the download failed: {error}" if download else "downloading was switched off"
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise DataError(
-            f"{name} is not in {folder}, and {why}. Put there either {TORCHVISION_SETS[name]}, or {name}.npz with "
-            "arrays images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name another folder "
-            "with the setting data_dir or the variable DISPERSIVE_KIT_DATA"
+            f"{name} is not in {folder}, or damaged there: {error}. Put there either {TORCHVISION_SETS[name]}, or "
+            f"{name}.npz with arrays images (N, H, W, C) uint8, labels, split (0 train, 1 test) and classes; or name "
+            "another folder with the setting data_dir or the variable DISPERSIVE_KIT_DATA"
         ) from error
     images = torch.as_tensor(found.data)  # (N, H, W), or (N, H, W, C)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
@@ -200,15 +199,16 @@ def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSe
 
 
 def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
-    held_out = next((name for name in HELD_OUT_PARTS if (folder / name).is_dir()), None)
-    has_parts = (folder / "train").is_dir() and held_out is not None
-    listed = list_images(folder / ("train" if split == "train" else str(held_out)) if has_parts else folder)
-    if has_parts and split == "test":
-        classes = list_images(folder / "train").classes
+    parts = {path.name.lower(): path for path in list_folder(folder) if path.is_dir()}
+    held_out = next((parts[name] for name in HELD_OUT_PARTS if name in parts), None)
+    train = parts.get("train") if held_out else None
+    listed = list_images(train or folder)
+    if train and held_out and split == "test":
+        classes, listed = listed.classes, list_images(held_out)
         if unknown := sorted(set(listed.classes) - set(classes)):
-            raise DataError(f"{listed.root} has a class {unknown[0]!r}, and {folder / 'train'} has not")
+            raise DataError(f"{held_out} has a class {unknown[0]!r}, and {train} has not")
         listed = replace(listed, classes=classes)
-    files = [file for i, file in enumerate(listed.files) if has_parts or (i % 10 == 9) == (split == "test")]
+    files = [file for i, file in enumerate(listed.files) if train or (i % 10 == 9) == (split == "test")]
     if not files:
         raise DataError(f"{folder} holds {len(listed.files)} images: too few to hold out a tenth; add train/ and test/")
     images = []

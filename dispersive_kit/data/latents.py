@@ -1,12 +1,7 @@
-"""A store of latents: safetensors shards of posterior mean and std, and a spec.json that says what they are.
+"""A store of latents: shards of posterior mean and std in safetensors, spec.json that says what they are, and records/.
 
-    STORE/spec.json                 autoencoder, scale, crop, counts, statistics, checksums; written last
-    STORE/shard-00000.safetensors   posterior (n, flips, 2, C, h, w), labels (n,)
-    STORE/records/                  what encoding left: the plan, and a record of each shard
-
-A row of `posterior` holds, for the image and then for its mirror image, mean and std of the raw latents: one reading
-of one place gives all that a training step needs of an image. The shards are memory-mapped: all processes of a machine
-share what was read, in the page cache.
+A row of `posterior` (n, flips, 2, C, h, w) holds mean and std of the raw latents of an image and of its mirror image:
+a training step reads one place for an image. Shards are memory-mapped: the processes of a machine share what was read.
 """
 
 import hashlib
@@ -16,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,51 +24,54 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import Autoencoder, AutoencoderCard
-from dispersive_kit.data.files import file_sha256
+from dispersive_kit.data.files import file_sha256, list_folder, read_form
 from dispersive_kit.data.images import to_uint8
-from dispersive_kit.errors import DataError, form_error
+from dispersive_kit.errors import DataError
 
-FORMAT = "dispersive_kit latents 1"
 SPEC, RECORDS, PLAN = "spec.json", "records", "plan.json"
 REPAIR = "Delete it and give the encode command again, which makes only what is missing"
 HELD_OUT_ROWS = 512  # at most; at most a tenth. ImageNet gives up 0.04 % of its images for them
-SUMS = ("total", "square")
 EXACT = ConfigDict(extra="forbid")
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, config=EXACT)
 class ShardCard:
-    file: str
-    rows: int
+    file: Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]  # beside the spec, and nowhere else
+    rows: NonNegativeInt
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True, config=EXACT)
+class Record:
+    """What is known of one shard once it is made."""
+
+    card: ShardCard
+    moments: dict[str, Any]
+    class_counts: dict[str, int]
+    odd: dict[str, int]
+    left_out: list[dict[str, str]]
+
+
+@dataclass(frozen=True, config=EXACT, kw_only=True)
 class Spec:
-    """All that is needed to train on a store and to turn samples back into images.
+    """All that is needed to train on a store and to turn samples back into images."""
 
-    Attributes:
-        images: of the folder: root, number, hash of the names, how many were odd, and each that was left out and why.
-        image_size: side of ADM's centre crop. flip: whether mirror images are stored beside the images.
-        shape: of one latent (C, h, w). dtype: of the values stored. class_counts: rows of each class.
-        channel_mean, channel_std: of the raw latents, over all rows, places and draws from the posterior.
-        encoding: batch size and device, on which the last bits depend.
-    """
-
+    format: Literal["dispersive_kit latents 1"] = "dispersive_kit latents 1"
     autoencoder: AutoencoderCard
-    images: dict[str, Any]
-    image_size: int
-    flip: bool
-    shape: tuple[int, int, int]
-    dtype: Literal["float16", "bfloat16"]
-    encoding: dict[str, Any]
+    images: dict[str, Any]  # root, number, hash of the names, how many were odd, and which were left out and why
+    image_size: int  # side of ADM's centre crop
+    flip: bool  # whether mirror images are stored too
+    shape: tuple[int, int, int]  # of one latent (C, h, w)
+    dtype: Literal["float16", "bfloat16"]  # of the values stored
+    encoding: dict[str, Any]  # batch size and device, on which the last bits depend
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    channel_mean: tuple[float, ...]
+    class_counts: tuple[int, ...]  # rows of each
+    channel_mean: tuple[float, ...]  # of the raw latents, over all rows, places and draws from the posterior
     channel_std: tuple[float, ...]
     shards: tuple[ShardCard, ...]
+    spec_sha256: str = ""  # as it was written
 
     @property
     def rows(self) -> int:
@@ -82,33 +80,26 @@ class Spec:
     @property
     def sha256(self) -> str:
         """Of everything in it, the shards' checksums among them."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        told = {name: value for name, value in asdict(self).items() if name not in ("format", "spec_sha256")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self), "spec_sha256": self.sha256}, indent=2)
+        return json.dumps(asdict(self) | {"spec_sha256": self.sha256}, indent=2)
 
 
 def is_store(path: str | Path) -> bool:
     """Whether `path` is a folder in which latents were, or are being, stored."""
-    return (Path(path) / SPEC).is_file() or (Path(path) / RECORDS / PLAN).is_file()
+    below = [*list_folder(Path(path)), *list_folder(Path(path) / RECORDS)]
+    return any(file in below for file in (Path(path) / SPEC, Path(path) / RECORDS / PLAN))
 
 
 def _read_spec(store: Path) -> Spec:
     file = store / SPEC
-    try:
-        fields = json.loads(file.read_text())
-        if fields.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        written = fields.pop("spec_sha256")
-        spec = TypeAdapter(Spec).validate_python(fields)
-    except FileNotFoundError as error:
+    if file not in list_folder(store):
         state = "is not finished: give the same encode command again" if is_store(store) else "is no store of latents"
-        raise DataError(f"{store} {state} (no {SPEC})") from error
-    except ValidationError as error:
-        raise DataError(f"{form_error(error, f'{file} is damaged')}. {REPAIR}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is damaged: {error}. {REPAIR}") from error
-    if spec.sha256 != written:
+        raise DataError(f"{store} {state} (no {SPEC})")
+    spec = read_form(file, Spec, cure=REPAIR)
+    if spec.spec_sha256 != spec.sha256:
         raise DataError(
             f"{file} is damaged: it was changed after it was written (scale, shift, classes, ... belong to the "
             f"shards). It now says scale {spec.autoencoder.scale} and shift {spec.autoencoder.shift}. {REPAIR}"
@@ -119,10 +110,8 @@ def _read_spec(store: Path) -> Spec:
 class LatentStore:
     """A finished store, open for reading; rows are counted through all shards.
 
-    Opening it looks at the header and the length of every shard; `verify` reads them whole.
-
     Raises:
-        DataError: the spec or a shard is missing, truncated or does not fit the spec; the message names it.
+        DataError: the spec or a shard is missing, or a header or length does not fit; `verify` reads the rest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -130,6 +119,7 @@ class LatentStore:
         self.spec = _read_spec(self.path)
         opened = [_map_shard(self.path, shard, self.spec) for shard in self.spec.shards]
         self._posteriors = [shard["posterior"] for shard in opened]
+        self._numbers = [posterior.view(torch.int16).numpy() for posterior in self._posteriors]  # faster row by row
         self._labels = [shard["labels"].numpy() for shard in opened]
         self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
 
@@ -139,19 +129,17 @@ class LatentStore:
     def read(self, rows: Rows, flipped: NDArray[np.bool_] | None = None) -> Tensor:
         """Mean and std (B, 2, C, h, w) of these rows, in the type stored; of the mirror images where `flipped`."""
         version = np.zeros(len(rows), dtype=int) if flipped is None else flipped.astype(int)
-        places = zip(self._places(rows), version.tolist(), strict=True)
-        return torch.stack([self._posteriors[shard][row, v] for (shard, row), v in places])
+        read = np.empty((len(rows), 2, *self.spec.shape), dtype=np.int16)
+        for out, (shard, row), v in zip(read, self._places(rows), version.tolist(), strict=True):
+            out[...] = self._numbers[shard][row, v]
+        return torch.from_numpy(read).view(getattr(torch, self.spec.dtype))
 
     def labels(self, rows: Rows) -> Rows:
         """Class numbers (B,) of these rows."""
         return np.array([self._labels[shard][row] for shard, row in self._places(rows)], dtype=np.int64)
 
     def verify(self) -> None:
-        """Read every shard and compare its checksum with the spec.
-
-        Raises:
-            DataError: naming every shard that is damaged.
-        """
+        """Read every shard and compare its checksum with the spec; DataError names those that are damaged."""
         shards, title = self.spec.shards, f"verifying {self.path.name}"
         with ThreadPoolExecutor(8) as pool:
             hashes = pool.map(lambda shard: file_sha256(self.path / shard.file), shards)
@@ -160,36 +148,23 @@ class LatentStore:
             raise DataError(f"{self.path}: {', '.join(faults)} damaged: the sha256 is not the one in {SPEC}. {REPAIR}")
 
     def check(self) -> Iterator[str]:
-        """Look at the store as a whole: a line for each thing found right.
-
-        Raises:
-            DataError: at the first thing that is wrong, named.
-        """
-        spec = self.spec
+        """Look at the store as a whole: a line for each thing found right, and DataError at the first that is wrong."""
+        spec, left_out = self.spec, len(self.spec.images["left_out"])
         self.verify()
         yield f"checksums of {len(spec.shards)} shards"
-        left_out = len(spec.images["left_out"])
-        found = np.bincount(np.concatenate(self._labels), minlength=len(spec.classes)).tolist()
-        if len(found) > len(spec.classes):
-            raise DataError(f"{self.path}: a label is {len(found) - 1}, and there are {len(spec.classes)} classes")
-        for name, rows, written in zip(spec.classes, found, spec.class_counts, strict=True):
-            if rows != written:
-                raise DataError(f"{self.path}: {rows} rows are of class {name}, and {SPEC} says {written}")
-        if spec.images["files"] != len(self) + left_out:
-            raise DataError(f"{self.path}: {spec.images['files']} files are not {len(self)} rows + {left_out} left out")
+        counts = np.bincount(np.concatenate(self._labels), minlength=len(spec.classes)).tolist()
+        for what, found, written in (
+            ("rows by class", counts, spec.class_counts),
+            ("number of files", len(self) + left_out, spec.images["files"]),
+        ):
+            if not np.array_equal(found, written):
+                raise DataError(f"{self.path}: the {what} is {found!s:.200}, and {SPEC} says {written!s:.200}")
         yield f"counts: {len(self):,} rows of {len(spec.classes)} classes, {left_out} files left out"
-        mean, std = mean_and_std(map(moments, self._posteriors))
-        for name, now, stated in (("mean", mean, spec.channel_mean), ("std", std, spec.channel_std)):
-            if not np.allclose(now, stated, rtol=1e-6, atol=1e-6):
-                raise DataError(f"{self.path}: the {name} by channel is {now}, and {SPEC} says {stated}")
-        pairs = zip(spec.channel_mean, spec.channel_std, strict=True)
-        yield "statistics: " + ", ".join(f"{m:+.3f} +- {s:.3f}" for m, s in pairs)
 
     def decoded_grid(self, autoencoder: Autoencoder) -> Tensor:
         """Posterior means of rows spread over the store, decoded: uint8 (16 or fewer, 3, H, W)."""
         rows = _shuffled(np.arange(min(16, len(self))), len(self), _key("grid"))
-        means = self.read(rows)[:, 0].float()  # (n, C, h, w)
-        return to_uint8(autoencoder.images(autoencoder.card.to_model(means)))
+        return to_uint8(autoencoder.images(autoencoder.card.to_model(self.read(rows)[:, 0].float())))
 
     def _places(self, rows: Rows) -> Iterator[tuple[int, int]]:
         """(shard, row within it) of each row."""
@@ -210,41 +185,32 @@ def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
         found = load_file(file)
         if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")
-    except (SafetensorError, ValueError) as error:
-        raise DataError(f"{file} is damaged: {error}. {REPAIR}") from error
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch has not
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). {REPAIR}") from error
     return found
 
 
 def moments(posterior: Tensor) -> dict[str, Any]:
     """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
-    parts = []
+    sums = []
     for part in posterior.split(256):
         mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
-        total, square = (x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square()))
-        parts.append({"count": mean[:, :, 0].numel(), "total": total, "square": square})
-    return _joined(parts)
+        sums.append([x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square())])
+    total, square = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in zip(*sums, strict=True))
+    return {"count": posterior[:, :, 0, 0].numel(), "total": total, "square": square}
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    total, square = ([math.fsum(c) for c in zip(*(part[name] for part in parts), strict=True)] for name in SUMS)
-    return {"count": sum(part["count"] for part in parts), "total": total, "square": square}
-
-
-def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def mean_and_std(moments: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """By channel, of draws from the posteriors whose `moments` these are; fsum does not depend on their order."""
-    whole = _joined(list(parts))
-    mean = [total / whole["count"] for total in whole["total"]]
-    pairs = zip(whole["square"], mean, strict=True)
-    return mean, [math.sqrt(max(square / whole["count"] - m**2, 0.0)) for square, m in pairs]
+    counts, *sums = zip(*((one["count"], one["total"], one["square"]) for one in moments), strict=True)
+    mean, square = ([math.fsum(c) / sum(counts) for c in zip(*parts, strict=True)] for parts in sums)
+    return mean, [math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)]
 
 
 class Selection:
     """The training or the held-out part ("test") of a store, and the order in which its rows come.
 
-    The first rows of one fixed shuffle are held out, whatever the seed. Nothing is kept that grows with the store.
-
-    Raises:
-        DataError: too few rows to hold any out.
+    The first rows of one fixed shuffle are held out, whatever the seed; DataError where there are too few rows for it.
     """
 
     def __init__(self, store: LatentStore, part: str = "train") -> None:

@@ -83,11 +83,7 @@ TOY_SETS: dict[str, Callable[[int, torch.Generator | None], tuple[Tensor, Tensor
 
 
 def sample_toy(name: str, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw n points of the 2-D set `name`: x float32 (n, 2) and class y int64 (n,).
-
-    Raises:
-        DataError: no set has this name.
-    """
+    """Draw n points of the 2-D set `name`: x float32 (n, 2) and class y int64 (n,); DataError of an unknown name."""
     if name not in TOY_SETS:
         raise DataError(f"unknown 2-D set {name!r}; there are: {', '.join(TOY_SETS)}")
     return TOY_SETS[name](n, torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dispersive_kit.data.encode import EncodeConfig
+from dispersive_kit.data.encode import Encoder
 from dispersive_kit.data.folder import list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.errors import DataError
@@ -23,7 +23,7 @@ _BATCH, _LEARNING_RATE = 16, 4e-3
 _KL_WEIGHT = 1e-6  # of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2112.10752)
 
 
-def practice(out: Path, *, per_class: int, vae_steps: int, shard_size: int, seed: int = 0) -> EncodeConfig:
+def practice(out: Path, *, per_class: int, vae_steps: int, shard_size: int, seed: int = 0) -> Encoder:
     """Write the photographs and the autoencoder into `out`; returns how the first are encoded with the second.
 
     Raises:
@@ -40,7 +40,7 @@ def practice(out: Path, *, per_class: int, vae_steps: int, shard_size: int, seed
             cut.save(images / name / f"{number:04d}.png", compress_level=1)
     pixels = [read_image(images, file, _SIZE).pixels for file in list_images(images).files]
     _train(to_float(torch.stack([one for one in pixels if one is not None])), vae_steps, seed).save_pretrained(vae)
-    return EncodeConfig(images, str(vae), out / "store", image_size=_SIZE, shard_size=shard_size, batch_size=8)
+    return Encoder(images, str(vae), out / "store", image_size=_SIZE, shard_size=shard_size, batch_size=8)
 
 
 def _photographs() -> dict[str, np.ndarray]:

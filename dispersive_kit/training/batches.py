@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy, to_float
 from dispersive_kit.data.autoencoders import load_autoencoder, refuse_other
-from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS
+from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS, refuse_two_meanings
 from dispersive_kit.data.latents import LatentStore, Selection, is_store
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import TrainConfig
@@ -178,10 +178,10 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
             has none; a share of anything but images, flips of points, a size of anything but a folder of images.
     """
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
+    refuse_two_meanings(name, sets := (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS))
     if config.data_share < 1 and (store or points):
         raise ConfigError(f"data_share is for sets of images, and {name!r} is none")
-    named = store or name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
-    if named and config.image_size != TrainConfig().image_size:
+    if (store or name in sets) and config.image_size != TrainConfig().image_size:
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")

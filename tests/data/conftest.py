@@ -1,22 +1,13 @@
 """Folders of photographs and stores of latents for the tests of this room."""
 
-import functools
 import sys
 from pathlib import Path
 
 import pytest
-from torch.multiprocessing.spawn import start_processes
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers, here and in the processes that tests start
 
 from encode_jobs import write_photos
-
-
-@pytest.fixture
-def quick_start(monkeypatch):
-    """What torch would spawn is forked from a clean process: a tenth of a second and not ten for each."""
-    forked = functools.partial(start_processes, start_method="forkserver")
-    monkeypatch.setattr(sys.modules["torch.multiprocessing.spawn"], "spawn", forked)
 
 
 @pytest.fixture(scope="session")

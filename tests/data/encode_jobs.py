@@ -7,7 +7,7 @@ import numpy as np
 import small_autoencoders
 from PIL import Image
 
-from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+from dispersive_kit.data.encode import Encoder, encode
 from dispersive_kit.data.files import lock
 
 SMALL = {"image_size": 16, "shard_size": 7, "batch_size": 3}
@@ -30,13 +30,13 @@ def make(photos, store, autoencoder="patches", *, drawn=None, parts=1, **options
     """Encode `photos` with the small settings of these tests, but for `options`, in so many parts, the first last."""
     if drawn:
         small_autoencoders.register_drawn(*drawn)
-    config = EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})
-    return [encode(Encoder(config), part=(number, parts)) for number in reversed(range(parts))][-1]
+    encoder = Encoder(photos, autoencoder, store, **{**SMALL, **options})
+    return [encode(encoder, part=(number, parts)) for number in reversed(range(parts))][-1]
 
 
 def run(part, photos, store, autoencoder, **options):
     """One part of `make`, for a process."""
-    encode(Encoder(EncodeConfig(photos, autoencoder, store, **{**SMALL, **options})), part=part)
+    encode(Encoder(photos, autoencoder, store, **{**SMALL, **options}), part=part)
 
 
 def hold(file, held):

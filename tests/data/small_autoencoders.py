@@ -53,7 +53,7 @@ class Telling(Patches):
     """Says how it is called."""
 
     def encode(self, x):
-        if not x.any():  # the blank image by which the shape is found
+        if len(x) == 1:  # the image on which an autoencoder is tried
             return super().encode(x)
         cudnn = torch.backends.cudnn
         raise DataError(
@@ -71,5 +71,8 @@ def register_drawn(factor, channels, exponent):
         def encode(self, x):
             mean = x[:, :1, ::factor, ::factor] * torch.arange(1, channels + 1)[:, None, None] * 2.0**exponent
             return mean, mean.abs().sqrt()
+
+        def decode(self, z):
+            return z[:, :1].repeat_interleave(factor, 2).repeat_interleave(factor, 3).expand(-1, 3, -1, -1)
 
     return Drawn()

@@ -7,8 +7,7 @@ import pytest
 import torch
 from encode_jobs import make, start
 
-from dispersive_kit.data import autoencoders
-from dispersive_kit.data.autoencoders import load_autoencoder, load_named
+from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 diffusers = pytest.importorskip("diffusers")
@@ -127,10 +126,10 @@ def test_what_is_no_autoencoder_is_refused_with_what_is_known(tmp_path):
 
 
 def test_the_ten_lines_of_the_docstring_make_an_autoencoder(photos, tmp_path):
-    shown = [line for line in autoencoders.__doc__.splitlines() if line.startswith("    ")]
+    shown = [line for line in register_autoencoder.__doc__.splitlines() if line.startswith("        ")]
     assert len(shown) <= 10
     code = textwrap.dedent("\n".join(shown))
-    exec(code, {"register_autoencoder": autoencoders.register_autoencoder, "torch": torch})
+    exec(code, {"register_autoencoder": register_autoencoder, "torch": torch})
     store = make(photos, tmp_path / "store", "mine")
     assert store.spec.autoencoder.kind == "Mine" and store.spec.autoencoder.scale == 0.5
     grid = store.decoded_grid(load_named(store.spec.autoencoder))

@@ -10,7 +10,7 @@ from encode_jobs import SMALL, make, write_photos
 from PIL import Image
 
 from dispersive_kit.data import folder, load_images
-from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+from dispersive_kit.data.encode import Encoder, encode
 from dispersive_kit.data.folder import _adm_crop, list_images, read_image
 from dispersive_kit.errors import DataError
 
@@ -73,7 +73,8 @@ def test_sixteen_bits_keep_their_shades_and_thirty_two_are_listed(tmp_path):
 def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "WAITS_S", (0.0, 0.0))
     root = write_photos(tmp_path / "photos", ["a"], 12)
-    encoder = Encoder(EncodeConfig(root, "patches", tmp_path / "store", **SMALL))
+    encoder = Encoder(root, "patches", tmp_path / "store", **SMALL)
+    assert len(encoder.folder.files) == 12
     away = root.rename(tmp_path / "elsewhere")  # as a network folder may be
     with pytest.raises(DataError, match=r"No such file or directory\. That says nothing of the image"):
         encode(encoder)

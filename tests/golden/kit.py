@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dispersive_kit.data.autoencoders import register_autoencoder
-from dispersive_kit.data.encode import EncodeConfig, Encoder, encode
+from dispersive_kit.data.encode import Encoder, encode
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import ClassifierFree
@@ -139,7 +139,7 @@ def write_store(folder: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file)
     how = {"image_size": 16, "shard_size": 4, "batch_size": 3}
-    return encode(Encoder(EncodeConfig(folder / "photos", "golden-patches", folder / "store", **how))).path
+    return encode(Encoder(folder / "photos", "golden-patches", folder / "store", **how)).path
 
 
 def store_bytes(store: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What a run is fed: its data by name, and everything random as a function of (seed, step, global sample index).
 
-The whole global batch is drawn from one generator that is seeded by (seed, step), and each process takes its rows.
-So the numbers do not depend on how the batch is split, a run resumes without any generator state, and two arms
-that differ only in the regulariser see the same images, times, noise and label drops.
+Each process draws the whole global batch from a generator seeded by (seed, step), and takes its rows. So the numbers
+do not depend on how it is split, a run resumes without generator state, and two arms see the same images and noise.
 """
 
 import hashlib
@@ -48,20 +47,17 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,) with some dropped to the null class, and as they were;
-    the objective's draws.
-    """
+    """Samples x0 (B, ...), images in [-1, 1]; labels y (B,), some dropped to the null class; the objective's draws."""
 
     x0: Tensor
     y: Tensor
-    labels: Tensor
     draws: Any
 
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
         size = len(self.x0) // parts
         keep = slice(part * size, (part + 1) * size)
-        return Batch(self.x0[keep], self.y[keep], self.labels[keep], self.draws[keep])
+        return Batch(self.x0[keep], self.y[keep], self.draws[keep])
 
 
 class _TrainingSet(ABC):
@@ -88,16 +84,13 @@ class _TrainingSet(ABC):
         drop_prob: float = 0.0,
         flip: bool = False,
     ) -> Batch:
-        """The global batch of one step; the same whatever device count, arm or accumulation asks for it.
-
-        null_label: the class that labels are dropped to, which classifier-free guidance needs; None drops none.
-        """
+        """The global batch of one step. null_label: the class that labels are dropped to; None drops none."""
         generator = stream(seed, "batch", step, self.device)
-        x0, y = x0, labels = self.draw(seed, step, size, flip, generator)
+        x0, y = self.draw(seed, step, size, flip, generator)
         if null_label is not None:
-            dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < drop_prob
-            y = torch.where(dropped, null_label, labels)
-        return Batch(x0, y, labels, objective.draw(x0, generator))
+            dropped = torch.rand(y.shape, generator=generator, device=y.device) < drop_prob
+            y = torch.where(dropped, null_label, y)
+        return Batch(x0, y, objective.draw(x0, generator))
 
     def frozen_batch(self, objective: Any, size: int = HELD_OUT) -> Batch:
         """At most `size` samples with their t and eps: the same for every run, arm and step."""
@@ -133,10 +126,7 @@ class DeviceSet(_TrainingSet):
 
 
 class LatentSet(_TrainingSet):
-    """A part of a store: rows are read from the disk, draws from their posteriors are made on the device.
-
-    Of an image and its mirror image only the one wanted is read, so which it is, is decided here and not there.
-    """
+    """A part of a store: rows are read from the disk, an image or its mirror; their posteriors are drawn from here."""
 
     def __init__(self, selection: Selection, device: torch.device | str = "cpu") -> None:
         self.selection, self.device = selection, torch.device(device)
@@ -158,10 +148,9 @@ class LatentSet(_TrainingSet):
 
 @dataclass(frozen=True)
 class Source:
-    """What a run trains on and holds out, and the card that goes into run.json. `verify` reads all of a store of
-    latents, and raises DataError if anything in it is not as it was written.
+    """What a run trains on and holds out, and the card of it in run.json, from which the model can be built again.
 
-    The card's `shape` (of one sample) and `classes` are enough to build the model again.
+    `verify` reads all of a store of latents, and raises DataError if anything in it is not as it was written.
     """
 
     train: DeviceSet | LatentSet
@@ -185,35 +174,34 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")
-    card: dict[str, Any]
     if store:
         parts = open_store(name, flip=config.flip)
-        train, held_out = (LatentSet(part, device) for part in parts)
         opened, spec = parts[0].store, parts[0].store.spec
-        card = {"name": opened.path.name, "source": str(opened.path.resolve()), "sha256": spec.sha256}
-        card |= {"samples": len(train), "shape": list(spec.shape), "classes": list(spec.classes)}
+        latents = [LatentSet(part, device) for part in parts]
+        card = _card(opened.path.name, str(opened.path.resolve()), spec.sha256, latents[0], spec.shape, spec.classes)
         card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
-        return Source(train, held_out, card, partial(_verify_store, opened))
+        return Source(latents[0], latents[1], card, partial(_verify_store, opened))
     if points:
-        seen, held = (
-            DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))
+        train, held_out = (sample_toy(name, n, seed=seed) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1)))
+        source, classes = "dispersive_kit.data.toy", tuple(map(str, range(int(train[1].max()) + 1)))
+    else:
+        images, others = (
+            load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
         )
-        card = {"name": name, "source": "dispersive_kit.data.toy", "sha256": seen.sha256, "samples": len(seen)}
-        card |= {"shape": [2], "classes": [str(i) for i in range(int(seen.labels.max()) + 1)]}
-        return Source(seen, held, card)
-    images, others = (
-        load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
-    )
-    images = _share_of(images, config.data_share)
-    card = {"name": images.name, "source": images.source, "sha256": images.sha256, "samples": len(images)}
-    card |= {"shape": list(images.images.shape[1:]), "classes": list(images.classes)}
-    return Source(DeviceSet.of(images, device), DeviceSet.of(others, device), card)
+        images = _share_of(images, config.data_share)
+        train, held_out = ((one.images, one.labels) for one in (images, others))
+        name, source, classes = images.name, images.source, images.classes
+    seen, held = (DeviceSet(*one, device) for one in (train, held_out))
+    return Source(seen, held, _card(name, source, seen.sha256, seen, seen.samples.shape[1:], classes))
+
+
+def _card(name: str, source: str, sha256: str, train: Any, shape: Any, classes: Any) -> dict[str, Any]:
+    card = {"name": name, "source": source, "sha256": sha256, "samples": len(train)}
+    return card | {"shape": list(shape), "classes": list(classes)}
 
 
 def _share_of(images: ImageSet, share: float) -> ImageSet:
-    """The first images of every class in the set's own order, a share of each, at least one: smaller shares lie
-    within larger ones.
-    """
+    """The first images of every class, a share of each, at least one: smaller shares lie within larger ones."""
     if share == 1:
         return images
     classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]

@@ -1,11 +1,10 @@
 """Checkpoints that a kill, a full disk or a flipped bit cannot turn into a lost run.
 
-A checkpoint is a folder `checkpoints/step-00000500/` of safetensors files and a `manifest.json` that holds the
-small state and the sha256 of each file. It is written under another name, flushed to disk and then renamed, so a
-folder that has the right name is whole. Nothing is pickled.
+A checkpoint is a folder `checkpoints/step-00000500/` of safetensors files and a `manifest.json` with the small state
+and the sha256 of each file. It is written under another name, flushed to disk and then renamed, and verified as it is
+read. Nothing is pickled.
 """
 
-import contextlib
 import json
 import shutil
 import warnings
@@ -21,15 +20,13 @@ from torch import Tensor
 from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256
 from dispersive_kit.errors import CheckpointError
 
-Tensors = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Step count after which it was taken, named groups of tensors, and JSON state."""
 
     step: int
-    groups: dict[str, Tensors]
+    groups: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -57,15 +54,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
 
 
 def _discard(paths: Iterable[Path]) -> None:
-    """Remove folders, each under another name first, so that a kill leaves no half checkpoint under a whole one's.
-
-    What cannot be removed now (someone reads it over a network file system) is tried again at the next checkpoint.
-    """
-    for path in list(paths):
-        with contextlib.suppress(OSError):
-            if not path.name.startswith(PARTIAL):
-                path = path.rename(path.with_name(f"{PARTIAL}removed-{path.name}"))
-            shutil.rmtree(path, ignore_errors=True)
+    """What cannot be removed now (someone reads it over a network file system) is tried again next time."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -91,41 +82,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None if there is none at all. A damaged newer one is reported.
+def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint that is whole, or that of `step`. A damaged newer one is reported.
 
     Raises:
-        CheckpointError: there are checkpoints, and every one is damaged.
+        CheckpointError: there is none, none of this step, or every one is damaged.
     """
-    found = checkpoints(folder)
-    faults = []
-    for path in reversed(found):
+    found, faults = checkpoints(folder), []
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
+    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    if step is not None and step not in steps:
+        kept = ", ".join(map(str, steps))
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {kept}")
+    for path in reversed(found) if step is None else [steps[step]]:
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
             if not path.exists():  # a run that goes on has removed it, and has a newer one
-                return load_latest(folder)
+                return load_latest(folder, step)
             faults.append(str(error))
             continue
         for fault in faults:
             warnings.warn(f"{fault}; going back to {path.name}", stacklevel=2)
         return checkpoint
-    if found:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}. Start a new run")
-    return None
-
-
-def pick_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of `step`; None: the newest that is whole.
-
-    Raises:
-        CheckpointError: there is none, none of this step, or it is damaged.
-    """
-    found = checkpoints(folder)
-    if step is not None and found and folder / f"step-{step:08d}" not in found:
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
-        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {steps}")
-    checkpoint = load_latest(folder) if step is None else load_checkpoint(folder / f"step-{step:08d}")
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
-    return checkpoint
+    raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}. Start a new run")

@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Settings(BaseModel):
-    """Values of fixed names and types. What does not fit is one ConfigError, which names field, value and cure."""
+    """What does not fit is one ConfigError, which names field, value and cure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -35,11 +35,7 @@ class _Settings(BaseModel):
             raise form_error(error, error.title, known=type(self).model_fields) from None
 
     def changed(self, **values: Any) -> Self:
-        """These settings with some replaced.
-
-        Raises:
-            ConfigError: no such name, a value that does not fit its type or the other settings.
-        """
+        """These settings with some replaced, and checked again."""
         return type(self)(**{**dict(self), **values})
 
 
@@ -59,7 +55,6 @@ class RegularizerConfig(_Settings):
     normalize: str | None = None  # none, layer or unit
     norm_penalty: float | None = None
     t_window: float | None = None  # only pairs whose times are this near
-    ignore_same_class: bool | None = None
     gather: bool | None = None  # one dispersion batch over all processes
     memory: int | None = None  # rows of earlier micro-batches that are kept
     schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
@@ -82,12 +77,12 @@ class RegularizerConfig(_Settings):
     def _fits_together(self) -> Self:
         if self.preset not in ("none", *PRESETS):
             raise ConfigError(f"unknown preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
-        for name, field in type(self).model_fields.items():
-            if not self.added and name not in ("at", "depth", "gather") and getattr(self, name) != field.default:
-                raise ConfigError(
-                    f"{name} is set and preset is none, which adds no loss: choose one of {', '.join(PRESETS)} to "
-                    "start from"
-                )
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if not self.added and (idle := [name for name in changed if name not in ("at", "depth", "gather")]):
+            raise ConfigError(
+                f"{idle[0]} is set and preset is none, which adds no loss: choose one of {', '.join(PRESETS)} to "
+                "start from"
+            )
         if self.schedule_steps and not self.schedule:
             raise ConfigError("schedule_steps is set, and no schedule that would use it")
         if self.added:
@@ -126,7 +121,6 @@ class TrainConfig(_Settings):
     checkpoint_every: PositiveInt = 500
     keep_last: PositiveInt = 2  # checkpoints kept; older ones are removed
     preview_images: NonNegativeInt = 16  # in the grid drawn at each checkpoint; 0 is none
-    tensorboard: bool = False  # event files beside metrics.jsonl
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     compile_blocks: bool = False
     checkpointing: bool = False  # recompute blocks in backward: less memory, more time; not with MeanFlow
@@ -151,11 +145,6 @@ class TrainConfig(_Settings):
         decay = 0.5 * (1 + math.cos(math.pi * (step / self.steps))) if self.schedule == "cosine" else 1.0
         return self.learning_rate * warmup * decay
 
-    def changes_from(self, old: Self) -> list[str]:
-        """What would change the result if a run of `old` went on with these settings, one line each."""
-        a, b = (one.model_dump(exclude=FREE_TO_CHANGE) for one in (old, self))
-        return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
-
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 
@@ -167,8 +156,10 @@ class TrainConfig(_Settings):
             ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
         """
         values = json.loads(text)
+        values.pop("tensorboard", None)  # is no more, and changed no number
         for name, default in RETIRED.items():
-            if (value := values.pop(name, default)) != default:
+            place, _, field = name.rpartition(".")
+            if (value := (values[place] if place else values).pop(field, default)) != default:
                 raise ConfigError(
                     f"{name} is {value!r}, which this version cannot do: use dispersive-kit 0.1 for this run, or train "
                     "it anew without"
@@ -176,11 +167,12 @@ class TrainConfig(_Settings):
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 
 
-RETIRED: dict[str, Any] = {"classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0, "fsdp": False}
-# Cadence and place change no number, so a resumed run may alter them.
-FREE_TO_CHANGE = {
-    "data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images", "tensorboard",
+RETIRED: dict[str, Any] = {
+    "classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0, "fsdp": False,
+    "regularizer.ignore_same_class": None,
 }  # fmt: skip
+# Cadence and place change no number, so a resumed run may alter them.
+FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
 # fmt: off
@@ -220,22 +212,14 @@ TRAIN_PRESETS |= {
 
 
 def train_preset(name: str, **changes: Any) -> TrainConfig:
-    """The preset `name` with some fields changed.
-
-    Raises:
-        ConfigError: no preset has this name.
-    """
+    """The preset `name` with some fields changed. Raises ConfigError: no preset has this name."""
     if name not in TRAIN_PRESETS:
         raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(TRAIN_PRESETS)}")
     return TRAIN_PRESETS[name].changed(**changes)
 
 
 def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
-    """`config` with fields replaced by name; those of the regulariser are written "regularizer.gather".
-
-    Raises:
-        ConfigError: no such field, or a value of another type.
-    """
+    """`config` with fields replaced by name; those of the regulariser are written "regularizer.gather"."""
     start = "regularizer."
     inner = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     own = {name: value for name, value in settings.items() if not name.startswith(start)}

@@ -6,43 +6,32 @@ import signal
 import sys
 import threading
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, is_tensorboard_available
+from accelerate.utils import InitProcessGroupKwargs
 
-from dispersive_kit.errors import CheckpointError, ConfigError
+from dispersive_kit.errors import ConfigError
 
 # Of one process for another, which may read a store of 42 GB against its hashes before the first step.
 LONGEST_WAIT = timedelta(hours=4)
 
 
-def make_accelerator(precision: str = "auto", tensorboard: Path | None = None) -> Accelerator:
+def make_accelerator(precision: str = "auto") -> Accelerator:
     """The number of processes comes from the launcher. precision "auto": bf16 autocast on a GPU that has it, else fp32.
 
-    tensorboard: folder to which its tracker writes.
-
     Raises:
-        ConfigError: TensorBoard is not installed; `accelerate launch` was asked for several processes and started one;
-            this process has trained in another precision before.
+        ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
+            another precision before.
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)
-    if tensorboard and not is_tensorboard_available():
-        raise ConfigError("tensorboard is not installed: pip install 'dispersive-kit[tensorboard]'")
     patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    # cpu=True: without it a launcher of several CPU processes would give as many runs of one process each.
+    cpu = not torch.accelerator.is_available()  # else a launcher of several CPU processes would give as many runs
     try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="bf16" if bf16 else "no",
-            kwargs_handlers=[patient],
-            log_with="tensorboard" if tensorboard else None,
-            project_dir=tensorboard,
-        )
+        accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[patient])
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
@@ -69,17 +58,6 @@ def keep_freed_memory(device: torch.device) -> None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
-
-
-def require_agreement(what: str, value: Any) -> None:
-    """All processes must call this with the same value.
-
-    Raises:
-        CheckpointError: they do not, in every one of them.
-    """
-    found = gather_object([value])
-    if any(one != found[0] for one in found):
-        raise CheckpointError(f"the processes do not agree on the {what}: {', '.join(map(str, found))}, by rank")
 
 
 class StopRequest:

@@ -14,18 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dispersive_kit.data import to_uint8
-from dispersive_kit.data.files import (
-    ARTEFACTS,
-    PARTIAL,
-    artefact,
-    atomic_write,
-    lock,
-    read_json,
-    versions,
-    write_json,
-    writing,
-)
+from dispersive_kit.data import files, to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
 from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
@@ -34,76 +23,70 @@ from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.rivals import NormMatched
-from dispersive_kit.training.checkpoint import Checkpoint, pick_checkpoint, save_checkpoint
-from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from dispersive_kit.training.config import FREE_TO_CHANGE, TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
 
-LOCK = ".lock"
+LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it had made a run of the folder
+PREVIEW_STEPS = 20
 
 
 @contextlib.contextmanager
 def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """Make the folder of a new run, or check that a resumed one is the same run; write config.json and run.json.
+    """Make the folder of a new run, or check that a resumed one is the same; write config.json and run.json (`card`).
 
-    It is locked until the end; a killed process's is free. card: what goes into run.json.
+    It is locked until the end; a killed process's is free.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` is off; a run of another configuration, other data or
-            another dispersion batch; an exported run; or a run that another process is training.
+        CheckpointError: the folder holds something else, or a run and `resume` is off; a run of another configuration,
+            other data or another dispersion batch; an exported run; a run that another process is training.
     """
     exists = (run_dir / "config.json").exists()
     if exists and not resume:
         raise CheckpointError(f"{run_dir} already holds a run: go on with --resume, or choose another folder")
-    found = [path.name for path in run_dir.iterdir()] if run_dir.exists() else []
-    # A process that was killed before it had made a run of the folder leaves these, which do not count.
-    if not exists and any(name not in (LOCK, "run.json") and not name.startswith(PARTIAL) for name in found):
-        raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     if exists:
         _require_same_run(run_dir, config, card)
+    elif run_dir.exists() and not all(path.name.startswith(LEFT) for path in run_dir.iterdir()):
+        raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     busy = (
         f"another process is training in {run_dir}, or a training in this one was not ended: wait for its end, stop it "
         "(here: close its generator, or restart the kernel), or choose another folder"
     )
-    with writing(run_dir, CheckpointError):
+    with files.writing(run_dir, CheckpointError):
         run_dir.mkdir(parents=True, exist_ok=True)
-    with lock(run_dir / LOCK, busy, CheckpointError):
-        # config.json is what makes it a run, so it comes last.
-        for name, text in (("run.json", json.dumps(card, indent=2)), ("config.json", config.to_json())):
-            with atomic_write(run_dir / name, CheckpointError) as unfinished:
-                unfinished.write_text(text)
+    with files.lock(run_dir / ".lock", busy, CheckpointError):
+        for name, values in (("run.json", card), ("config.json", config.model_dump())):  # which makes it a run: last
+            files.write_json(run_dir / name, values, CheckpointError)
         yield
 
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
-    changed = config.changes_from(read_config(run_dir))
-    old = read_json(run_dir / "run.json", default={})  # it will be written again
+    before, now = (one.model_dump(exclude=FREE_TO_CHANGE) for one in (read_config(run_dir), config))
+    changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
+    old = files.read_json(run_dir / "run.json", default={})  # it will be written again
     if "exported" in old:
         raise CheckpointError(
             f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
             "Sample or evaluate it, or start a new run in another folder"
         )
-    before, now = (one.get("data", {}).get("sha256") for one in (old, card))
-    if old and before != now and not changed:
+    if old and not changed and old["data"]["sha256"] != card["data"]["sha256"]:
         raise CheckpointError(
-            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 {before} "
-            f"then, {now} now). Bring the old data back, or start a new run in another folder"
+            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 "
+            f"{old['data']['sha256']} then, {card['data']['sha256']} now). Bring the old data back, or start a new run "
+            "in another folder"
         )
     # In an arm without the loss it is only measured, and no part of the objective.
     if old and config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
-        raise CheckpointError(
-            f"{run_dir} holds a run of another configuration, which cannot be resumed with this one:\n  "
-            + "\n  ".join(changed)
-        )
+        raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
 
 
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, and on what.
+    """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, the machine.
 
     Raises:
-        ConfigError: the batch cannot be split evenly, or into batches of one, in which nothing is dispersed; one
-            process, and an option that needs several.
+        ConfigError: the batch cannot be split evenly, or only into batches of one; `gather` with one process.
     """
     processes, regularizer = accelerator.num_processes, config.regularizer
     if regularizer.gather and processes == 1:
@@ -132,21 +115,16 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
         "accumulation": config.accumulation,
         "device": str(accelerator.device),
         "precision": accelerator.mixed_precision,
-        "versions": versions(),
+        "versions": files.versions(),
     }
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run.
-
-    Raises:
-        CheckpointError: there is no run here, or its config.json is damaged.
-    """
+    """Raises CheckpointError: there is no run here, or its config.json is damaged."""
     try:
         return TrainConfig.from_json((run_dir / "config.json").read_text())
     except FileNotFoundError as error:
@@ -159,18 +137,13 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def shipped_names() -> list[str]:
-    """Names of the runs inside the package."""
-    return sorted(p.name for p in ARTEFACTS.iterdir() if (p / "config.json").is_file())
+    return sorted(p.name for p in files.ARTEFACTS.iterdir() if (p / "config.json").is_file())
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder `run`, or, where there is none, that of the run of this name that comes with the package.
-
-    Raises:
-        DataError: a file of the package is missing or damaged.
-    """
+    """The folder `run`, or, where there is none, that of the run of this name that comes with the package."""
     run = Path(run)
-    return artefact(str(run)) if not run.exists() and str(run) in shipped_names() else run
+    return files.artefact(str(run)) if not run.exists() and str(run) in shipped_names() else run
 
 
 def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
@@ -184,14 +157,13 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
     if points != (config.model == "MLP"):
         fitting = "model MLP" if points else "a DiT, for example DiT-T/2"
         raise ConfigError(f"model {config.model!r} does not take samples of shape {tuple(shape)}; use {fitting}")
-    build: Callable[..., Any] = MLP if points else build_dit
-    sizes: dict[str, Any] = {"dim": shape[0]}
-    if not points:
-        sizes = {"name": config.model, "in_channels": shape[0], "input_size": shape[1]}
-        sizes |= {"class_dropout_prob": config.class_dropout_prob, "checkpointing": config.checkpointing}
+    told: dict[str, Any] = {"num_classes": num_classes, "interval": config.objective == "meanflow"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build(**sizes, num_classes=num_classes, interval=config.objective == "meanflow")
+        if points:
+            return MLP(dim=shape[0], **told)
+        told |= {"class_dropout_prob": config.class_dropout_prob, "checkpointing": config.checkpointing}
+        return build_dit(config.model, in_channels=shape[0], input_size=shape[1], **told)
 
 
 # How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
@@ -200,7 +172,6 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], Callable[..., Tensor]]] = {
     "ddpm": (DDPM, ddim),
     "meanflow": (MeanFlow, meanflow),
 }
-PREVIEW_STEPS = 20
 
 
 def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
@@ -210,9 +181,8 @@ def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
         ConfigError: the model has no such block, or an option does not fit the number of processes.
     """
     chosen = config.regularizer
-    attach = Dispersive.from_preset
-    if chosen.norm_matched:
-        attach = partial(NormMatched.from_preset, rms=chosen.norm_matched)
+    placebo = partial(NormMatched.from_preset, rms=chosen.norm_matched)
+    attach = placebo if chosen.norm_matched else Dispersive.from_preset
     try:
         found = attach(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
     except DispersiveError as error:
@@ -228,18 +198,16 @@ def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
 def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
-    Args:
-        run: its folder, or the name of a shipped one, such as "digits-base".
-        weights: "ema" (to sample from), or "model" (as last trained).
-        step: a kept checkpoint; None: the newest that is whole.
+    run: its folder, or the name of a shipped one, such as "digits-base". weights: "ema" (to sample from), or "model"
+    (as last trained). step: a kept checkpoint; None: the newest that is whole.
 
     Raises:
         CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
     """
     run_dir = run_folder(run)
     config = read_config(run_dir)
-    checkpoint = pick_checkpoint(run_dir / "checkpoints", step)
-    data = read_json(run_dir / "run.json", error=CheckpointError)["data"]
+    checkpoint = load_latest(run_dir / "checkpoints", step)
+    data = files.read_json(run_dir / "run.json", error=CheckpointError)["data"]
     model = build_model(config, data)
     known = [group for group in checkpoint.groups if group != "optimizer"]
     if weights not in known:
@@ -259,22 +227,19 @@ def sample_batch(
     num_steps: int = 25,
     guidance: Any = None,
 ) -> Tensor:
-    """x0 (B, ...) on the model's device for labels (B,), one seed a sample; guidance: None is none."""
-    device = labels.device
-    keep_freed_memory(device)
-    x = initial_noise(seeds, model.sample_shape).to(device)
+    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none."""
+    keep_freed_memory(labels.device)
+    x = initial_noise(seeds, model.sample_shape).to(labels.device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
     _, sampler = OBJECTIVES[objective]
     return sampler(model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
 
 
 def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
-    """n samples, classes in turn, always from the same noise: a grid of images as PNG; points, and latents that only a
-    decoder can show, as safetensors.
-    """
+    """n samples, classes in turn, always from the same noise: images as PNG; points and latents as safetensors."""
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
     samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
-    with writing(file.parent, CheckpointError):
+    with files.writing(file.parent, CheckpointError):
         file.parent.mkdir(exist_ok=True)
         if samples.ndim == 4 and samples.shape[1] in (1, 3):
             from torchvision.utils import save_image  # slow to import, and a run without pictures does not need it
@@ -284,14 +249,11 @@ def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
             save_file({"samples": samples}, file.with_suffix(".safetensors"))
 
 
-def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: str = "", note: str = "") -> Path:
-    """Write the averaged weights of a run as float16, with its curves, previews, measurements and card, for others.
+def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
+    """Write the averaged weights of a run as float16, with its curves, previews, measurements and card; returns `out`.
 
-    Such a folder can be loaded, sampled and evaluated, and not trained further. Returns `out`.
-
-    Args:
-        step: a kept checkpoint; None: the newest. command, note: what the run was started with, and what a reader
-            should know of it, kept in run.json.
+    Such a folder can be loaded, sampled and evaluated, and not trained further. step: a kept checkpoint; None: the
+    newest.
 
     Raises:
         CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
@@ -299,15 +261,15 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None, command: st
     config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another folder")
-    found = pick_checkpoint(run_dir / "checkpoints", step)
+    found = load_latest(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
-    card = read_json(run_dir / "run.json", error=CheckpointError)
+    card = files.read_json(run_dir / "run.json", error=CheckpointError)
     card["data"]["source"] = Path(card["data"]["source"]).name
-    card |= {"exported": "ema weights, float16", "command": command, "note": note}
-    with atomic_write(out, CheckpointError) as unfinished:
+    card["exported"] = "ema weights, float16"
+    with files.atomic_write(out, CheckpointError) as unfinished:
         save_checkpoint(unfinished / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
-        write_json(unfinished / "run.json", card)
-        write_json(unfinished / "config.json", config.model_dump())
+        files.write_json(unfinished / "run.json", card)
+        files.write_json(unfinished / "config.json", config.model_dump())
         for pattern in ("metrics.jsonl", "previews/*", "evaluation-*.json"):
             for file in run_dir.glob(pattern):
                 copied = unfinished / file.relative_to(run_dir)

@@ -1,14 +1,7 @@
 """The training loop: a generator of step records.
 
-    for record in train(config, "runs/mine"):
-        ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
-
-Each step draws its batch from (seed, step), adds Dispersive Loss if the configuration asks for it, and yields.
-Nothing is read back from the device but at the steps that are logged, and every tenth to see that all is well.
-
-On several processes each one runs this same loop: `accelerate launch --multi_gpu --num_processes 8 -m
-dispersive_kit.cli train ...` (its --multi_gpu is right without a GPU too), torchrun, or, from a notebook that has
-trained nothing yet, `accelerate.notebook_launcher(function, arguments, num_processes=8)` of a function that loops.
+for record in train(config, "runs/mine"):
+    ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
 """
 
 import contextlib
@@ -17,16 +10,14 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,9 +25,9 @@ from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
 from dispersive_kit.training.batches import Batch, open_source
-from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
-from dispersive_kit.training.parallel import StopRequest, make_accelerator, require_agreement
+from dispersive_kit.training.parallel import StopRequest, make_accelerator
 from dispersive_kit.training.runs import (
     OBJECTIVES,
     attach_regularizer,
@@ -62,15 +53,19 @@ class StepRecord:
 def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Iterator[StepRecord]:
     """Train as `config` says, in the folder `run_dir`; yields a `StepRecord` after each step.
 
+    Nothing is read back from the device but at the steps that are logged, and every tenth to see that all is well.
+    On several processes each one runs this loop, started by `accelerate launch --multi_gpu` or torchrun, or, in a
+    notebook that has trained nothing yet, by `accelerate.notebook_launcher(function, arguments, num_processes=8)`.
+
     The folder gets config.json, run.json, metrics.jsonl and checkpoints/. With `resume`, the newest whole
     checkpoint is taken up, and the result is the same bits as that of a run that was never stopped (on a GPU: as far
-    as its kernels are deterministic). Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint, on
-    all processes, whichever got it.
+    as its kernels are deterministic). Ctrl-C and SIGTERM, to any of the processes, end the run after the step in
+    hand, with a checkpoint.
 
     Raises:
         CheckpointError: the folder holds a run already, one of another configuration or data, or one that another
             process trains; a file could not be written; the processes do not see the same folder. DataError: the
-            data set is missing. KitError: NaN or infinity; what the step was fed is then kept in the folder.
+            data set is missing. KitError: NaN or infinity.
     """
     run = Session(config, Path(run_dir), resume=resume)
     on_cpu = run.accelerator.device.type == "cpu"
@@ -83,11 +78,12 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             try:
                 values = _update(run, step, measure=logs)
             except DispersiveError as error:  # of this step, or, told late, of one before
-                raise DispersiveError(f"{error}. {run.post_mortem(int(broken_at) or step + 1)}") from error
+                raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {run.last_good}") from error
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             stops = False
             if on_cpu or logs or saves or (step + 1) % LOOK_EVERY == 0:
-                _require_finite(broken_at, run)
+                if int(broken_at):
+                    raise KitError(f"the gradient became NaN or infinite at step {int(broken_at)}. {run.last_good}")
                 stops = stop.asked(run.accelerator)
             if last or (step + 1) % config.eval_every == 0:
                 values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
@@ -138,7 +134,7 @@ def _losses(
     with regularizer, run.accelerator.autocast():
         loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws, taps=run.returned_taps)
     taps = list(aux.taps) or regularizer.captured
-    dispersive = regularizer.loss(t=aux.t, y=rows.labels, step=step, taps=aux.taps or None)
+    dispersive = regularizer.loss(t=aux.t, step=step, taps=aux.taps or None)
     values: dict[str, Any] = {"loss": loss.detach()}
     ratio = None
     if measure:
@@ -153,12 +149,11 @@ def _gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> C
 
     The backward pass of the training goes through z anyway, where a hook sees the gradient of all that is trained on;
     that of `dispersive` alone is short, and taken before. So measuring costs no second pass through the network.
-    `dispersive` is weighted, as it enters the total; with a weight of zero, now or by its schedule, it is a constant.
 
     Returns:
         To be called once `share` times the total was sent backward: gives the ratio (0-d).
     """
-    if not dispersive.requires_grad:
+    if not dispersive.requires_grad:  # its weight is zero, now or by its schedule
         return lambda share: torch.zeros_like(dispersive)
     pull = torch.autograd.grad(dispersive, taps, retain_graph=True)
     total: dict[int, Tensor] = {}
@@ -174,23 +169,12 @@ def _gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> C
 
 
 def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: int = 4) -> dict[str, Tensor]:
-    """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t.
-
-    A part of t that a small batch leaves empty is left out.
-    """
+    """Denoising loss on the frozen held-out batch: the mean, and the mean within `bins` equal parts of t, if any."""
     with torch.no_grad():
         _, aux = objective(model, frozen.x0, frozen.y, draws=frozen.draws)
     part = (aux.t * bins).long().clamp(max=bins - 1)
     by_bin = {f"held_out_t{i}": aux.per_sample[part == i].mean() for i in range(bins) if (part == i).any()}
     return {"held_out": aux.per_sample.mean(), **by_bin}
-
-
-def _require_finite(broken_at: Tensor, run: "Session") -> None:
-    if step := int(broken_at):
-        raise KitError(
-            f"the gradient became NaN or infinite at step {step}. {run.post_mortem(step)}. Taken up again it would "
-            "come to the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
-        )
 
 
 # ---- what the loop holds, and how it starts, saves and resumes
@@ -223,7 +207,7 @@ class Session:
         self.config, self.run_dir = config, run_dir
         self.objective: Objective = OBJECTIVES[config.objective][0]()
         with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
-            accelerator = make_accelerator(config.precision, tensorboard=run_dir if config.tensorboard else None)
+            accelerator = make_accelerator(config.precision)
             self.accelerator, self.source = accelerator, open_source(config, accelerator.device)
             self.model = build_model(config, self.source.card).to(accelerator.device)
             self.ema, self.regularizer = EMA(self.model, config.ema_decay), attach_regularizer(self.model, config)
@@ -234,35 +218,36 @@ class Session:
                 self.source.verify()
                 held.enter_context(claim_run_folder(run_dir, config, card, resume=resume))
             accelerator.wait_for_everyone()
-            latest = self._load_weights(resume=resume)
+            folder = run_dir / "checkpoints"
+            latest = load_latest(folder) if resume and checkpoints(folder) else None
             self.done = latest.step if latest else 0  # steps already taken
+            seen = gather_object([(self.done, self.source.card["sha256"])])
+            if any(one != seen[0] for one in seen):
+                raise CheckpointError(
+                    f"the processes do not agree on the step and the data of {run_dir}: {seen}, by rank. Do all "
+                    "machines share this folder?"
+                )
+            optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
+            if latest:
+                self._restore(latest, optimizer)
             for block in self.model.blocks if config.compile_blocks else ():
                 block.compile()
             self.network = accelerator.prepare_model(self.model)  # as it is called in training
-            optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
-            if latest:
-                moments = _nested(latest.groups["optimizer"])
-                optimizer.load_state_dict({"state": moments, "param_groups": latest.state["param_groups"]})
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             if accelerator.is_main_process:
                 _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
-            for tracker in accelerator.trackers:
-                held.callback(tracker.finish)
             self.frozen = self.source.held_out.frozen_batch(self.objective)
             self.held = held.pop_all()  # what is let go at the end: hooks, files, the folder
 
-    def _load_weights(self, *, resume: bool) -> Checkpoint | None:
-        """The checkpoint that all processes go on from, with its weights in the model and its average."""
-        latest = load_latest(self.run_dir / "checkpoints") if resume else None
-        done = latest.step if latest else 0
-        require_agreement("step at which they resume (is the run folder one that all machines share?)", done)
-        require_agreement("data", self.source.card["sha256"])
-        if latest:
-            self.model.load_state_dict(latest.groups["model"])
-            self.ema.model.load_state_dict(latest.groups["ema"])
-            self.ema.updates = latest.state["ema_updates"]
-        return latest
+    def _restore(self, latest: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+        self.model.load_state_dict(latest.groups["model"])
+        self.ema.model.load_state_dict(latest.groups["ema"])
+        self.ema.updates = latest.state["ema_updates"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in latest.groups["optimizer"].items():  # such as 3.exp_avg
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": latest.state["param_groups"]})
 
     @property
     def returned_taps(self) -> tuple[int, ...]:
@@ -272,15 +257,16 @@ class Session:
         return tuple(int(path.removeprefix("blocks.")) for path in self.regularizer.paths)
 
     def batch(self, step: int) -> Batch:
-        """The global batch of a step."""
-        return self.source.train.batch(
-            self.objective,
-            seed=self.config.seed,
-            step=step,
-            size=self.config.batch_size,
-            null_label=self.model.null_label,
-            drop_prob=self.config.class_dropout_prob,
-            flip=self.config.flip,
+        config, label = self.config, self.model.null_label
+        drawn: dict[str, Any] = {"seed": config.seed, "step": step, "size": config.batch_size, "flip": config.flip}
+        return self.source.train.batch(self.objective, **drawn, null_label=label, drop_prob=config.class_dropout_prob)
+
+    @property
+    def last_good(self) -> str:
+        """What to do about a step that broke."""
+        return (
+            f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Taken up again it would come to "
+            "the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
         )
 
     def reduce(self, values: dict[str, Any]) -> dict[str, float]:
@@ -289,7 +275,7 @@ class Session:
         return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard's files if there are any.
+        """Append one line to metrics.jsonl.
 
         What is not finite has no JSON; it is left out: the gradient ratio of a network whose output is still zero.
         """
@@ -298,7 +284,6 @@ class Session:
         if self.accelerator.is_main_process:
             with writing(file, CheckpointError), file.open("a") as lines:
                 lines.write(json.dumps({"step": step, **finite}) + "\n")
-        self.accelerator.log(finite, step=step)
 
     def save(self, step: int) -> None:
         """Write the checkpoint after `step` steps, then a preview.
@@ -317,30 +302,6 @@ class Session:
                 draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
         self.accelerator.wait_for_everyone()
 
-    def post_mortem(self, step: int) -> str:
-        """Write what step `step` (counted from 1) was fed, and say where that and the last good weights are.
-
-        Any process may be the first to fall, and each can draw the whole batch.
-        """
-        batch, file = self.batch(step - 1), self.run_dir / f"fed-at-step-{step:08d}.safetensors"
-        fed = {"x0": batch.x0, "y": batch.y, **vars(batch.draws)}
-        try:
-            with atomic_write(file, CheckpointError) as unfinished:
-                save_file({k: v.contiguous() for k, v in fed.items() if v is not None}, unfinished)
-            kept = f"What it was fed is in {file}"
-        except CheckpointError as error:  # the fault that is reported must not be hidden by this one
-            kept = f"What it was fed could not be kept ({error})"
-        return f"{kept}; the newest checkpoint in {self.run_dir / 'checkpoints'} is from before"
-
-
-def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The state of an optimizer from names such as "3.exp_avg"."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return state
-
 
 def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
@@ -354,6 +315,9 @@ def _forget_metrics_after(file: Path, step: int) -> None:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
 
 
+LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"
+
+
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
     """Pass step records through and show how far they have come: a bar on a terminal, one line a tenth elsewhere.
 
@@ -362,23 +326,20 @@ def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRec
     if os.environ.get("RANK", "0") != "0":
         yield from records
         return
-    bar, shown, tenths, first, start = None, "", -1, 0, time.monotonic()
+    terminal, shown, tenths, bar = sys.stderr.isatty(), "", -1, None
+    how: dict[str, Any] = {"dynamic_ncols": True} if terminal else {"bar_format": LINE, "delay": math.inf}
+    how |= {"desc": label and f"{label}: ", "unit": " step"}
     for record in records:
         if record.values:
             shown = "  ".join(f"{k} {record.values[k]:.3f}" for k in ("loss", "held_out") if k in record.values)
             if torch.cuda.is_available():
                 shown += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        first = first or record.step
-        if sys.stderr.isatty():
-            bar = bar or tqdm(total=record.steps, initial=first - 1, desc=label, unit="step", dynamic_ncols=True)
-            bar.set_postfix_str(shown, refresh=False)
-            bar.update()
-        elif record.step * 10 // record.steps > tenths:
+        bar = bar or tqdm(total=record.steps, initial=record.step - 1, **how)
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update()
+        if not terminal and record.step * 10 // record.steps > tenths:
             tenths = record.step * 10 // record.steps
-            rate = (record.step - first + 1) / max(time.monotonic() - start, 1e-9)
-            left = timedelta(seconds=round((record.steps - record.step) / rate))
-            line = f"{label} step {record.step}/{record.steps}  {shown}  {rate:.1f} step/s  {left} left"
-            print(line.strip(), flush=True)
+            print(bar, flush=True)
         yield record
     if bar:
         bar.close()

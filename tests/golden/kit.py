@@ -4,7 +4,6 @@
 As a script it trains the configurations of a JSON file, one after the other: `kit.py CONFIGS FOLDER`, for torchrun.
 """
 
-import contextlib
 import hashlib
 import json
 import sys
@@ -35,19 +34,8 @@ from dispersive_kit.study.run import _read_stage
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TrainConfig, train_preset, with_settings
-from dispersive_kit.training.runs import load_run, read_config, sample_batch, shipped_names
+from dispersive_kit.training.runs import load_run, read_config, read_metrics, sample_batch, shipped_names
 from dispersive_kit.training.train import train
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Sums of several threads have other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def config(preset: str, **settings: Any) -> TrainConfig:
@@ -56,13 +44,7 @@ def config(preset: str, **settings: Any) -> TrainConfig:
 
 
 def all_settings(of: TrainConfig) -> dict[str, Any]:
-    """As config.json has them."""
     return json.loads(of.to_json())
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What is read from a run folder's config.json."""
-    return all_settings(read_config(folder))
 
 
 def train_all(configs: list[TrainConfig], folder: Path) -> None:
@@ -71,50 +53,15 @@ def train_all(configs: list[TrainConfig], folder: Path) -> None:
             pass
 
 
-def resume(run: Path) -> None:
-    for _ in train(read_config(run), run, resume=True):
-        pass
-
-
-def groups(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of the newest checkpoint: model, ema, optimizer."""
-    return load_latest(run / "checkpoints").groups
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 # So small that a run of it can be kept beside the tests, and one to train in a second.
 DIT_CONFIGS["DiT-tiny"] = {"depth": 2, "hidden_size": 8, "num_heads": 2}
 DIT_CONFIGS["DiT-short"] = {"depth": 4, "hidden_size": 32, "num_heads": 2}
 
 
 def sample_run(run: str | Path, n: int = 3) -> torch.Tensor:
-    """The first images of a run folder, or of a run that comes with the kit."""
     model, card = load_run(run)
     objective = card["config"].objective
     return sample_batch(model, torch.arange(n), range(n), objective=objective, num_steps=3)
-
-
-def shipped_verdicts() -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Of each shipped study: its verdicts as written, and as they follow from its runs."""
-    plans = {plan.name: plan for plan in map(load_plan, shipped_plans())}
-    return {
-        name: (found["verdicts"], verdicts(plans[name], found["runs"])) for name, found in shipped_results().items()
-    }
-
-
-def describe_plan(file: Path) -> dict[str, Any]:
-    """Hash, contrasts and the training of each run."""
-    plan = load_plan(str(file))
-    cells = {cell.name: all_settings(plan.config(cell)) for cell in plan.cells()}
-    return {"sha256": plan.sha256, "contrasts": [dict(vars(c)) for c in plan.contrasts], "cells": cells}
-
-
-def notebook_run(folder: Path) -> dict[str, Any]:
-    """What the kit reads from the folder of an executed notebook."""
-    return {"result": read_result(folder).model_dump(), "stage": _read_stage(folder)}
 
 
 @register_autoencoder("golden-patches")

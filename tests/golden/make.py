@@ -1,13 +1,12 @@
-"""Writes the golden values: what later code is held to. `python tests/golden/make.py --again`. The files are of 0.1.
+"""Writes the golden values: what later code is held to. The files are of 0.1.
 
-The values are of the code as it stands when this is run, so run it only where a change of behaviour is meant, and say
-so in the changelog. Without --again nothing that is there is overwritten.
+The values are of the code as it stands when this is run, and replace those that are there: run it only where a change
+of behaviour is meant, and say so in the changelog.
 """
 
 import json
 import platform
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -238,12 +237,6 @@ def configurations() -> dict[str, Any]:
     return found
 
 
-def two_process_configurations() -> dict[str, Any]:
-    made = configurations()
-    gathered = {"regularizer.gather": True}
-    return {"two local": made["flow paper"], "two gathered": kit.with_settings(made["accumulation"], gathered)}
-
-
 def trained(folder: Path) -> Values:
     """Every parameter after twenty steps, by its norm and the sum of its bits, and what was logged."""
     made = configurations()
@@ -252,7 +245,9 @@ def trained(folder: Path) -> Values:
 
 
 def trained_by_two(folder: Path) -> Values:
-    made = two_process_configurations()
+    made = configurations()
+    gathered = kit.with_settings(made["accumulation"], {"regularizer.gather": True})
+    made = {"two local": made["flow paper"], "two gathered": gathered}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps([kit.all_settings(one) for one in made.values()]))
     warm.run(HERE / "kit.py", folder / "configs.json", folder / "two", processes=2)
@@ -260,9 +255,9 @@ def trained_by_two(folder: Path) -> Values:
 
 
 def summary(run: Path) -> Values:
-    logged = [value for line in kit.metrics(run) for _, value in sorted(line.items())]
+    logged = [value for line in kit.read_metrics(run) for _, value in sorted(line.items())]
     found = {"metrics": torch.tensor(logged, dtype=torch.float64)}
-    for name, tensors in kit.groups(run).items():
+    for name, tensors in kit.load_latest(run / "checkpoints").groups.items():
         ordered = [tensors[key] for key in sorted(tensors)]
         found[f"{name} norms"] = torch.stack([torch.linalg.vector_norm(one.double()) for one in ordered])
         bits = [one.contiguous().view(torch.uint8).long() for one in ordered if one.ndim]
@@ -274,35 +269,30 @@ def summary(run: Path) -> Values:
 
 def resumed(folder: Path) -> Values:
     """The run of 0.1 that stopped after two steps of four, gone on with."""
-    shutil.copytree(FILES / "run", folder / "run")
-    kit.resume(folder / "run")
-    return {**summary(folder / "run"), "samples": kit.sample_run(folder / "run")}
-
-
-def shipped() -> Values:
-    return {name: kit.sample_run(name) for name in kit.shipped_names() if name.startswith("digits")}
+    run = shutil.copytree(FILES / "run", folder / "run")
+    list(kit.train(kit.read_config(run), run, resume=True))
+    return {**summary(run), "samples": kit.sample_run(run)}
 
 
 FAMILIES = {
     "losses": losses, "plug_ins": plug_ins, "sampled": sampled, "objectives": objectives, "networks": networks,
-    "shipped": shipped, "trained": trained, "trained_by_two": trained_by_two, "resumed": resumed,
+    "shipped": lambda: {name: kit.sample_run(name) for name in kit.shipped_names() if name.startswith("digits")},
+    "trained": trained, "trained_by_two": trained_by_two, "resumed": resumed,
 }  # fmt: skip
 IN_A_FOLDER = ("trained", "trained_by_two", "resumed")
 
 
 def compute(family: str, folder: Path) -> Values:
-    with kit.one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums of several threads have other bits
+    try:
         made = FAMILIES[family](folder / family) if family in IN_A_FOLDER else FAMILIES[family]()
+    finally:
+        torch.set_num_threads(threads)
     return {key: value.detach().clone().contiguous() for key, value in made.items()}
 
 
-def main() -> None:
-    if (HERE / "values.safetensors").exists() and "--again" not in sys.argv:
-        sys.exit(f"{HERE / 'values.safetensors'} is there: --again replaces what later code is held to")
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         values = {f"{family}/{k}": v for family in FAMILIES for k, v in compute(family, Path(name)).items()}
     save_file(values, HERE / "values.safetensors", metadata=machine())
-
-
-if __name__ == "__main__":
-    main()

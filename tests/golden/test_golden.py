@@ -46,10 +46,10 @@ def test_what_is_computed_is_what_0_1_computed(golden, tmp_path, family):
 
 
 def test_the_verdicts_of_all_shipped_studies_follow_from_their_runs():
-    studies = kit.shipped_verdicts()
-    assert len(studies) == 18
-    for name, (written, computed) in studies.items():
-        assert rounded(computed) == rounded(written), name
+    plans = {plan.name: plan for plan in map(kit.load_plan, kit.shipped_plans())}
+    assert len(kit.shipped_results()) == 18
+    for name, found in kit.shipped_results().items():
+        assert rounded(kit.verdicts(plans[name], found["runs"])) == rounded(found["verdicts"]), name
 
 
 def rounded(value):
@@ -73,9 +73,9 @@ def test_a_config_of_0_1_is_read_and_one_that_uses_a_retired_setting_is_refused_
     (tmp_path / "config.json").write_text(json.dumps(stored))
     if used := [key for key in stored.keys() - kit.all_settings(kit.config("digits")) if stored[key] != DEFAULT[key]]:
         with pytest.raises(kit.KitError, match=used[0]):
-            kit.read_settings(tmp_path)
+            kit.all_settings(kit.read_config(tmp_path))
     else:
-        same_settings(stored, kit.read_settings(tmp_path), DEFAULT)
+        same_settings(stored, kit.all_settings(kit.read_config(tmp_path)), DEFAULT)
 
 
 def same_settings(stored, read, default):
@@ -88,15 +88,15 @@ def same_settings(stored, read, default):
 
 
 def test_a_plan_of_0_1_has_the_hash_and_the_runs_it_had():
-    stored, found = json.loads((FILES / "plan.json").read_text()), kit.describe_plan(FILES / "small.yaml")
-    assert (found["sha256"], found["contrasts"]) == (stored["sha256"], stored["contrasts"])
-    assert found["cells"].keys() == stored["cells"].keys()
-    for name, cell in found["cells"].items():
-        same_settings(stored["cells"][name], cell, DEFAULT)
+    stored, plan = json.loads((FILES / "plan.json").read_text()), kit.load_plan(str(FILES / "small.yaml"))
+    assert (plan.sha256, [dict(vars(c)) for c in plan.contrasts]) == (stored["sha256"], stored["contrasts"])
+    assert {cell.name for cell in plan.cells()} == stored["cells"].keys()
+    for cell in plan.cells():
+        same_settings(stored["cells"][cell.name], kit.all_settings(plan.config(cell)), DEFAULT)
 
 
 def test_the_folder_of_a_notebook_run_by_0_1_is_read(tmp_path):
     folder = shutil.copytree(FILES / "notebook-run", tmp_path / "run")
-    found = kit.notebook_run(folder)
-    assert found["result"]["numbers"][0]["value"] == 3.5 and found["stage"]["status"] == "ok"
-    assert found["result"]["sentences"] == ["It ran."] and found["stage"]["parameters"] == {"seed": 2}
+    result, stage = kit.read_result(folder).model_dump(), kit._read_stage(folder)
+    assert result["numbers"][0]["value"] == 3.5 and stage["status"] == "ok"
+    assert result["sentences"] == ["It ran."] and stage["parameters"] == {"seed": 2}

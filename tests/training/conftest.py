@@ -1,5 +1,6 @@
 """A CIFAR-10 of real photographs in miniature, and how tests start the command line."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 import warm
 
 from dispersive_kit.data import load_images
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))  # for `import latent_stores`
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +31,9 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., warm.Started]:
-    """Start the command line, on one or several processes."""
     return lambda arguments, processes=1: warm.start("dispersive-kit", *arguments, processes=processes)
 
 
 @pytest.fixture(scope="session")
 def run_command() -> Callable[..., str]:
-    """Run it to the end, and return what it printed; fails with that if it fails."""
     return lambda arguments, processes=1: warm.run("dispersive-kit", *arguments, processes=processes)

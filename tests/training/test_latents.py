@@ -1,14 +1,12 @@
 """Training on a store of latents: refused before the first step where anything is wrong, exact where nothing is."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from latent_stores import write_store
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder
@@ -20,17 +18,6 @@ from dispersive_kit.models.dit import build_dit
 from dispersive_kit.training import TRAIN_PRESETS, load_run, train, train_preset
 from dispersive_kit.training.batches import LatentSet
 from dispersive_kit.training.checkpoint import load_latest
-
-DATA_TESTS = Path(__file__).parents[1] / "data"
-
-
-def module(name):
-    """A helper of the tests of another room."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, DATA_TESTS / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @register_autoencoder("four channels")
@@ -52,20 +39,12 @@ class FourChannels:
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store") / "store"
     card = load_autoencoder("four channels").card
-    return module("latent_stores").write_store(folder, rows=300, shape=(4, 8, 8), card=card)
+    return write_store(folder, rows=300, shape=(4, 8, 8), card=card)
 
 
 def config(store, **changes):
-    small = {
-        "steps": 6,
-        "checkpoint_every": 2,
-        "eval_every": 3,
-        "batch_size": 8,
-        "model": "DiT-T/2",
-        "flip": True,
-        "preview_images": 0,
-    }
-    return train_preset("smoke", data=str(store), **{**small, **changes})
+    small = {"steps": 6, "checkpoint_every": 2, "eval_every": 3, "batch_size": 8, "flip": True, "preview_images": 0}
+    return train_preset("smoke", data=str(store), **small | changes)
 
 
 def run(folder, settings, **options):
@@ -150,7 +129,7 @@ def test_a_run_does_not_go_on_with_another_store_at_the_same_place(store, tmp_pa
     run(tmp_path / "run", config(copied, steps=2))
     run(tmp_path / "run", config(copied, steps=2), resume=True)
     shutil.rmtree(copied)
-    module("latent_stores").write_store(copied, rows=300, shape=(4, 8, 8), card=card, seed=1)
+    write_store(copied, rows=300, shape=(4, 8, 8), card=card, seed=1)
     with pytest.raises(CheckpointError, match="was trained on other data"):
         run(tmp_path / "run", config(copied, steps=2), resume=True)
 
@@ -175,13 +154,13 @@ def test_a_damaged_store_is_refused_by_name_before_training(store, tmp_path, fau
 
 
 def test_an_autoencoder_that_is_not_here_is_said_and_does_not_stop_training(tmp_path):
-    folder = module("latent_stores").write_store(tmp_path / "store", rows=100, shape=(4, 8, 8))
+    folder = write_store(tmp_path / "store", rows=100, shape=(4, 8, 8))
     with pytest.warns(UserWarning, match="cannot be decoded here"):
         run(tmp_path / "run", config(folder, steps=1))
 
 
 def test_mirror_images_that_are_not_stored_are_refused(tmp_path):
-    folder = module("latent_stores").write_store(tmp_path / "store", rows=100, shape=(4, 8, 8), flip=False)
+    folder = write_store(tmp_path / "store", rows=100, shape=(4, 8, 8), flip=False)
     with pytest.raises(ConfigError, match="no mirror images"):
         run(tmp_path / "run", config(folder))
 

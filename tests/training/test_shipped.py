@@ -37,10 +37,9 @@ def test_shipped_runs_are_small():
 
 def test_an_exported_run_is_the_average_in_half_precision(run, tmp_path):
     (run / "evaluation-run.json").write_text("{}")
-    exported = export_run(run, tmp_path / "out", command="dispersive-kit train --preset smoke", note="a note")
+    exported = export_run(run, tmp_path / "out")
     a, b = load_run(run)[0].state_dict(), load_run(exported)[0].state_dict()
     assert all(torch.equal(a[k].half().float(), b[k]) for k in a)
-    assert json.loads((exported / "run.json").read_text())["note"] == "a note"
     found = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     weights = {f"checkpoints/step-00000004/{name}" for name in ("ema.safetensors", "manifest.json")}
     beside = {"config.json", "run.json", "metrics.jsonl", "previews/step-00000004.png", "evaluation-run.json"}

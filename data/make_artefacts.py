@@ -14,7 +14,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -35,7 +34,6 @@ from dispersive_kit.analysis import (
     gradient_pull,
     mcnemar,
     noisy,
-    patch_pca,
     projection,
     random_network,
     raw_pixels,
@@ -114,14 +112,14 @@ def umap() -> Nested:
         for _ in train(train_preset("digits", checkpoint_every=100, keep_last=6), run):
             pass
         stages = [last_block(load_run(run, step=step)[0], data) for step in STAGES]
-    drawn = aligned_umap(stages)
+    drawn = projection.aligned_umap(stages)
     found |= {f"aligned/{step}": points for step, points in zip(STAGES, drawn, strict=True)}
     found["aligned trust"] = np.array([projection.trustworthiness(x, z) for x, z in zip(stages, drawn, strict=True)])
     return {name: points.astype(np.float16) for name, points in found.items()}
 
 
 def last_block(model: DiT, data: ImageSet) -> Tensor:
-    """Pooled features (N, D) at log-SNR 2."""
+    """All tokens (N, E) at log-SNR 2."""
     return extract(encoder(model), data.images, (2.0,))[0][0, -1]
 
 
@@ -131,18 +129,6 @@ def grid_of(features: Mapping[str, Tensor]) -> dict[str, Any]:
         for arm, x in features.items()
         for one in UMAPS
     }
-
-
-def aligned_umap(stages: list[Tensor]) -> list[Any]:
-    """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
-    import umap
-
-    reducer = umap.AlignedUMAP(n_neighbors=15, min_dist=0.1, random_state=0)
-    same = {i: i for i in range(len(stages[0]))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reducer.fit([x.double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
-    return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 
 
 def cifar10() -> Nested:
@@ -183,7 +169,7 @@ def probes(models: Mapping[str, DiT], train_set: ImageSet, test: ImageSet) -> Ne
     drawn = draw_images(train_set, n + m)
     parts = [drawn.subset(torch.arange(n)), drawn.subset(torch.arange(n, n + m)), draw_images(test, SIZES["test"])]
     encoders = {arm: encoder(model) for arm, model in models.items()}
-    encoders |= {"raw pixels": raw_pixels, "patch PCA": patch_pca(parts[0].images, 4, 16)}
+    encoders["raw pixels"] = raw_pixels(models["base"].patch_size)
     tables: dict[str, dict[str, Tensor]] = {"ridge": {}, "knn": {}}
     results = {}
     for name, encode in encoders.items():

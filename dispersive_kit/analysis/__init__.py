@@ -2,10 +2,11 @@
 
 from dispersive_kit.analysis.features import (
     LEVELS,
+    POOLS,
     encoder,
     extract,
+    load_with_images,
     noisy,
-    patch_pca,
     random_network,
     raw_pixels,
     tokens,
@@ -18,6 +19,7 @@ from dispersive_kit.evaluation import draw_images
 
 __all__ = [
     "LEVELS",
+    "POOLS",
     "Pull",
     "Split",
     "Splits",
@@ -28,10 +30,10 @@ __all__ = [
     "encoder",
     "extract",
     "gradient_pull",
+    "load_with_images",
     "mcnemar",
     "mutual_knn",
     "noisy",
-    "patch_pca",
     "random_network",
     "raw_pixels",
     "shuffled",

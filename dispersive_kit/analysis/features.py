@@ -1,28 +1,57 @@
 """Features of images at a level of noise: the same images and the same noise for every network, block and level.
 
 Always of the null class: a label given to the network would be read back from its features (notebook 10 shows it).
+How the tokens of a block become one row is named everywhere, and is the same for networks and controls.
 """
 
 import copy
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispersive_kit.data import to_float
+from dispersive_kit.data import ImageSet, to_float
 from dispersive_kit.diffusion.paths import LINEAR, Path
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, DataError
+from dispersive_kit.evaluation.features import principal_axes
+from dispersive_kit.evaluation.generate import load_reference
 from dispersive_kit.models.dit import DiT
+from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 
 LEVELS = (math.inf, 4.0, 2.0, 0.0, -2.0, -4.0)  # log-SNR: the clean image and five levels of noise
-POOLS = {"mean": lambda z: z.mean(1), "none": lambda z: z}  # of the tokens (B, N, D) of a block
+POOLS = {  # of the tokens (N, D) of a block, in words
+    "tokens": "all tokens in one row, projected on its first 256 principal components where it is longer",
+    "mean": "mean over tokens",
+    "patch": "the token in the middle of the grid",
+}
+WIDTH, FITTED = 256, 512  # components that are kept of a long row, and images that they are fitted to
 
-# x_t (B, C, H, W), t (B,), which of the images these are -> features (blocks, B, D), or with tokens (blocks, B, N, D)
+# x_t (B, C, H, W), t (B,), which of the images these are -> tokens (blocks, B, N, D)
 Encoder = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def load_with_images(run: str | pathlib.Path) -> tuple[DiT, dict[str, Any], ImageSet, ImageSet]:
+    """Model and card of a run (as `load_run`), and the training and held-out images of the data it was trained on.
+
+    run: a folder, or the name of a shipped run; of digits, MNIST, CIFAR-10 or a folder of images.
+
+    Raises:
+        CheckpointError: no run. ConfigError: a run on points or latents. DataError: the images are not here, or have
+            other classes than the run.
+    """
+    model, card = load_run(run)
+    if not isinstance(model, DiT) or "autoencoder" in card["data"]:
+        raise ConfigError(f"{run} was trained on points or latents: give a run on images")
+    train, held_out = load_reference(card["config"])
+    if list(train.classes) != card["data"]["classes"]:
+        raise DataError(f"{train.source} has the classes {', '.join(train.classes)}, and {run} was trained on others")
+    return model, card, train, held_out
 
 
 def time_of(log_snr: float, path: Path = LINEAR) -> float:
@@ -73,55 +102,85 @@ def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Te
         return model(x, t, y, taps=range(len(model.blocks)))[1]
 
 
-def encoder(model: DiT, *, pool: str = "mean", y: Tensor | None = None) -> Encoder:
-    """What `extract` applies: the residual stream after each block, pooled ("mean" over tokens, or "none").
+def encoder(model: DiT, *, y: Tensor | None = None) -> Encoder:
+    """What `extract` applies: the residual stream after each block.
 
     y: labels (N,) of all images, for showing the leak and nothing else.
     """
-
-    def encode(x: Tensor, t: Tensor, where: slice) -> Tensor:
-        return torch.stack([POOLS[pool](z) for z in tokens(model, x, t, None if y is None else y[where])])
-
-    return encode
+    return lambda x, t, where: torch.stack(tokens(model, x, t, None if y is None else y[where]))
 
 
-def raw_pixels(x: Tensor, t: Tensor, where: slice) -> Tensor:
-    """An encoder too, the control without any network: x_t flattened, (1, B, C H W)."""
-    return x.flatten(1)[None]
+def raw_pixels(patch_size: int) -> Encoder:
+    """An encoder too, the control without any network: the patches of x_t as tokens, (1, B, N, C p p)."""
+    return lambda x, t, where: F.unfold(x, patch_size, stride=patch_size).mT[None]
 
 
-def patch_pca(images: Tensor, patch_size: int, k: int) -> Encoder:
-    """Another: first k principal components of patches, and their squares, each as the mean over patches, (1, B, 2 k).
+@dataclass(frozen=True)
+class Pooling:
+    """How the tokens of a block become one row: see `POOLS`. Dispersive Loss itself acts on "tokens", all of them.
 
-    Fitted on clean uint8 training images (N, C, H, W). Without the squares it would tell the mean patch and no more.
+    bases: of each level the axes (blocks, N D, k) of a long row.
     """
 
-    def cut(x: Tensor) -> Tensor:
-        return F.unfold(x, patch_size, stride=patch_size).mT.double()  # (B, patches, C p p)
+    name: str
+    bases: Sequence[Tensor | None]
 
-    patches = cut(to_float(images)).flatten(0, 1)  # (N patches, C p p)
-    mean = patches.mean(0)
-    basis = torch.linalg.eigh((patches - mean).T @ (patches - mean))[1][:, -k:]  # (C p p, k)
+    def __call__(self, z: Tensor, level: int) -> Tensor:
+        """Rows (blocks, B, E) of tokens z (blocks, B, N, D) at the `level`-th level."""
+        if self.name == "mean":
+            return z.mean(2)
+        if self.name == "patch":
+            side = math.isqrt(z.shape[2])
+            return z[:, :, side // 2 * (side + 1)]
+        rows, basis = z.flatten(2), self.bases[level]
+        return rows if basis is None else rows @ basis
 
-    def encode(x: Tensor, t: Tensor, where: slice) -> Tensor:
-        found = (cut(x) - mean) @ basis  # (B, patches, k)
-        return torch.cat([found.mean(1), found.square().mean(1)], 1)[None]
 
-    return encode
+def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, **how: Any) -> Pooling:
+    """Of a name in `POOLS`; the components are fitted at each level to the first uint8 images (N, C, H, W).
+
+    Raises:
+        ConfigError: no pooling has this name.
+    """
+    if pool not in POOLS:
+        raise ConfigError(f"unknown pooling {pool!r}; there are: {', '.join(POOLS)}")
+    if pool != "tokens":
+        return Pooling(pool, [None] * len(levels))
+    seen = noisy(images[:FITTED], levels, **{**how, "batch_size": FITTED})
+    return Pooling(pool, [_axes(encode(x, t, where).flatten(2)) for where, _, x, t in seen])
+
+
+def _axes(rows: Tensor) -> Tensor | None:
+    """First principal axes (blocks, D, k) of long rows (blocks, B, D), turned by a fixed rotation: every column then
+    has about the same variance, and a probe that standardises columns does not blow up the last components.
+    """
+    k = min(WIDTH, rows.shape[1] - 1)
+    if rows.shape[2] <= WIDTH:
+        return None
+    turn = torch.linalg.qr(torch.randn(k, k, generator=stream(0, "turn"), dtype=torch.double)).Q
+    return torch.stack([principal_axes(block)[1][:, :k] @ turn for block in rows]).float()
 
 
 def extract(
-    encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, *, draws: int = 1, **how: Any
+    encode: Encoder,
+    images: Tensor,
+    levels: Sequence[float] = LEVELS,
+    *,
+    pool: str | Pooling = "tokens",
+    draws: int = 1,
+    **how: Any,
 ) -> list[Tensor]:
-    """For each level the features (draws, blocks, N, ...) of uint8 images (N, C, H, W); `how` as of `noisy`.
+    """For each level the rows (draws, blocks, N, E) of uint8 images (N, C, H, W); `how` as of `noisy`.
 
-    The clean image has one draw, there being no noise in it.
+    pool: a name in `POOLS`, whose components are fitted to these images, or a `pooling` fitted to others. The clean
+    image has one draw, there being no noise in it.
     """
+    pooled = pool if isinstance(pool, Pooling) else pooling(pool, encode, images, levels, **how)
     parts: list[list[list[Tensor]]] = [[[] for _ in range(draws)] for _ in levels]
     for draw in range(draws):
         wanted = [i for i, level in enumerate(levels) if draw == 0 or level != math.inf]
         for where, i, x, t in noisy(images, [levels[i] for i in wanted], draw=draw, **how):
-            parts[wanted[i]][draw].append(encode(x, t, where))
+            parts[wanted[i]][draw].append(pooled(encode(x, t, where), wanted[i]))
     return [torch.stack([torch.cat(batches, 1) for batches in level if batches]) for level in parts]
 
 

@@ -7,13 +7,13 @@ counts as right for McNemar's test if most of its draws are.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispersive_kit.analysis.features import LEVELS, Encoder, extract
+from dispersive_kit.analysis.features import LEVELS, Encoder, extract, pooling
 from dispersive_kit.data import ImageSet
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from dispersive_kit.evaluation.distances import wilson
 LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of a feature's variance; strongest first
 C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
 Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
-K, TEMPERATURE = 20, 0.07  # of the neighbour probe (Wu et al., arXiv 1805.01978; as in DINO)
+K = 5  # of the neighbour probe
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Split:
         return self.y.repeat(len(self.x))
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """Train, validation and test part of one kind of features."""
 
     train: Split
@@ -60,14 +59,20 @@ class Splits:
 
 
 def candidates(
-    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *, draws: int = 1, path: Path = LINEAR
-) -> dict[tuple[int, int], Splits]:
+    encode: Encoder, parts: Sequence[ImageSet], levels: Sequence[float] = LEVELS, *,
+    pool: str = "tokens", draws: int = 1, path: Path = LINEAR,
+) -> dict[tuple[int, int], Splits]:  # fmt: skip
     """(level, block) -> features of training, validation and test images, to choose among.
 
     Each part has noise of its own: a training image under the noise of a test image would be its nearest neighbour.
-    path: that the network was trained on, which says at which time it meets a log-SNR.
+    pool: how tokens become rows, a name in `POOLS`; components are fitted to training images. path: that the network
+    was trained on, which says at which time it meets a log-SNR.
     """
-    features = [extract(encode, part.images, levels, draws=draws, seed=i, path=path) for i, part in enumerate(parts)]
+    pooled = pooling(pool, encode, parts[0].images, levels, path=path)
+    features = [
+        extract(encode, part.images, levels, pool=pooled, draws=draws, seed=i, path=path)
+        for i, part in enumerate(parts)
+    ]
     return {
         (level, block): Splits(*(Split(f[level][:, block], p.labels) for f, p in zip(features, parts, strict=True)))
         for level in range(len(levels))
@@ -108,15 +113,10 @@ def _logistic(train: Split) -> Predict:
 
 
 def _knn(train: Split) -> Predict:
-    """Vote of the K nearest training rows by cosine s of standardised features, each with weight exp(s / T)."""
-    scaled = standardise(train)
-    x, hot = F.normalize(scaled(train.rows), dim=1), F.one_hot(train.row_labels).double()
-
-    def predict(rows: Tensor) -> Tensor:
-        near = (F.normalize(scaled(rows), dim=1) @ x.T).topk(min(K, len(x)), dim=1)
-        return ((near.values / TEMPERATURE).exp()[..., None] * hot[near.indices]).sum(1).argmax(-1)[None]
-
-    return predict
+    """Vote of the K nearest training rows."""
+    mean, hot = train.rows.mean(0), F.one_hot(train.row_labels)
+    x = train.rows - mean  # or the Gram matrix inside would cancel
+    return lambda rows: hot[torch.cdist(rows - mean, x).topk(K, largest=False).indices].sum(1).argmax(-1)[None]
 
 
 PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": _logistic, "knn": _knn}

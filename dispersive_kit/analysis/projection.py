@@ -6,7 +6,7 @@ near whom. Dispersion is shown by histograms, spectra and numbers. umap is impor
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +40,18 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
     with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
         warnings.simplefilter("ignore")
         return np.asarray(reducer.fit_transform(x.double().numpy()), dtype=np.float64)
+
+
+def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
+    """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
+    import umap
+
+    reducer = umap.AlignedUMAP(n_neighbors=15, min_dist=0.1, random_state=0)
+    same = {i: i for i in range(len(stages[0]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reducer.fit([x.double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
+    return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 
 
 def trustworthiness(x: Tensor, embedding: Array, neighbours: int = 15) -> float:

@@ -114,7 +114,7 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
     """
     if not 0 < k <= min(base.dim, len(train_images) - 1):
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
-    mean, axes = _principal_axes(torch.from_numpy(base(train_images)))
+    mean, axes = principal_axes(torch.from_numpy(base(train_images)))
     basis = axes[:, :k]
     basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # else the linear algebra's to choose
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
@@ -122,7 +122,7 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
     return replace(base, name=f"{base.name}/pca{k}", dim=k, note=note, project=lambda x: (x.double() - mean) @ basis)
 
 
-def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and axes (D, ...) of rows (N, D), largest variance first, through the smaller of the two products."""
     mean = x.mean(0, dtype=torch.double)
     if len(x) > x.shape[1]:  # in parts, since the pixels of CIFAR-10 in double precision would be 1.2 GB

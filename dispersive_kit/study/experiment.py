@@ -157,19 +157,23 @@ def _pooled_rank(model: Any, config: TrainConfig) -> float:
     leaves. This one is of the same images, block and pooling whatever the arm, so that arms may be compared.
     """
     images = draw_images(load_reference(config)[1], TESTED).images
-    (features,) = extract(encoder(model), images, LEVELS[:1])  # (1, blocks, N, D)
+    (features,) = extract(encoder(model), images, LEVELS[:1], pool="mean")  # (1, blocks, N, D)
     tapped = block_at(dict(model.named_modules()), PRESETS["paper"]["depth"])
     return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
 
 
 def _probe_accuracy(model: Any, config: TrainConfig) -> float:
-    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class."""
+    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class.
+
+    It reads the mean over tokens, which forgets much of what the tokens know: as in all studies that are shipped.
+    """
     real, held_out = load_reference(config)
     known = draw_images(real, PROBED + VALIDATED)
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    cells = candidates(encoder(model), parts, draws=DRAWS, path=OBJECTIVES[config.objective][0]().path)
+    path = OBJECTIVES[config.objective][0]().path
+    cells = candidates(encoder(model), parts, pool="mean", draws=DRAWS, path=path)
     return choose_and_test("ridge", cells)[0].accuracy
 
 

@@ -21,7 +21,6 @@ from dispersive_kit.analysis import (
     tokens,
 )
 from dispersive_kit.analysis.features import time_of
-from dispersive_kit.analysis.geometry import Moments
 from dispersive_kit.data import to_float
 from dispersive_kit.diffusion.paths import GVPPath
 from dispersive_kit.errors import ConfigError
@@ -32,7 +31,7 @@ from dispersive_kit.regularizers.losses import LossOptions, measure
 module = sys.modules["dispersive_kit.analysis.sweep"]  # the name is the function's
 SMALL = (math.inf, 1.0, -3.0)
 VALUES = {
-    "pairwise": 0.0372758440, "cosine_raw": 0.9948602595, "cosine": -0.0068768741, "rankme": 11.6638709188,
+    "pairwise": 0.0372758440, "cosine": -0.0068768741, "rankme": 11.6638709188,
     "eigenvalue_rank": 4.8960954249, "participation_ratio": 3.6222980618, "stable_rank": 2.2521315106,
     "fisher_ratio": 0.0929315512, "nc1": 16.8409770016, "two_nn": 7.2140229444, "uniformity_t0.5": -0.9044936368,
     "uniformity_t2": -2.6561596654, "uniformity_t8": -5.4737372511, "feature_rms": 1.8773673812,
@@ -47,7 +46,7 @@ NULL = {"pairwise": 0.0371613845, "rankme": 11.5202261915, "nc1": 48.4534586, "t
 def swept(network, digits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "KEEP", 120)
-        yield sweep(network, digits, SMALL, batch_size=100)
+        yield sweep(network, digits, SMALL, pool="mean", batch_size=100)
 
 
 def test_the_time_of_a_level_has_this_log_snr():
@@ -88,20 +87,19 @@ def test_numbers_of_a_fixed_network_do_not_change(swept, network, digits):
 
 
 def test_the_map_does_not_depend_on_the_batch_size(swept, network, digits):
-    other = sweep(network, digits, SMALL, batch_size=64)
+    other = sweep(network, digits, SMALL, pool="mean", batch_size=64)
     for name, value in swept.values.items():
         assert torch.allclose(value, other.values[name], rtol=2e-3, atol=1e-5), name  # two_nn magnifies float32
 
 
 def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network, digits):
-    level = extract(encoder(network), digits.images, SMALL)[1]  # (1, blocks, N, D)
-    x, moments = level[0, 2], Moments(10)
-    moments.update(x, digits.labels)
+    level = extract(encoder(network), digits.images, SMALL, pool="mean")[1]  # (1, blocks, N, D)
+    x = level[0, 2]
     expected = {
         "pairwise": 2 * x.double().var(0).mean(),
         "rankme": geometry.rankme(geometry.spectrum(x)),
         "two_nn": geometry.two_nn(x[:120]),
-        "fisher_ratio": moments.fisher_ratio(),
+        "fisher_ratio": geometry.fisher_ratio(*geometry.class_scatter(x, digits.labels)),
     }
     for name, value in expected.items():
         assert float(swept.values[name][1, 2]) == pytest.approx(float(value), rel=1e-4), name
@@ -135,14 +133,8 @@ def test_the_label_is_always_the_null_class(network, digits):
             assert len(tokens(model, x, t)) == len(model.blocks)
 
 
-def test_tokens_are_kept_or_pooled(network, digits):
-    whole, pooled = (extract(encoder(network, pool=pool), digits.images[:20], (0.0,)) for pool in ("none", "mean"))
-    assert whole[0].shape == (1, 3, 20, 16, 24)
-    assert torch.allclose(whole[0].mean(3), pooled[0], atol=1e-6)
-
-
 def test_the_clean_level_has_one_draw_and_the_others_differ_by_noise(network, digits):
-    clean, noised = extract(encoder(network), digits.images[:20], (math.inf, 0.0), draws=3)
+    clean, noised = extract(encoder(network), digits.images[:20], (math.inf, 0.0), pool="mean", draws=3)
     assert clean.shape == (1, 3, 20, 24) and noised.shape == (3, 3, 20, 24)
     assert not torch.allclose(noised[0], noised[2])
 
@@ -161,6 +153,15 @@ def test_the_protocol_names_the_weights_the_images_and_the_noise(swept, network,
     assert swept.protocol["checkpoint_sha256"] == weights_sha256(network.state_dict())
     assert swept.protocol["sha256"] == digits.sha256 and swept.protocol["log_snr"] == ["clean", 1.0, -3.0]
     assert json.loads(json.dumps(swept.protocol)) == swept.protocol
+
+
+def test_the_pooling_is_said_and_is_all_tokens_unless_another_is_asked_for(swept, network, digits):
+    assert swept.protocol["pooling"] == "residual stream after each block, mean over tokens"
+    other = sweep(network, digits, SMALL[1:2])
+    assert "all tokens" in other.protocol["pooling"]
+    (rows,) = extract(encoder(network), digits.images, SMALL[1:2])
+    assert torch.allclose(other.rows[0], rows[0, :, :120], atol=1e-4)  # KEEP
+    assert torch.equal(other.values["saturation_gap"], swept.values["saturation_gap"][1:2])  # the loss sees all tokens
 
 
 def test_too_few_images_for_the_local_batch_are_refused(network, digits):

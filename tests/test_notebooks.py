@@ -22,9 +22,8 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 NO_LESSON = {"00_start_here"}  # shows the way, and asks nothing
 CONSOLE = {"90_lecture_console"}  # no lesson; its pictures, with their words, are those of tests/views/test_console.py
-RUNNING = {"00", "07", "13", "16", "90"}  # shorter: one runs something there
-# What a goal tells one to do
-VERBS = {
+RUNNING = {"00", "07", "13", "16", "90"}  # shorter
+VERBS = {  # with which goals begin
     "add", "catch", "choose", "compare", "draw", "encode", "filter", "find", "hold", "keep", "know", "learn",
     "look", "measure", "meet", "mix", "predict", "put", "re-run", "read", "rebuild", "refuse", "sample", "say", "see",
     "stop", "trace", "train", "weigh", "write",
@@ -111,8 +110,15 @@ def test_every_check_depends_on_what_the_notebook_computed(path: Path) -> None:
 
 @each_notebook
 def test_no_cell_reaches_for_the_network(path: Path) -> None:
-    reaching = re.compile(r"https?://|\b(requests|urllib|wget|curl|pip install|hf_hub_download)\b|download=True")
+    reaching = re.compile(r"https?://|\b(requests|urllib|wget|curl|hf_hub_download)\b|download=True")
     assert not [cell.id for cell in CODE[path] if reaching.search(cell.source)]
+
+
+@each_notebook
+def test_without_the_package_its_first_import_says_what_to_install(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match=r"%pip install 'dispersive-kit\[notebooks"):
+        exec(CODE[path][1].source, {})
 
 
 @each_notebook
@@ -245,8 +251,8 @@ def solved(name: str, folder: Path, answer: str = "") -> bool:
     """What the cell of an exercise says of the stub in it, or of an answer in its place. It needs the imports alone."""
     path, stub, _ = EXERCISES[name]
     lines = [line for cell in CODE[path] for line in ast.parse(cell.source).body]
-    space: dict[str, Any] = {"nb": begin(path.stem, mode="smoke", out=str(folder))}
-    space |= {"binomtest": binomtest, "functools": functools}  # for the wrong answers
+    run = begin(path.stem, mode="smoke", out=str(folder))
+    space: dict[str, Any] = {"nb": run, "binomtest": binomtest, "functools": functools}
     space["loss_by_hand"] = lambda z, tau: dispersive_loss(z, tau=tau)  # of notebook 04, where a solution calls it
     exec("\n".join(ast.unparse(line) for line in lines if isinstance(line, ast.Import | ast.ImportFrom)), space)
     exec(f"{answer}{GAP}{stub.partition(GAP)[2]}" if answer else stub, space)

@@ -93,9 +93,11 @@ class NotebookRun(Result):
         return True
 
     def say(self, sentence: str) -> None:
-        """Print a finding, and put it on the report."""
+        """Show a finding (Markdown), and put it on the report."""
+        from IPython.display import Markdown, display
+
         self.sentences.append(sentence)
-        print(sentence)
+        display(Markdown(sentence))
 
     def finish(self) -> None:
         """Write result.json into the run folder."""

@@ -135,7 +135,8 @@ class BlockViews:
         """
         side = int(self.attention[t].shape[-1] ** 0.5)
         at, down = token % side, token // side
-        figure, (image, shares, gates, sizes) = plt.subplots(1, 4, figsize=(12.6, 3.3), layout="constrained")
+        figure, panels = plt.subplots(2, 2, figsize=(9.4, 5.4), layout="constrained")
+        (image, shares), (gates, sizes) = panels
         cut(image, self.inputs[t][0], self.patch, f"input at t = {t:g}")
         image.plot((at + 0.5) * self.patch, (down + 0.5) * self.patch, "*", color=RED, markersize=14)
         drawn = shares.imshow(self.attention[t][block, 0, token].view(side, side).numpy(), vmin=0, vmax=0.3)

@@ -6,7 +6,6 @@ the same run, in turns. Memory is the process's peak (Linux), above the features
 
 import argparse
 import ctypes
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -92,18 +91,6 @@ def bench_share(repeats: int) -> None:
     )
 
 
-def bench_growth(sizes: list[int], repeats: int) -> None:
-    times = []
-    for B in sizes:
-        z = torch.randn(B, 4096).requires_grad_()
-        times.append(interleaved([lambda z=z: torch.autograd.grad(dispersive_loss(z), z)], repeats)[0])
-        row(f"B = {B}, D = 4096", f"{1e3 * times[-1]:.1f} ms")
-    logs = [(math.log(B), math.log(s)) for B, s in zip(sizes, times, strict=True)]
-    slope = statistics.linear_regression(*zip(*logs, strict=True)).slope
-    last = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
-    row("fitted exponent of B (the last doubling alone)", f"{slope:.2f} ({last:.2f})", "2 in the limit")
-
-
 def bench_large(B: int, D: int) -> None:
     z = torch.randn(B, D).requires_grad_()
     start = time.perf_counter()
@@ -120,7 +107,6 @@ def main() -> None:
     for shape in [(256, 64, 384)] if quick else [(256, 64, 384), (256, 256, 768)]:
         bench_speed(shape, 3 if quick else 9)
     bench_share(2 if quick else 9)
-    bench_growth([64, 256, 1024] if quick else [64, 128, 256, 512, 1024, 2048, 4096], 3 if quick else 5)
     bench_large(*((6_000, 512) if quick else (16_384, 4096)))
 
 

@@ -18,6 +18,7 @@ from dispersive_kit.errors import CheckpointError, ConfigError
 from dispersive_kit.models.dit import DIT_CONFIGS, DiT
 
 State = Mapping[str, Tensor]
+WRAPPERS = ("module", "_orig_mod")  # put into the names by DDP and torch.compile
 OBJECTIVES = {"DiT": "ddpm", "SiT": "flow"}
 
 
@@ -79,14 +80,17 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
 def _read_state(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}. Download it again") from error
+    if isinstance(state, Mapping):
+        state = state.get("ema", state)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name")
-    return state.get("ema", state)
+    return {".".join(p for p in str(key).split(".") if p not in WRAPPERS): value for key, value in state.items()}
 
 
 def _config_of(state: State, path: Path) -> dict[str, Any]:

@@ -247,16 +247,18 @@ def rows_of(z: Tensor, options: LossOptions) -> Tensor:
 
 
 def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
-    y = _per_row(x, y, "ignore_same_class needs y: pass y= (B,)") if options.ignore_same_class else None
-    t = _per_row(x, t, "t_window needs t: pass t= (B,)") if options.t_window else None
+    y = _per_row("ignore_same_class", "y", y, x) if options.ignore_same_class else None
+    t = _per_row("t_window", "t", t, x) if options.t_window else None
     if t is not None and not t.is_floating_point():
         t = t.long()  # the difference of unsigned numbers wraps round
     return Pairs(y, t, options.t_window or 0.0)
 
 
-def _per_row(x: Tensor, label: Tensor | None, missing: str) -> Tensor:
+def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
     if label is None:
-        raise DispersiveError(missing)
+        raise DispersiveError(f"{option} needs {name}: pass {name}= (B,)")
+    if label.device.type == "cpu" and not label.isfinite().all():  # elsewhere looking would make the device wait
+        raise DispersiveError(f"{option} needs {name}, and it holds NaN or infinity: give finite numbers")
     return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
 

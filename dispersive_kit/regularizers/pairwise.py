@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
         if self.y is not None:
             drop |= self.y[i:j, None] == self.y
         if self.t is not None:
-            drop |= (self.t[i:j, None] - self.t).abs() > self.t_window
+            drop |= ~((self.t[i:j, None] - self.t).abs() <= self.t_window)  # a time that is NaN has no pairs
         drop.diagonal(i).fill_(True)
         return drop
 

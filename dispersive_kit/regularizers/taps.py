@@ -4,6 +4,7 @@ import copy
 import difflib
 import fnmatch
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dispersive_kit.regularizers.losses import check_choice, check_number
 At = str | nn.Module | Sequence[str | nn.Module] | None
 Select = Callable[[Any], Tensor] | int | str | None
 
+LISTS = (nn.ModuleList, nn.Sequential)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
 UNSEEN = (
@@ -26,6 +28,10 @@ UNSEEN = (
     "not call this module, or torch.compile had compiled it before the hook was set, which it then does not see: "
     "attach before the first call, or torch.compiler.reset() after attaching, or compile block by block. A compiled "
     "copy of the model (an average) that is called with gradients on hides the hook too: call it under no_grad"
+)
+SEQUENCES = (
+    *(nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
 )
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
@@ -69,7 +75,7 @@ class _Tap:
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
-        self.armed = False
+        self.armed, self.thread = False, threading.current_thread()
         self.output: Captured | None = None
         self.handle = module.register_forward_hook(self)
 
@@ -78,8 +84,8 @@ class _Tap:
             return
         versions = []
         if not torch.compiler.is_compiling():
-            if torch._C._current_graph_task_id() != -1:
-                return  # a checkpoint recomputes this module inside backward
+            if torch._C._current_graph_task_id() != -1 or threading.current_thread() is not self.thread:
+                return  # a checkpoint recomputes this module inside backward; an evaluation runs beside the training
             tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
             versions = [(one, one._version) for one in tensors if not one.is_inference()]
         self.output = output, versions
@@ -105,7 +111,8 @@ class Attached:
         if not isinstance(schedule, Schedule | None):
             raise DispersiveError(f"schedule is a {type(schedule).__name__}: give a Schedule, or None")
         self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
-        self.taps = _find_taps(model, at, depth)
+        self.taps = _find_taps(model, at, depth, select)
+        self._thread: threading.Thread | None = None  # which has armed it, until loss()
         self._removed = self._told = False  # told: that it is 0 in eval mode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -115,7 +122,8 @@ class Attached:
         for name, value in vars(self).items():
             if isinstance(value, nn.Module):
                 setattr(twin, name, copy.deepcopy(value, memo))
-        twin.taps = _find_taps(twin.model, self.paths, 1 / 4) if not self._removed else []
+        twin.taps = [] if self._removed else _find_taps(twin.model, self.paths, 1 / 4, self.select)
+        twin._thread = None
         twin._forget_all()
         return twin
 
@@ -137,24 +145,40 @@ class Attached:
 
     def __enter__(self) -> Self:
         self._require_hooks()
+        self._thread = threading.current_thread() if self.model.training else None
         for tap in self.taps:
-            tap.output, tap.armed = None, self.model.training
+            tap.output, tap.armed, tap.thread = None, self.model.training, threading.current_thread()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         for tap in self.taps:
             tap.armed = False
+        if error:
+            self._let_go()
+
+    def _let_go(self) -> list[Captured | None]:
+        """Forgets what was captured, and hands it out."""
+        outputs, self._thread = [tap.output for tap in self.taps], None
+        for tap in self.taps:
+            tap.output = None
+        return outputs
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
         for tap in self.taps:
-            tap.armed, tap.output = False, None
+            tap.armed = False
             tap.handle.remove()
+        self._let_go()
         self._removed = True
 
     def _require_hooks(self) -> None:
         if self._removed:
             raise DispersiveError(f"the taps {self.where} were removed: attach anew")
+        if self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
+            raise DispersiveError(
+                f"the taps {self.where} were armed by another thread, which has not called loss() yet: give each "
+                "thread a model and a regulariser of its own"
+            )
 
     def _active(self) -> bool:
         """Whether the model trains; where it does not and gradients are on, that is said once."""
@@ -180,15 +204,13 @@ class Attached:
 
     def _take(self, taps: Sequence[Tensor] | None = None) -> list[Tensor]:
         """One z (B, ...) a tap, with gradient, captured or given."""
-        outputs = [tap.output for tap in self.taps]
-        for tap in self.taps:
-            tap.output = None
+        outputs = self._let_go()
         if taps is None:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
         if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
             given = f"{len(taps)} tensors" if isinstance(taps, list | tuple) else f"a {type(taps).__name__}"
             raise DispersiveError(f"taps= is {given}: give a list of one tensor each for {self.where}")
-        return [self._checked(tap, (z, []), None) for tap, z in zip(self.taps, taps, strict=True)]
+        return [self._checked(tap, (z, []), lambda z: z) for tap, z in zip(self.taps, taps, strict=True)]
 
     def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
         if output is None:
@@ -197,6 +219,10 @@ class Attached:
             z = _pick(output[0], select)
         except DispersiveError as error:
             raise DispersiveError(f"tap {tap.path!r}: {error}") from error
+        if z.ndim == 2 and isinstance(tap.module, SEQUENCES) and not callable(select):
+            raise DispersiveError(
+                f"tap {tap.path!r}: its output is {tuple(z.shape)}, of one sequence without a batch: give it (B, T, D)"
+            )
         if torch._C._functorch.is_functorch_wrapped_tensor(z):
             raise DispersiveError(
                 f"tap {tap.path!r} was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
@@ -252,7 +278,7 @@ def _pick(output: Any, select: Select) -> Tensor:
     return z
 
 
-def _find_taps(model: Any, at: Any, depth: float) -> list[_Tap]:
+def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
     """Hooks every module that `at` names, once; all names are checked before the first hook is set."""
     if not isinstance(model, nn.Module):
         raise DispersiveError(f"model is a {type(model).__name__}: give the nn.Module to attach to")
@@ -270,7 +296,28 @@ def _find_taps(model: Any, at: Any, depth: float) -> list[_Tap]:
                 f"{path!r} is a {type(module).__name__}, which is never called itself: tap a part of it "
                 f"({path + '.0'!r}), or all ({path + '.*'!r})"
             )
+        if not callable(select):
+            _require_batch_first(path, modules, select)
     return [_Tap(path, module) for module, path in found.items()]
+
+
+def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Select) -> None:
+    """Neither the module, nor one inside it, nor one of torch's around it, may have the batch on its second axis."""
+    around = [modules[path[:i]] for i, letter in enumerate(path) if letter == "."]
+    own = modules[path]
+    parts = [part for one in (own, *around) if one is own or isinstance(one, SEQUENCES) for part in one.modules()]
+    late = [type(part).__name__ for part in parts if getattr(part, "batch_first", None) is False]
+    if late:
+        raise DispersiveError(
+            f"{path!r} holds or belongs to a {late[0]} with batch_first=False, so its features are (T, B, ...) and the "
+            "loss would spread the time steps: use batch_first=True, or turn them by a function, "
+            "select=lambda out: out.transpose(0, 1)"
+        )
+    if isinstance(own, nn.RNNBase) and select not in (None, 0):
+        raise DispersiveError(
+            f"{path!r}: select={select!r} takes the last state (layers, B, ...) of a {type(own).__name__}: take its "
+            "output with select=0, or turn the state by a function, select=lambda out: out[1].transpose(0, 1)"
+        )
 
 
 def _bare(name: str) -> str:
@@ -300,7 +347,7 @@ def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
 def block_at(modules: dict[str, nn.Module], depth: float) -> str:
     """depth 1/4 of 12 blocks is the third, `blocks.2`."""
     check_number("depth", depth, above=0.0)
-    lists = [p for p, m in modules.items() if p.split(".")[-1] == "blocks" and isinstance(m, nn.ModuleList)]
+    lists = [p for p, m in modules.items() if p.split(".")[-1] == "blocks" and isinstance(m, LISTS)]
     if len(lists) != 1 or depth > 1:
         raise DispersiveError(
             f"depth {depth!r} (above 0, up to 1) is a share of the blocks, and the model has {len(lists)} lists named "

@@ -57,13 +57,20 @@ def test_a_published_file_is_read_bit_for_bit_and_ready_to_sample(tmp_path, fami
     assert all(torch.equal(value, state[key]) for key, value in published.model.state_dict().items())
 
 
-def test_training_checkpoint_gives_its_ema(tmp_path):
-    checkpoint = {"model": random_state(1), "ema": random_state(2), "args": argparse.Namespace(lr=1e-4)}
-    torch.save(checkpoint, tmp_path / "0400000.pt")
-    published = load_published(tmp_path / "0400000.pt", family="SiT")
-    assert torch.equal(published.model.state_dict()["pos_embed"], checkpoint["ema"]["pos_embed"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "blocks.0._orig_mod."])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_training_checkpoint_gives_its_ema_whatever_wrapped_the_model(tmp_path, prefix, suffix):
+    inside = "blocks.0." if prefix.startswith("blocks") else ""  # one block alone was compiled
+    ema = {key.replace(inside, prefix, 1) if key.startswith(inside) else key: v for key, v in random_state(2).items()}
+    file = tmp_path / f"0400000{suffix}"
+    if suffix == ".pt":
+        torch.save({"model": random_state(1), "ema": ema, "args": argparse.Namespace(lr=1e-4)}, file)
+    else:
+        save_file(ema, file)
+    published = load_published(file, family="SiT").model.state_dict()
+    assert all(torch.equal(published[key], value) for key, value in random_state(2).items())
     with pytest.raises(ConfigError, match="Say family='DiT' or family='SiT'"):
-        load_published(tmp_path / "0400000.pt")
+        load_published(file)
 
 
 def test_wrong_state_is_refused_with_the_list_of_what_differs(tmp_path):
@@ -95,6 +102,7 @@ def test_files_that_are_no_dit_are_refused_by_name_and_run_no_code(tmp_path, cap
     for content, error, words in (
         ({"conv.weight": torch.zeros(1)}, CheckpointError, "lacks x_embedder.proj.weight, pos_embed"),
         ({"x": Loud()}, CheckpointError, r"DiT-other\.pt cannot be read"),
+        ({"ema": [1]}, CheckpointError, "holds a list"),
         ({**state, **deep}, ConfigError, "depth 5 and width 96, no published size"),
     ):
         torch.save(content, file)

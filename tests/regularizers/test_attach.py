@@ -3,6 +3,8 @@
 import copy
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP
 from dispersive_kit.regularizers import PRESETS, Dispersive, Schedule, dispersive_loss
+from dispersive_kit.regularizers.pairwise import Pairs
 
 # ---- outputs -----------------------------------------------------------------------------------------------
 
@@ -195,3 +198,136 @@ def test_a_copy_of_model_and_regulariser_has_taps_of_its_own(first):
     assert torch.equal(step(a.model, a.reg)[0], want)
     with pytest.raises(DispersiveError, match="removed"):
         step(b.model, copy.deepcopy(b.reg))
+
+
+# ---- whose batch? ------------------------------------------------------------------------------------------
+
+
+class Sequences(nn.Module):
+    """A block in its usual surroundings, on x (B, T, D), or (T, B, D) where the block wants that."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x, x, x) if isinstance(self.block, nn.MultiheadAttention) else self.block(x)
+
+
+def layer(**options):
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, **options)
+
+
+BUILT = {
+    "lstm": (partial(nn.LSTM, 4, 4), "block"),
+    "gru": (partial(nn.GRU, 4, 4), "block"),
+    "rnn": (partial(nn.RNN, 4, 4), "block"),
+    "attention": (partial(nn.MultiheadAttention, 4, 2), "block"),
+    "layer": (layer, "block"),
+    "inside a layer": (layer, "block.linear1"),
+    "encoder": (lambda **options: nn.TransformerEncoder(layer(**options), 2, enable_nested_tensor=False), "block"),
+    "in an encoder": (
+        lambda **options: nn.TransformerEncoder(layer(**options), 2, enable_nested_tensor=False),
+        "block.layers.1",
+    ),
+    "around": (lambda **options: nn.Sequential(nn.Identity(), layer(**options)), "block"),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_batch_on_the_second_axis_is_refused_with_the_cure_and_on_the_first_it_works(name):
+    # mutation: `_require_batch_first` not called; of `parts` only the module's own; no ancestors
+    (build, path), x = BUILT[name], torch.randn(5, 3, 4)
+    select = 0 if name in ("lstm", "gru", "rnn", "attention") else None
+    with pytest.raises(DispersiveError, match=rf"'{path}'.*batch_first=False.*select=lambda"):
+        Dispersive(Sequences(build()), path, select=select)
+    for options, turned in (({"batch_first": True}, x.transpose(0, 1)), ({}, x)):
+        model = Sequences(build(**options)).train()
+        turn = select if options else lambda out: (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
+        reg = Dispersive(model, path, select=turn)
+        with reg:
+            model(turned)
+        assert reg.captured[0].shape[:2] == (3, 5) and reg.loss().requires_grad
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_have_the_batch_on_their_first_axis(cell):
+    model = Sequences(cell(4, 6)).train()
+    reg = Dispersive(model, "block", select=0 if cell is nn.LSTMCell else None)
+    with reg:
+        model(torch.randn(3, 4))
+    assert reg.captured[0].shape == (3, 6) and reg.loss().requires_grad
+
+
+def test_states_and_single_sequences_are_no_batch():
+    gru = Sequences(nn.GRU(4, 4, 2, batch_first=True)).train()
+    with pytest.raises(DispersiveError, match=r"select=1 takes the last state.*select=0"):
+        Dispersive(gru, "block", select=1)
+    reg = Dispersive(gru, "block", select=0)
+    with reg:
+        gru(torch.randn(5, 4))
+    with pytest.raises(DispersiveError, match=r"\(5, 4\), of one sequence without a batch"):
+        reg.loss()
+
+
+def test_blocks_are_found_in_a_sequential_and_where_there_are_none_at_is_asked_for():
+    blocks = [nn.Linear(4, 4) for _ in range(8)]
+    model = nn.ModuleDict({"blocks": nn.Sequential(*blocks), "head": nn.Linear(4, 4)})
+    assert Dispersive(model).paths == ["blocks.1"]
+    assert Dispersive(model, depth=1.0).paths == ["blocks.7"]
+    two = nn.ModuleDict({"a": nn.ModuleDict({"blocks": nn.Sequential(*blocks)}), "blocks": nn.ModuleList(blocks)})
+    for model, n in ((nn.Sequential(nn.Linear(2, 2)), 0), (two, 2)):
+        with pytest.raises(DispersiveError, match=f"has {n} lists named 'blocks': name the module with at="):
+            Dispersive(model)
+
+
+@pytest.mark.parametrize(("option", "given"), [({"t_window": 0.5}, "t"), ({"ignore_same_class": True}, "y")])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_labels_that_are_no_numbers_are_refused(option, given, bad):
+    labels = {given: torch.tensor([0.1, bad, 0.3, 0.4])}
+    with pytest.raises(DispersiveError, match=f"{given}, and it holds NaN"):
+        dispersive_loss(torch.randn(4, 3), **option, **labels)
+
+
+def test_a_time_that_is_nan_has_no_pairs_where_nobody_looked():
+    drop = Pairs(t=torch.tensor([0.0, math.nan, 0.1]), t_window=0.5).dropped(0, 3, torch.zeros(3, 3))
+    assert drop.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+
+
+# ---- what was captured, and by whom -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_inside_with_forgets_what_was_captured(error):
+    # mutation: `__exit__` without `_let_go`
+    model = small_dit()
+    reg = Dispersive(model, "blocks.1")
+    with pytest.raises(error), reg:
+        model(X, T)
+        raise error
+    assert not reg.captured
+    with pytest.raises(DispersiveError, match="captured nothing"):
+        reg.loss()
+    step(model, reg)
+
+
+def in_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_two_threads_on_one_regulariser_are_refused_and_a_second_may_follow_a_first():
+    # mutation: no check of the thread in `_require_hooks`; none in the hook; none released by loss()
+    model = small_dit()
+    reg = Dispersive(model, "blocks.1")
+    with reg:
+        in_thread(lambda: model(5 * X, T))  # an evaluation beside the training
+        assert not reg.captured
+        for use in (reg.__enter__, reg.loss, lambda: reg.loss(taps=[X])):
+            with pytest.raises(DispersiveError, match=r"blocks\.1 were armed by another thread"):
+                in_thread(use)
+        model(X, T)
+    want = reg.loss()
+    assert in_thread(lambda: step(model, reg))[0] == want
+    in_thread(reg.__enter__)  # its thread has ended since
+    assert step(model, reg)[0] == want

@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | clean;  `make help` says what each does.
+# make demo | test | lab | bench | gpu | clean;  `make help` says what each does.
 PYTHON ?= python3
 VENV   ?= .venv
 # Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab bench lint clean
+.PHONY: help demo test test-long lab bench gpu lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,6 +30,15 @@ test-long: $(VENV)/.test  ## the long kill and fuzz series
 
 bench: $(VENV)/.test  ## every benchmark: ratios against a named alternative
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN)/python $$script || exit 1; done
+
+# Needs a Python with PyTorch and pytest, and no network: that of the environment if there is one.
+GPU_PYTHON = $(if $(wildcard $(RUN)/python),$(RUN)/python,$(PYTHON))
+gpu: export PYTHONPATH = $(CURDIR)
+gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/bench-gpu.json
+	@gpus=$$($(GPU_PYTHON) -c "import torch; print(torch.cuda.device_count())") || exit 1; \
+	if [ "$$gpus" = 0 ]; then echo "no GPU that PyTorch can use here: tests/gpu and bench_gpu were left out"; exit 0; fi; \
+	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu; tests=$$?; \
+	$(GPU_PYTHON) tests/benchmarks/bench_gpu.py && exit $$tests
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter
 	$(RUN)/ruff check .

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dispersive_kit.errors import CheckpointError, ConfigError
@@ -80,6 +79,8 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
 def _read_state(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # the other files, and the networks, need torch alone
+
             state: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments

@@ -1,4 +1,4 @@
-"""The alternative of `bench_training_step.py`: network and step re-stated in the style of the public DiT and SiT code.
+"""Network and step in the style of the public DiT and SiT code: what `bench_training_step.py` and `bench_gpu.py` take.
 
 What they do is kept as it is: timm's patch embedding (the transposed view of a convolution) and its attention of
 today (one reshape of qkv, then the fused kernel), modulation and gates as written in the papers' code, label dropout
@@ -31,7 +31,7 @@ class Embedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         args = t[:, None].float() * frequencies[None]
         return self.mlp(torch.cat([torch.cos(args), torch.sin(args)], dim=-1))
 
@@ -79,7 +79,7 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training:
-            y = torch.where(torch.rand(len(y)) < 0.1, self.classes, y)
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.classes, y)
         return self.embedding_table(y)
 
 
@@ -120,7 +120,7 @@ class PublicSiT(nn.Module):
 def dispersive(z: Tensor) -> Tensor:
     z = z.reshape(len(z), -1)
     d = F.pdist(z) ** 2 / z.shape[1]
-    d = torch.cat([d, d, torch.zeros(len(z))])
+    d = torch.cat([d, d, torch.zeros(len(z), device=z.device)])
     return torch.log(torch.exp(-d).mean())
 
 
@@ -141,10 +141,11 @@ class PublicStyle:
         model.blocks[tap].register_forward_hook(lambda module, inputs, out: setattr(self, "tapped", out))
 
     def loss(self, x1: Tensor, y: Tensor) -> Tensor:
-        t, x0 = torch.rand(len(x1)), torch.randn_like(x1)  # SiT's time runs from noise to data
+        t, x0 = torch.rand(len(x1), device=x1.device), torch.randn_like(x1)  # SiT's time runs from noise to data
         s = t.view(-1, 1, 1, 1)
         error = (self.model(s * x1 + (1 - s) * x0, t, y) - (x1 - x0)) ** 2
-        return error.mean(dim=[1, 2, 3]).mean() + self.weight * dispersive(self.tapped)
+        loss = error.mean(dim=[1, 2, 3]).mean()
+        return loss + self.weight * dispersive(self.tapped) if self.weight else loss
 
     def step(self, x1: Tensor, y: Tensor, lap) -> None:
         loss = self.loss(x1, y)

@@ -143,8 +143,9 @@ def cifar10() -> Nested:
     found: dict[str, Any] = {"labels": shown.labels[:kept], "sweeps": {}}
     for arm, one in sweeps.items():
         fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
-        found["sweeps"][arm] = {k: v for k, v in fields.items() if k not in ("protocol", "levels", "labels")}
-        found["sweeps"][arm]["rows"] = one.rows[at, :, :kept].half()
+        found["sweeps"][arm] = {k: v for k, v in fields.items() if k not in ("protocol", "levels", "labels", "rows")}
+        if arm in CIFAR10:
+            found["sweeps"][arm]["rows"] = one.rows[at, [0, -1], :kept].half()  # of the first and the last block
     pairs = zip(*(sweeps[arm].rows for arm in CIFAR10), strict=True)
     found["between"] = torch.stack([cka_matrix(*pair) for pair in pairs])
     found["signal"] = {arm: signal(models[arm], shown) for arm in CIFAR10}

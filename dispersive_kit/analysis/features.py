@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dispersive_kit.analysis.geometry import finite
 from dispersive_kit.data import ImageSet, to_float
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError, DataError
@@ -127,6 +128,7 @@ class Pooling:
 
     def __call__(self, z: Tensor, level: int) -> Tensor:
         """Rows (blocks, B, E) of tokens z (blocks, B, N, D) at the `level`-th level."""
+        z = finite(z)
         if self.name == "mean":
             return z.mean(2)
         if self.name == "patch":
@@ -158,7 +160,7 @@ def _axes(rows: Tensor) -> Tensor | None:
     if rows.shape[2] <= WIDTH:
         return None
     turn = torch.linalg.qr(torch.randn(k, k, generator=stream(0, "turn"), dtype=torch.double)).Q
-    return torch.stack([principal_axes(block)[1][:, :k] @ turn for block in rows]).float()
+    return torch.stack([principal_axes(finite(block))[1][:, :k] @ turn for block in rows]).float()
 
 
 def extract(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dispersive_kit.data import ImageSet
 from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.batches import DeviceSet
 
@@ -21,9 +22,16 @@ TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: 
 BINS = 4  # parts of t for which the gradients are compared
 
 
+def finite(x: Tensor) -> Tensor:
+    """The features x, or DataError where a number would be made of NaN."""
+    if not x.isfinite().all():
+        raise DataError("the features hold NaN or infinite values: look at the network that they come from")
+    return x
+
+
 def centred(x: Tensor) -> Tensor:
     """Rows (..., N, D) less their mean, in float64; twice, since the first mean is rounded where it is large."""
-    x = x.double()
+    x = finite(x).double()
     x = x - x.mean(-2, keepdim=True)
     return x - x.mean(-2, keepdim=True)
 
@@ -108,7 +116,7 @@ def token_structure(z: Tensor) -> Tensor:
 
 def mean_pairwise(x: Tensor) -> Tensor:
     """Mean of |x_i - x_j|^2 / D over the pairs i != j, which is 2 tr S / D."""
-    return 2 * x.double().var(-2).mean(-1)
+    return 2 * finite(x).double().var(-2).mean(-1)
 
 
 def mean_cosine(x: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ def gradient_pull(
         part = (aux.t * BINS).long().clamp(max=BINS - 1)
         for b, (z, block) in enumerate(zip(aux.taps, blocks, strict=True)):
             wanted = [z, *block.parameters()]
-            spread = weight * measure(z, options).loss
+            spread = weight * measure(finite(z), options).loss
             d, *d_weights = torch.autograd.grad(spread, wanted, retain_graph=True)
             g, *g_weights = torch.autograd.grad(loss, wanted, retain_graph=True)
             features[:, :, b] += _products(d, g, part, BINS)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dispersive_kit.analysis.features import LEVELS, Encoder, extract, pooling
+from dispersive_kit.analysis.geometry import finite
 from dispersive_kit.data import ImageSet
 from dispersive_kit.diffusion.paths import LINEAR, Path
 from dispersive_kit.errors import ConfigError, DataError
@@ -30,7 +31,7 @@ class Split:
     """Features (draws, N, D) and labels (N,) of one part of the data.
 
     Raises:
-        DataError: other shapes.
+        DataError: other shapes; values that are not finite.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class Split:
         if self.x.ndim != 3 or self.x.shape[1] != len(self.y):
             shape = tuple(self.x.shape)
             raise DataError(f"features {shape} of {len(self.y)} labels: give (draws, N, D) and (N,)")
+        finite(self.x)
 
     @property
     def rows(self) -> Tensor:

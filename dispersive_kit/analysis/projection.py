@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dispersive_kit.analysis.geometry import centred
+from dispersive_kit.analysis.geometry import centred, finite
 
 CAPTION = "Areas and distances carry no dispersion meaning; only who is near whom."
 Array = NDArray[np.float64]
@@ -39,7 +39,7 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
     reducer = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, densmap=dens, n_jobs=1)
     with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
         warnings.simplefilter("ignore")
-        return np.asarray(reducer.fit_transform(x.double().numpy()), dtype=np.float64)
+        return np.asarray(reducer.fit_transform(finite(x).double().numpy()), dtype=np.float64)
 
 
 def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
@@ -50,7 +50,7 @@ def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
     same = {i: i for i in range(len(stages[0]))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reducer.fit([x.double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
+        reducer.fit([finite(x).double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
     return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 
 
@@ -58,7 +58,7 @@ def trustworthiness(x: Tensor, embedding: Array, neighbours: int = 15) -> float:
     """1 if every neighbour in the picture is one in the features (Venna & Kaski, 2001), about .5 at random."""
     from sklearn.manifold import trustworthiness as measure
 
-    return float(measure(x.double().numpy(), embedding, n_neighbors=neighbours))
+    return float(measure(finite(x).double().numpy(), embedding, n_neighbors=neighbours))
 
 
 def token_maps(tokens: Mapping[str, Tensor]) -> dict[str, Array]:

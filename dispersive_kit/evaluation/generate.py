@@ -4,13 +4,14 @@ Under a launcher the processes take batches in turn and each gets all: the same 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
@@ -24,6 +25,7 @@ from dispersive_kit.training.runs import sample_batch
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
+PATIENCE = 5  # seconds without a word
 
 
 def this_process() -> Any:
@@ -33,11 +35,17 @@ def this_process() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def shared_out(work: Callable[[slice], T], n: int) -> list[T]:
+def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
     """[work(rows) for the batches of n rows], the batches dealt out in turn and gathered in order in every process."""
-    state, starts = this_process(), range(0, n, BATCH)
-    own = [(i, work(slice(i, min(i + BATCH, n)))) for i in starts[state.process_index :: state.num_processes]]
+    state = this_process()
+    starts = range(0, n, BATCH)[state.process_index :: state.num_processes]
+    own = [(i, work(slice(i, min(i + BATCH, n)))) for i in progress(starts, what)]
     return [part for _, part in sorted(gathered(own), key=lambda pair: pair[0])]
+
+
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items; after five seconds a bar says what is done and how long it will take."""
+    return tqdm(items, what, delay=PATIENCE, leave=False, disable=not this_process().is_local_main_process)
 
 
 def gathered(own: list[Any]) -> list[Any]:
@@ -95,7 +103,7 @@ def generate(
             raise KitError(f"the model drew NaN or infinity, among the images with seeds {seeds[0]} to {seeds[-1]}")
         return to_uint8(images).cpu()
 
-    return torch.cat(shared_out(draw, len(labels)))
+    return torch.cat(shared_out(draw, len(labels), "drawing samples"))
 
 
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
@@ -134,7 +142,9 @@ def _decoded(data: Selection, decode: Decode) -> ImageSet:
     store, rows = data.store, data.rows(np.arange(min(DECODED, len(data))))
     to_model = store.spec.autoencoder.to_model
     parts = np.array_split(rows, -(-len(rows) // 64))
-    images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
+    images = torch.cat(
+        [to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in progress(parts, "decoding real images")]
+    )
     labels = torch.from_numpy(store.labels(rows))
     found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, store.spec.classes, str(store.path))
     return replace(found, drawn_from=len(data) if len(rows) < len(data) else None)

@@ -258,7 +258,7 @@ def measure_memorisation(
 class Evaluation:
     """What is measured, against what, and how the samples are drawn: the options of `dispersive-kit evaluate`."""
 
-    extractor: Extractors = "classifier"
+    extractor: Extractors = "auto"
     metrics: Literal["panel", "FD", "FID"] = "panel"
     reference: Literal["test", "train"] = "test"
     num: int = 500
@@ -353,5 +353,6 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     settings = {key: value for key, value in asdict(how).items() if key != "vae"}
     settings["step"] = record.protocol.get("step")  # the newest is another one tomorrow
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
-    name = f"{source.stem}-{how.metrics}-{how.extractor}-{how.reference}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
+    extractor = record.protocol["extractor"]["name"].replace("/", "-")
+    name = f"{source.stem}-{how.metrics}-{extractor}-{how.reference}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
     return record_folder(source) / f"evaluation-{name}.json"

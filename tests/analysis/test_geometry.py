@@ -1,5 +1,6 @@
 """Measures of one set of features: closed forms, invariances, and the traps they are known for."""
 
+import copy
 import math
 from itertools import permutations
 
@@ -11,9 +12,20 @@ from scipy.stats import f_oneway
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
-from dispersive_kit.analysis import geometry, gradient_pull
+from dispersive_kit.analysis import (
+    Split,
+    cka_matrix,
+    encoder,
+    extract,
+    geometry,
+    gradient_pull,
+    mutual_knn,
+    projection,
+    sweep,
+)
 from dispersive_kit.analysis.sweep import _grid_measures
 from dispersive_kit.diffusion.objectives import FlowMatching
+from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers import LossOptions
 from dispersive_kit.training.batches import DeviceSet
 
@@ -218,3 +230,45 @@ def test_the_weight_scales_the_ratio_and_turns_nothing(network, digits):
 def test_a_saturated_loss_does_not_pull(network, digits):
     cold = gradient_pull(network, digits, options=LossOptions("infonce_l2", 1e-4), batches=1)
     assert float(cold.ratio.max()) < 1e-6
+
+
+ROWS = normal(2, 12, 5)
+ENTRIES = {
+    "mean pairwise distance": geometry.mean_pairwise,
+    "mean cosine": geometry.mean_cosine,
+    "uniformity": geometry.uniformity,
+    "signal to noise": geometry.signal_to_noise,
+    "spectrum": geometry.spectrum,
+    "two nn": geometry.two_nn,
+    "token structure": lambda x: geometry.token_structure(x[:, :9]),
+    "participation ratio": geometry.participation_ratio,
+    "class scatter": lambda x: geometry.class_scatter(x, torch.arange(12) % 3),
+    "cka": cka_matrix,
+    "cka with another": lambda x: cka_matrix(ROWS, x),
+    "neighbours": lambda x: mutual_knn(x, k=3),
+    "probe": lambda x: Split(x, torch.arange(12)),
+    "pca": lambda x: projection.pca(x[0]),
+    "token maps": lambda x: projection.token_maps({"a": x[:, :9]}),
+    "umap": lambda x: projection.umap(x[0]),
+    "umap over stages": lambda x: projection.aligned_umap([x[0], x[0]]),
+    "trustworthiness": lambda x: projection.trustworthiness(x[0], ROWS[0, :, :2].numpy(), neighbours=3),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_number_is_made_of_nan(entry, bad):
+    if "umap" not in entry:  # numba would compile
+        ENTRIES[entry](ROWS)
+    x = ROWS.clone()
+    x[0, 3, 1] = bad
+    with pytest.raises(DataError, match="hold NaN or infinite values"):
+        ENTRIES[entry](x)
+
+
+@pytest.mark.parametrize("of", [sweep, gradient_pull, lambda model, data: extract(encoder(model), data.images)])
+def test_no_map_is_made_of_a_network_that_gives_nan(of, network, digits):
+    broken = copy.deepcopy(network)
+    broken.blocks[2].mlp.fc1.weight.data[0, 0] = math.nan
+    with pytest.raises(DataError, match="hold NaN or infinite values"):
+        of(broken, digits)

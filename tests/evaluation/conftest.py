@@ -17,4 +17,4 @@ def space(digits):
 
 @pytest.fixture(scope="session")
 def classifier(digits):
-    return make_extractor("classifier", *digits)
+    return make_extractor("auto", *digits)

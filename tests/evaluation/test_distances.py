@@ -87,6 +87,7 @@ def test_the_bias_of_whitened_features_is_the_closed_form_once_for_each_sample()
         (np.zeros((1, 3)), "N >= 2"),
         (np.zeros(5), "N >= 2"),
         (np.full((4, 12), np.nan), "NaN"),
+        (np.full((4, 12), np.inf), "infinite"),
         (cloud(d=3), "use one extractor"),
     ],
 )

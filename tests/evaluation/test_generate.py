@@ -1,5 +1,6 @@
 """Images drawn from runs and from sets: by their own seeds, in random order, whatever the number of processes."""
 
+import re
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import warm
 
 from dispersive_kit.errors import ConfigError, KitError
-from dispersive_kit.evaluation import draw_images, generate, pixel_gaussian
+from dispersive_kit.evaluation import draw_images, generate, make_extractor, pixel_gaussian
 from dispersive_kit.evaluation.generate import shared_out
 from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.training import load_run
@@ -30,10 +31,24 @@ def test_batches_are_dealt_out_once_each_whatever_the_count(monkeypatch, count):
     monkeypatch.setattr(module, "BATCH", 4)
     monkeypatch.setattr(module, "gathered", lambda own: own)
     for rank in range(count):
-        state = type("State", (), {"process_index": rank, "num_processes": count})()
+        state = type("State", (), {"process_index": rank, "num_processes": count, "is_local_main_process": True})()
         monkeypatch.setattr(module, "this_process", lambda state=state: state)
-        dealt += shared_out(lambda rows: (rows.start, rows.stop), 10)
+        dealt += shared_out(lambda rows: (rows.start, rows.stop), 10, "")
     assert sorted(dealt) == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_what_takes_more_than_some_seconds_says_what_is_done_and_how_long_it_will_take(
+    digits, space, monkeypatch, capsys
+):
+    space(digits[1].images)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    space(digits[1].images)
+    generate(load_run("digits-base")[0], torch.arange(2), num_steps=1)
+    make_extractor("classifier", *digits)
+    said = capsys.readouterr().err
+    for words in ("features by pixels/pca32", "drawing samples", "training digits-classifier48"):
+        assert re.search(rf"{words}:.*/.*<", said), words
 
 
 def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():

@@ -3,7 +3,7 @@
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.losses import KINDS, PRESETS, LossOptions, dispersive_loss, floor
 from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, contrastive_loss
-from dispersive_kit.regularizers.stats import Stats
+from dispersive_kit.regularizers.stats import Stats, depth_use
 from dispersive_kit.regularizers.taps import Schedule
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Schedule",
     "Stats",
     "contrastive_loss",
+    "depth_use",
     "dispersive_loss",
     "floor",
 ]

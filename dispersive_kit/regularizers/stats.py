@@ -1,15 +1,20 @@
-"""What the regulariser saw, told without making the device wait."""
+"""What the regulariser saw, and how much each block does, told without making the device wait."""
 
+import contextlib
 import math
+import sys
 import warnings
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, floor
+from dispersive_kit.regularizers.taps import block_list, modules_of
 
 AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
 VITALS = 5
@@ -129,3 +134,48 @@ class Watch:
             if why and not self._warned:
                 self._warned = True
                 warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=4)
+
+
+@contextlib.contextmanager
+def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """RMS of each block's update over RMS of the residual stream that it enters.
+
+        with torch.no_grad(), depth_use(model) as use:
+            model(x, t, y)          # at the noise level that is asked about
+        use                         # {"blocks.0": 0.4, ...}: 0-d tensors, of each block's last call
+
+    Its null is the same network with random weights. One large number and small ones after it say that this block has
+    taken over the stream, and the later blocks hardly change it. What is compiled runs uncompiled inside.
+
+    at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the first tensor that it
+    is given, and the first that it returns.
+
+    Raises:
+        DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
+    """
+    modules = modules_of(model)
+    blocks = block_list(modules, at)
+    use: dict[str, Tensor] = {}
+    handles = [modules[p].register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p in blocks]
+    compiles = "torch._dynamo" in sys.modules  # else nothing was compiled, and asking would import it (2 s)
+    try:
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+            yield use
+    finally:
+        for handle in handles:
+            handle.remove()
+    if left_out := [path for path in blocks if path not in use]:
+        raise DispersiveError(
+            f"{', '.join(left_out)}: the block was not called, or its output has another shape than its input: call "
+            "the model inside `with`, and choose a list of residual blocks with at="
+        )
+
+
+def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
+    """A forward hook."""
+    before, after = (
+        next((x.detach() for x in tree_leaves(y) if isinstance(x, Tensor)), None) for y in ((args, kwargs), output)
+    )
+    if before is not None and after is not None and before.shape == after.shape:
+        size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(after.dtype, torch.float32))
+        use[path] = size(after - before) / size(before)

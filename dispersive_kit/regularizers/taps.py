@@ -282,7 +282,7 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
     """Hooks every module that `at` names, once; all names are checked before the first hook is set."""
     if not isinstance(model, nn.Module):
         raise DispersiveError(f"model is a {type(model).__name__}: give the nn.Module to attach to")
-    modules = {_bare(name): module for name, module in model.named_modules(remove_duplicate=False) if _bare(name)}
+    modules = modules_of(model)
     wanted = [block_at(modules, depth)] if at is None else at
     found: dict[nn.Module, str] = {}
     for one in wanted if isinstance(wanted, list | tuple) else [wanted]:
@@ -320,6 +320,10 @@ def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Selec
         )
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {_bare(name): module for name, module in model.named_modules(remove_duplicate=False) if _bare(name)}
+
+
 def _bare(name: str) -> str:
     """A path without the names that wrappers put in: 'module.blocks.2' is 'blocks.2'."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -347,11 +351,19 @@ def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
 def block_at(modules: dict[str, nn.Module], depth: float) -> str:
     """depth 1/4 of 12 blocks is the third, `blocks.2`."""
     check_number("depth", depth, above=0.0)
-    lists = [p for p, m in modules.items() if p.split(".")[-1] == "blocks" and isinstance(m, LISTS)]
-    if len(lists) != 1 or depth > 1:
-        raise DispersiveError(
-            f"depth {depth!r} (above 0, up to 1) is a share of the blocks, and the model has {len(lists)} lists named "
-            f"'blocks': name the module with at=, from {', '.join(list(modules)[:8])}, ..."
-        )
-    blocks = [p for p in modules if p.rpartition(".")[0] == lists[0]]
+    if depth > 1:
+        raise DispersiveError(f"depth is {depth!r}, a share of the blocks: give a number above 0, up to 1")
+    blocks = block_list(modules)
     return blocks[max(1, int(depth * len(blocks))) - 1]
+
+
+def block_list(modules: dict[str, nn.Module], at: str | None = None) -> list[str]:
+    """Paths of the blocks in the list at the path `at`, or in the one named `blocks`."""
+    named = [path for path in modules if path == at or (at is None and path.split(".")[-1] == "blocks")]
+    lists = [path for path in named if isinstance(modules[path], LISTS)]
+    if len(lists) != 1:
+        raise DispersiveError(
+            f"the model has {len(lists)} lists named {at or 'blocks'!r}: name the module with at=, from "
+            f"{', '.join(list(modules)[:8])}, ..."
+        )
+    return [path for path in modules if path.rpartition(".")[0] == lists[0]]

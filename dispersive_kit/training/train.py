@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
+from dispersive_kit.regularizers import depth_use
 from dispersive_kit.training.batches import Batch, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
@@ -88,6 +89,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             if last or (step + 1) % config.eval_every == 0:
                 values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
                 logs = True
+            if logs:
+                values |= _depth_use(run.ema.model, run.objective, run.frozen)
             record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
             if logs:
                 run.log(step + 1, record.values)
@@ -175,6 +178,15 @@ def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: 
     part = (aux.t * bins).long().clamp(max=bins - 1)
     by_bin = {f"held_out_t{i}": aux.per_sample[part == i].mean() for i in range(bins) if (part == i).any()}
     return {"held_out": aux.per_sample.mean(), **by_bin}
+
+
+def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int = 64) -> dict[str, Tensor]:
+    """Of the average, over the first of the held-out samples at their own times."""
+    x0, y, draws = frozen.x0[:size], frozen.y, frozen.draws[:size]
+    x = objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype)
+    with torch.no_grad(), depth_use(model) as use:
+        model(x, draws.t, *([] if y is None else [y[:size]]))
+    return {f"depth_use_{i}": value for i, value in enumerate(use.values())}
 
 
 # ---- what the loop holds, and how it starts, saves and resumes

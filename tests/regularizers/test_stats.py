@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispersive_kit.errors import DispersiveError
-from dispersive_kit.regularizers import KINDS, Dispersive, dispersive_loss, floor
+from dispersive_kit.regularizers import KINDS, Dispersive, depth_use, dispersive_loss, floor
 from dispersive_kit.regularizers.stats import _effective_rank as effective_rank
+from dispersive_kit.training import load_run, train, train_preset
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -115,3 +116,87 @@ def test_stats_before_the_first_loss_raise():
         Dispersive(nn.Sequential(nn.Linear(2, 2)), "0").stats  # noqa: B018
     with pytest.raises(AttributeError, match="entropy"):
         measured(features(4, 3)).stats.entropy  # noqa: B018
+
+
+# ---- how much each block does
+
+
+class Scaling(nn.Module):
+    """A residual block whose update is `share` of its stream; `form` is how it takes and gives the stream."""
+
+    def __init__(self, share, form):
+        super().__init__()
+        self.share, self.form = nn.Parameter(torch.tensor(share)), form
+
+    def forward(self, x=None, *, hidden_states=None):
+        x = (x if hidden_states is None else hidden_states) * (1 + self.share)
+        return x if self.form == "tensor" else (x, None)
+
+
+class Stack(nn.Module):
+    def __init__(self, form="tensor", name="blocks", make=nn.ModuleList):
+        super().__init__()
+        self.form, self.name = form, name
+        setattr(self, name, make([Scaling(share, form) for share in (3.0, -0.5, 0.25)]))
+
+    def forward(self, x):
+        for block in getattr(self, self.name):
+            x = block(hidden_states=x) if self.form == "keyword" else block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "keyword"])
+@pytest.mark.parametrize(("name", "at", "make"), [("blocks", None, nn.ModuleList), ("layers", "layers", nn.Sequential)])
+@pytest.mark.parametrize("how", ["eager", "block by block", "whole"])
+def test_depth_use_is_the_share_of_each_update_and_leaves_no_hook(form, name, at, make, how):
+    # mutation: the RMS of the output in place of the update; no "force_eager"
+    if form != "tensor" and make is nn.Sequential:
+        at, make = "layers", nn.ModuleList
+    model = Stack(form, name, lambda blocks: make(blocks) if make is nn.ModuleList else make(*blocks))
+    call = torch.compile(model, backend="eager") if how == "whole" else model
+    for block in getattr(model, name) if how == "block by block" else ():
+        block.compile(backend="eager")
+    call(torch.randn(4, 5))  # compiled before it is measured
+    with torch.no_grad(), depth_use(model, at) as use:
+        call(torch.randn(4, 5, dtype=torch.bfloat16))
+        call(torch.randn(4, 5))
+    assert {path: round(float(value), 5) for path, value in use.items()} == {
+        f"{name}.{i}": share for i, share in enumerate((3.0, 0.5, 0.25))
+    }
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_depth_use_that_cannot_be_had_is_refused():
+    changing = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))})
+    for model, call, at, words in (
+        (Stack(), lambda m: None, None, r"blocks\.0, blocks\.1, blocks\.2: the block was not called"),
+        (changing, lambda m: m["blocks"](torch.randn(2, 4)), None, r"^blocks\.1: .*another shape"),
+        (Stack(), lambda m: None, "layers", "0 lists named 'layers'"),
+    ):
+        with pytest.raises(DispersiveError, match=words), depth_use(model, at):
+            call(model)
+        with pytest.raises(ZeroDivisionError), depth_use(model, None):  # an error inside is not hidden by another
+            raise ZeroDivisionError
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "others"), [("digits-base", (0.3, 0.7), 0.2), ("digits-paper", (6, 20), 0.05)]
+)
+def test_the_shipped_runs_show_who_holds_the_stream(name, first, others):
+    model, x = load_run(name)[0], torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), depth_use(model) as use:
+        model(x, torch.full((64,), 0.9), torch.full((64,), 10))
+    one, *later = map(float, use.values())
+    assert first[0] < one < first[1] and all(others < value < 0.6 for value in later)
+
+
+def test_training_logs_depth_use_of_its_average_at_logged_steps_alone(tmp_path):
+    config = train_preset("smoke").changed(steps=4, log_every=2, objective="meanflow", preview_images=0)
+    records = [record.values for record in train(config, tmp_path / "run")]
+    blocks = [f"depth_use_{i}" for i in range(4)]
+    for values in records[0::2]:
+        assert values == {}
+    for values in records[1::2]:
+        assert all(values[name] > 0 for name in blocks) and "depth_use_4" not in values

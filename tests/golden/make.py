@@ -255,7 +255,8 @@ def trained_by_two(folder: Path) -> Values:
 
 
 def summary(run: Path) -> Values:
-    logged = [value for line in kit.read_metrics(run) for _, value in sorted(line.items())]
+    lines = [sorted(line.items()) for line in kit.read_metrics(run)]
+    logged = [value for line in lines for name, value in line if "depth_use" not in name]  # 0.1 had none
     found = {"metrics": torch.tensor(logged, dtype=torch.float64)}
     for name, tensors in kit.load_latest(run / "checkpoints").groups.items():
         ordered = [tensors[key] for key in sorted(tensors)]

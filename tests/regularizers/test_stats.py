@@ -151,16 +151,16 @@ class Stack(nn.Module):
 @pytest.mark.parametrize("how", ["eager", "block by block", "whole"])
 def test_depth_use_is_the_share_of_each_update_and_leaves_no_hook(form, name, at, make, how):
     # mutation: the RMS of the output in place of the update; no "force_eager"
-    if form != "tensor" and make is nn.Sequential:
-        at, make = "layers", nn.ModuleList
     model = Stack(form, name, lambda blocks: make(blocks) if make is nn.ModuleList else make(*blocks))
     call = torch.compile(model, backend="eager") if how == "whole" else model
     for block in getattr(model, name) if how == "block by block" else ():
         block.compile(backend="eager")
-    call(torch.randn(4, 5))  # compiled before it is measured
-    with torch.no_grad(), depth_use(model, at) as use:
-        call(torch.randn(4, 5, dtype=torch.bfloat16))
-        call(torch.randn(4, 5))
+    x = torch.randn(4, 5)
+    with torch.no_grad():
+        call(x)  # compiled before it is measured, just so
+        with depth_use(model, at) as use:
+            call(2 * x.bfloat16())
+            call(x)
     assert {path: round(float(value), 5) for path, value in use.items()} == {
         f"{name}.{i}": share for i, share in enumerate((3.0, 0.5, 0.25))
     }

@@ -26,6 +26,7 @@ class Dispersive(Attached):
     weight: lambda; 0 measures without touching the gradient. schedule: factor on it over the steps.
     select: which part of a tuple or dict output is z (B, ...): an index, a key, or a function of the output.
     gather: all processes' batches are one dispersion batch; otherwise each has its own, as published.
+    group_size: images, in their order, that are one dispersion batch; the loss is the mean over these groups.
     memory: rows of earlier micro-batches of the same `step` that are kept, detached, and repelled too.
     options: those of `dispersive_loss`.
 
@@ -45,6 +46,7 @@ class Dispersive(Attached):
         depth: float = 1 / 4,
         select: Select = None,
         gather: bool = False,
+        group_size: int | None = None,
         memory: int = 0,
         schedule: Schedule | None = None,
         **options: Any,
@@ -52,8 +54,12 @@ class Dispersive(Attached):
         self.options = LossOptions.of(options)
         check_choice("gather", gather, (True, False))
         check_number("memory", memory, at_least=0, whole=True)
+        if group_size is not None:
+            check_number("group_size", group_size, at_least=2, whole=True)
+            if gather or memory:
+                raise DispersiveError("group_size parts a batch that gather and memory join: leave out one of the two")
         super().__init__(model, at, depth=depth, select=select, weight=weight, schedule=schedule)
-        self.gather, self.memory = gather, memory
+        self.gather, self.group_size, self.memory = gather, group_size, memory
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -107,11 +113,22 @@ class Dispersive(Attached):
         losses = []
         for path, z in zip(self.paths, features, strict=True):
             try:
-                losses.append(self._one(path, z if weight else z.detach(), t, y, weight))
+                groups = self._groups(z if weight else z.detach(), t, y)
+                losses += [self._one(path, rows, own_t, own_y, weight) for rows, own_t, own_y in groups]
             except DispersiveError as error:
                 raise DispersiveError(f"tap {path!r}: {error}") from error
         self._watch.look(self._records)
         return weight * torch.stack(losses).mean() if weight else self._zero()
+
+    def _groups(self, z: Tensor, t: Tensor | None, y: Tensor | None) -> list[tuple[Any, ...]]:
+        """The rows and labels of each dispersion batch; what does not fit is left whole, and refused further on."""
+        size, labels = self.group_size, [label for label in (t, y) if label is not None]
+        if not (size and z.ndim) or any(getattr(label, "shape", None) != z.shape[:1] for label in labels):
+            return [(z, t, y)]
+        if len(z) % size:
+            raise DispersiveError(f"a batch of {len(z)} cannot be split into groups of {size}: change one of the two")
+        parts = [[None] * (len(z) // size) if one is None else one.split(size) for one in (z, t, y)]
+        return list(zip(*parts, strict=True))
 
     def _one(self, path: str, z: Tensor, t: Tensor | None, y: Tensor | None, weight: float) -> Tensor:
         if self.gather:

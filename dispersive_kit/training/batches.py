@@ -5,6 +5,7 @@ do not depend on how it is split, a run resumes without generator state, and two
 """
 
 import hashlib
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy, to_float
 from dispersive_kit.data.autoencoders import load_autoencoder, refuse_other
-from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS, refuse_two_meanings
+from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS
 from dispersive_kit.data.latents import LatentStore, Selection, is_store
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import TrainConfig
@@ -147,7 +148,7 @@ class LatentSet(_TrainingSet):
 
 
 @dataclass(frozen=True)
-class Source:
+class _Source:
     """What a run trains on and holds out, and the card of it in run.json, from which the model can be built again.
 
     `verify` reads all of a store of latents, and raises DataError if anything in it is not as it was written.
@@ -159,7 +160,7 @@ class Source:
     verify: Callable[[], None] = lambda: None
 
 
-def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Source:
+def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Source:
     """The data named by `config.data`, on the device.
 
     Raises:
@@ -167,10 +168,10 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
             has none; a share of anything but images, flips of points, a size of anything but a folder of images.
     """
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
-    refuse_two_meanings(name, sets := (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS))
     if config.data_share < 1 and (store or points):
         raise ConfigError(f"data_share is for sets of images, and {name!r} is none")
-    if (store or name in sets) and config.image_size != TrainConfig().image_size:
+    named = store or name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
+    if named and config.image_size != TrainConfig().image_size:
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")
@@ -178,9 +179,10 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         parts = open_store(name, flip=config.flip)
         opened, spec = parts[0].store, parts[0].store.spec
         latents = [LatentSet(part, device) for part in parts]
-        card = _card(opened.path.name, str(opened.path.resolve()), spec.sha256, latents[0], spec.shape, spec.classes)
+        hashes = [spec.sha256, spec.sha256]
+        card = _card(opened.path.name, str(opened.path.resolve()), hashes, latents[0], spec.shape, spec.classes)
         card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
-        return Source(latents[0], latents[1], card, partial(_verify_store, opened))
+        return _Source(latents[0], latents[1], card, partial(_verify_store, opened))
     if points:
         train, held_out = (sample_toy(name, n, seed=seed) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1)))
         source, classes = "dispersive_kit.data.toy", tuple(map(str, range(int(train[1].max()) + 1)))
@@ -192,11 +194,13 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> Sour
         train, held_out = ((one.images, one.labels) for one in (images, others))
         name, source, classes = images.name, images.source, images.classes
     seen, held = (DeviceSet(*one, device) for one in (train, held_out))
-    return Source(seen, held, _card(name, source, seen.sha256, seen, seen.samples.shape[1:], classes))
+    return _Source(seen, held, _card(name, source, [seen.sha256, held.sha256], seen, seen.samples.shape[1:], classes))
 
 
-def _card(name: str, source: str, sha256: str, train: Any, shape: Any, classes: Any) -> dict[str, Any]:
-    card = {"name": name, "source": source, "sha256": sha256, "samples": len(train)}
+def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, classes: Any) -> dict[str, Any]:
+    """hashes: of what is trained on and of what is held out; `all_sha256` is of both and the names of the classes."""
+    both = hashlib.sha256(json.dumps([*hashes, *classes]).encode()).hexdigest()
+    card = {"name": name, "source": source, "sha256": hashes[0], "all_sha256": both, "samples": len(train)}
     return card | {"shape": list(shape), "classes": list(classes)}
 
 

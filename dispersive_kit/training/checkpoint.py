@@ -6,19 +6,21 @@ read. Nothing is pickled.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256
-from dispersive_kit.errors import CheckpointError
+from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256, list_folder
+from dispersive_kit.errors import CheckpointError, form_error
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Checkpoint:
 
     step: int
     groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class _Manifest(BaseModel):
+    step: NonNegativeInt
+    sha256: dict[Annotated[str, Field(pattern=r"^\w+\.safetensors$")], str]  # by names in this folder
     state: dict[str, Any]
 
 
@@ -60,25 +68,33 @@ def _discard(paths: Iterable[Path]) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    """Complete checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: it leads to a place that is not there. DataError: it cannot be listed.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise CheckpointError(f"{folder} leads to {folder.readlink()}, which cannot be reached: is its disk mounted?")
+    return [path for path in list_folder(folder) if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def _load(path: Path) -> Checkpoint:
     """Read one checkpoint and verify every file against its sha256.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the message names it.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = _Manifest.model_validate_json((path / "manifest.json").read_bytes())
         groups = {}
-        for file_name, expected in manifest["sha256"].items():
+        for file_name, expected in manifest.sha256.items():
             if file_sha256(path / file_name) != expected:
                 raise CheckpointError(f"{path / file_name} is damaged: its sha256 is not the one in manifest.json")
             groups[file_name.removesuffix(".safetensors")] = load_file(path / file_name)
-        return Checkpoint(manifest["step"], groups, manifest["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return Checkpoint(manifest.step, groups, manifest.state)
+    except ValidationError as fault:
+        raise form_error(fault, f"{path / 'manifest.json'} is damaged", CheckpointError) from fault
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
@@ -97,7 +113,7 @@ def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {kept}")
     for path in reversed(found) if step is None else [steps[step]]:
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = _load(path)
         except CheckpointError as error:
             if not path.exists():  # a run that goes on has removed it, and has a newer one
                 return load_latest(folder, step)

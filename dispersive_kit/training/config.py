@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -26,7 +27,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class _Settings(BaseModel):
     """What does not fit is one ConfigError, which names field, value and cure."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -56,6 +57,7 @@ class RegularizerConfig(_Settings):
     norm_penalty: float | None = None
     t_window: float | None = None  # only pairs whose times are this near
     gather: bool | None = None  # one dispersion batch over all processes
+    group_size: PositiveInt | None = None  # images that are dispersed together; None: the local batch
     memory: int | None = None  # rows of earlier micro-batches that are kept
     schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
     schedule_steps: int = 0
@@ -78,7 +80,9 @@ class RegularizerConfig(_Settings):
         if self.preset not in ("none", *PRESETS):
             raise ConfigError(f"unknown preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
-        if not self.added and (idle := [name for name in changed if name not in ("at", "depth", "gather")]):
+        if not self.added and (
+            idle := [name for name in changed if name not in ("at", "depth", "gather", "group_size")]
+        ):
             raise ConfigError(
                 f"{idle[0]} is set and preset is none, which adds no loss: choose one of {', '.join(PRESETS)} to "
                 "start from"
@@ -111,6 +115,8 @@ class TrainConfig(_Settings):
     learning_rate: PositiveFloat = 4e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 50
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)  # of AdamW; (0.9, 0.95) in some recipes
+    weight_decay: NonNegativeFloat = 0.0  # of all parameters
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     ema_decay: Share = 0.99
     class_dropout_prob: Share = 0.1  # share of labels replaced by the null class, for guidance
@@ -156,6 +162,10 @@ class TrainConfig(_Settings):
             ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
         """
         values = json.loads(text)
+        if not isinstance(values, dict) or not isinstance(values.get("regularizer"), dict):
+            raise ConfigError(
+                f"{text[:40]!r} are no settings by name, with those of the regularizer by name among them"
+            )
         values.pop("tensorboard", None)  # is no more, and changed no number
         for name, default in RETIRED.items():
             place, _, field = name.rpartition(".")
@@ -168,7 +178,7 @@ class TrainConfig(_Settings):
 
 
 RETIRED: dict[str, Any] = {
-    "classes": [], "balanced": False, "ema_widths": [], "weight_decay": 0.0, "fsdp": False,
+    "classes": [], "balanced": False, "ema_widths": [], "fsdp": False,
     "regularizer.ignore_same_class": None,
 }  # fmt: skip
 # Cadence and place change no number, so a resumed run may alter them.
@@ -202,12 +212,19 @@ IMAGENET = TrainConfig(
     schedule="constant", warmup_steps=0, grad_clip=1e6, ema_decay=0.9999,
     log_every=100, eval_every=5_000, checkpoint_every=10_000,
 )  # fmt: skip
-# The loss as its PyTorch code has it, which the local batch of 32 on 8 processes belongs to.
-IMAGENET_ARMS = {"base": RegularizerConfig(), "disp": RegularizerConfig(preset="official-pytorch")}
+# Both published settings with the local batch they belong to, on any number of processes. The placebo's RMS is a guess:
+# give it the feature_rms that the -paper run ends with.
+ARMS = {
+    "base": RegularizerConfig(),
+    "paper": RegularizerConfig(preset="paper", group_size=16),
+    "disp": RegularizerConfig(preset="official-pytorch", group_size=32),
+    "placebo": RegularizerConfig(preset="paper", norm_matched=4.0, group_size=16),
+}
+_ON_GPUS = {f"imagenet-{size.lower()}2": IMAGENET.changed(model=f"DiT-{size}/2") for size in ("S", "B", "L", "XL")}
 TRAIN_PRESETS |= {
-    f"imagenet-{size.lower()}2-{arm}": IMAGENET.changed(model=f"DiT-{size}/2", regularizer=regularizer)
-    for size in ("S", "B", "L", "XL")
-    for arm, regularizer in IMAGENET_ARMS.items()
+    f"{name}-{arm}": config.changed(regularizer=regularizer)
+    for name, config in (_ON_GPUS | {"cifar10-s2": TRAIN_PRESETS["cifar10-s2"]}).items()
+    for arm, regularizer in ARMS.items()
 }
 
 

@@ -1,16 +1,17 @@
 """A run folder: config.json, run.json, metrics.jsonl and checkpoints/; its model read back, sampled, and exported."""
 
 import contextlib
-import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from dispersive_kit.data import files, to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
 from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
-from dispersive_kit.errors import CheckpointError, ConfigError, DispersiveError
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError, DispersiveError, form_error
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
@@ -28,6 +29,7 @@ from dispersive_kit.training.config import FREE_TO_CHANGE, TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
 
 LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it had made a run of the folder
+KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # of what an exported run has beside its weights
 PREVIEW_STEPS = 20
 
 
@@ -61,22 +63,26 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
 
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
-    before, now = (one.model_dump(exclude=FREE_TO_CHANGE) for one in (read_config(run_dir), config))
-    changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
-    old = files.read_json(run_dir / "run.json", default={})  # it will be written again
+    """Where the data lie, how often what is written, and, at a constant rate, how far it goes, may change."""
+    old, old_config = _read_card(run_dir), read_config(run_dir)
     if "exported" in old:
         raise CheckpointError(
             f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
             "Sample or evaluate it, or start a new run in another folder"
         )
-    if old and not changed and old["data"]["sha256"] != card["data"]["sha256"]:
+    longer = config.schedule == "constant" and config.steps >= old_config.steps
+    free = {*FREE_TO_CHANGE, "data", *(["steps"] if longer else [])}
+    before, now = (one.model_dump(exclude=free) for one in (old_config, config))
+    changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
+    key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
+    if not changed and old["data"][key] != card["data"][key]:
         raise CheckpointError(
-            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with (sha256 "
-            f"{old['data']['sha256']} then, {card['data']['sha256']} now). Bring the old data back, or start a new run "
-            "in another folder"
+            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with ({key} "
+            f"{old['data'][key]} then, {card['data'][key]} now). Bring the old data back, or start a new run in "
+            "another folder"
         )
     # In an arm without the loss it is only measured, and no part of the objective.
-    if old and config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
+    if config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
@@ -99,11 +105,14 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
             f"batch_size {config.batch_size} cannot be split over {processes} processes x {config.accumulation} "
             f"accumulation; use a multiple of {parts}"
         )
-    together = config.batch_size // parts * (processes if regularizer.gather else 1)
+    local = config.batch_size // parts
+    if local % (group := regularizer.group_size or local):
+        raise ConfigError(f"the local batch of {local} cannot be split into groups of {group}: change one of the two")
+    together = group * (processes if regularizer.gather else 1)
     if together < 2 and regularizer.added:
         raise ConfigError(
-            f"the local batch is {together}, and one image has no pairs to disperse: take a larger batch_size, less "
-            "accumulation, or regularizer.gather over processes"
+            f"the dispersion batch is {together}, and one image has no pairs to disperse: take a larger batch_size or "
+            "group_size, less accumulation, or regularizer.gather over processes"
         )
     return {
         "data": data,
@@ -120,24 +129,52 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without one that a kill has cut. Raises CheckpointError: they cannot be read."""
+    file, line = run_dir / "metrics.jsonl", TypeAdapter(dict[str, int | float])
+    try:
+        return [line.validate_json(text) for text in file.read_text().rpartition("\n")[0].splitlines()]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """Raises CheckpointError: there is no run here, or its config.json is damaged."""
+    """Raises CheckpointError: there is no run here, or its config.json cannot be read."""
+    file = run_dir / "config.json"
     try:
-        return TrainConfig.from_json((run_dir / "config.json").read_text())
+        return TrainConfig.from_json(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{run_dir} holds no run (no config.json): train one there, or take a run that comes with the package: "
             f"{', '.join(shipped_names())}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+class _DataCard(BaseModel):
+    source: str
+    sha256: str
+    shape: Annotated[list[Annotated[int, Field(gt=0, le=1024)]], Field(min_length=1, max_length=3)]  # of a sample
+    classes: list[str]
+
+
+class _Card(BaseModel):
+    data: _DataCard
+    dispersion_batch: int
+
+
+def _read_card(run_dir: Path) -> dict[str, Any]:
+    """What run.json holds. Raises CheckpointError: it cannot be read, or lacks what is needed of it."""
+    card: dict[str, Any] = files.read_json(run_dir / "run.json", error=CheckpointError)
+    try:
+        _Card.model_validate(card)
+    except ValidationError as fault:
+        raise form_error(fault, f"{run_dir / 'run.json'} is damaged", CheckpointError) from fault
+    return card
 
 
 def shipped_names() -> list[str]:
-    return sorted(p.name for p in files.ARTEFACTS.iterdir() if (p / "config.json").is_file())
+    return [p.name for p in files.list_folder(files.ARTEFACTS) if (p / "config.json").is_file()]
 
 
 def run_folder(run: str | Path) -> Path:
@@ -207,12 +244,15 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     run_dir = run_folder(run)
     config = read_config(run_dir)
     checkpoint = load_latest(run_dir / "checkpoints", step)
-    data = files.read_json(run_dir / "run.json", error=CheckpointError)["data"]
+    data = _read_card(run_dir)["data"]
     model = build_model(config, data)
     known = [group for group in checkpoint.groups if group != "optimizer"]
     if weights not in known:
         raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
-    model.load_state_dict(checkpoint.groups[weights])
+    try:
+        model.load_state_dict(checkpoint.groups[weights])
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {run_dir} do not fit its config.json: {error}") from error
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
 
@@ -227,18 +267,32 @@ def sample_batch(
     num_steps: int = 25,
     guidance: Any = None,
 ) -> Tensor:
-    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none."""
+    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none.
+
+    Raises:
+        DataError: a sample is not finite.
+    """
     keep_freed_memory(labels.device)
     x = initial_noise(seeds, model.sample_shape).to(labels.device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
     _, sampler = OBJECTIVES[objective]
-    return sampler(model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+    x = sampler(model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+    if not bool(x.isfinite().all()):
+        raise DataError(
+            "the model gives NaN or infinity where it should give samples: its training has diverged, or its weights "
+            "are damaged. Take an earlier checkpoint, or train with a lower learning rate"
+        )
+    return x
 
 
 def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
     """n samples, classes in turn, always from the same noise: images as PNG; points and latents as safetensors."""
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
-    samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
+    try:
+        samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
+    except DataError as error:
+        warnings.warn(f"no preview {file.name}: {error}", stacklevel=2)
+        return
     with files.writing(file.parent, CheckpointError):
         file.parent.mkdir(exist_ok=True)
         if samples.ndim == 4 and samples.shape[1] in (1, 3):
@@ -263,16 +317,16 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = load_latest(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
-    card = files.read_json(run_dir / "run.json", error=CheckpointError)
+    card = _read_card(run_dir)
     card["data"]["source"] = Path(card["data"]["source"]).name
     card["exported"] = "ema weights, float16"
     with files.atomic_write(out, CheckpointError) as unfinished:
         save_checkpoint(unfinished / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
         files.write_json(unfinished / "run.json", card)
         files.write_json(unfinished / "config.json", config.model_dump())
-        for pattern in ("metrics.jsonl", "previews/*", "evaluation-*.json"):
-            for file in run_dir.glob(pattern):
-                copied = unfinished / file.relative_to(run_dir)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copied)
+        beside = [path for path in files.list_folder(run_dir) if re.fullmatch(KEPT, path.name)]
+        for file in beside + files.list_folder(run_dir / "previews"):
+            copied = unfinished / file.relative_to(run_dir)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
     return out

@@ -233,15 +233,19 @@ class Session:
             folder = run_dir / "checkpoints"
             latest = load_latest(folder) if resume and checkpoints(folder) else None
             self.done = latest.step if latest else 0  # steps already taken
-            seen = gather_object([(self.done, self.source.card["sha256"])])
+            seen = gather_object([(self.done, self.source.card["all_sha256"])])
             if any(one != seen[0] for one in seen):
                 raise CheckpointError(
                     f"the processes do not agree on the step and the data of {run_dir}: {seen}, by rank. Do all "
                     "machines share this folder?"
                 )
-            optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
+            how: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+            optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **how)
             if latest:
-                self._restore(latest, optimizer)
+                try:
+                    self._restore(latest, optimizer)
+                except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                    raise CheckpointError(f"step {latest.step} in {folder} does not fit this run: {error!r}") from error
             for block in self.model.blocks if config.compile_blocks else ():
                 block.compile()
             self.network = accelerator.prepare_model(self.model)  # as it is called in training
@@ -320,7 +324,7 @@ def _forget_metrics_after(file: Path, step: int) -> None:
     if file.exists():
         lines = []
         for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut
                 if json.loads(line)["step"] <= step:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:

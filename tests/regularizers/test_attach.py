@@ -331,3 +331,31 @@ def test_two_threads_on_one_regulariser_are_refused_and_a_second_may_follow_a_fi
     assert in_thread(lambda: step(model, reg))[0] == want
     in_thread(reg.__enter__)  # its thread has ended since
     assert step(model, reg)[0] == want
+
+
+# ---- groups ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "covariance"}, {"ignore_same_class": True, "t_window": 0.5}])
+def test_groups_of_a_batch_are_dispersion_batches_of_their_own(options):
+    # mutation: `_groups` that gives every group the first group's labels
+    model, x = nn.Sequential(nn.Linear(3, 4)).train(), torch.randn(6, 3)
+    t, y = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.8, 0.9]), torch.tensor([0, 1, 1, 2, 0, 2])
+    reg = Dispersive(model, "0", group_size=3, weight=0.5, **options)
+    with reg:
+        z = model(x)
+    loss = reg.loss(t=t, y=y)
+    given = [{"t": t[rows], "y": y[rows]} for rows in (slice(0, 3), slice(3, 6))]
+    halves = [dispersive_loss(part, **options, **labels) for part, labels in zip(z.split(3), given, strict=True)]
+    torch.testing.assert_close(loss, 0.5 * (halves[0] + halves[1]) / 2)
+    assert reg.stats.batch_size == 3 and loss.item() != pytest.approx(
+        0.5 * dispersive_loss(z, **options, t=t, y=y).item()
+    )
+    wrong = Dispersive(model, "0", group_size=4)
+    with wrong:
+        model(x)
+    with pytest.raises(DispersiveError, match="batch of 6 cannot be split into groups of 4"):
+        wrong.loss()
+    for odd in ({"gather": True}, {"memory": 4}):
+        with pytest.raises(DispersiveError, match="leave out one of the two"):
+            Dispersive(model, "0", group_size=3, **odd)

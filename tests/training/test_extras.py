@@ -12,7 +12,7 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import RegularizerConfig, StepRecord, TrainConfig, load_run, train, train_preset
 from dispersive_kit.training.config import RETIRED, with_settings
 from dispersive_kit.training.runs import read_metrics, sample_batch
-from dispersive_kit.training.train import progress
+from dispersive_kit.training.train import Session, progress
 
 SMOKE = train_preset("smoke", steps=4, checkpoint_every=2)
 PAPER = RegularizerConfig(preset="paper")
@@ -109,6 +109,16 @@ def test_every_line_of_the_log_is_json(paper):
     assert [line["step"] for line in logged] == [1, 2, 3, 4] and "gradient_ratio" in logged[1]
 
 
+def test_adamw_is_told_its_betas_and_decay(tmp_path):
+    config = with_settings(SMOKE, {"betas": [0.8, 0.95], "weight_decay": 0.1})
+    session = Session(config, tmp_path / "run", resume=False)
+    [group] = session.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.1)
+    assert TrainConfig.from_json((tmp_path / "run" / "config.json").read_text()) == config
+    with session.held:
+        pass
+
+
 def test_bf16_is_taken_where_it_is_asked_for(tmp_path, run_command, paper):
     settings = ["steps=4", "precision=bf16", "checkpoint_every=2", "accumulation=2", "regularizer.memory=8"]
     arguments = [word for setting in settings for word in ("--set", setting)]
@@ -139,7 +149,7 @@ def test_the_kept_settings_of_an_old_run_are_read_and_those_that_are_no_more_ref
     own = {name: value for name, value in RETIRED.items() if "." not in name}
     old = json.loads(TrainConfig().to_json()) | own | {"tensorboard": True}
     assert TrainConfig.from_json(json.dumps(old)) == TrainConfig()
-    used = {"ema_widths": [0.05, 0.1], "weight_decay": 0.1, "classes": ["n01"], "balanced": True, "fsdp": True}
+    used = {"ema_widths": [0.05, 0.1], "classes": ["n01"], "balanced": True, "fsdp": True}
     assert used.keys() == own.keys()
     for name, value in used.items():
         with pytest.raises(ConfigError, match=name):

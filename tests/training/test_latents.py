@@ -165,20 +165,19 @@ def test_mirror_images_that_are_not_stored_are_refused(tmp_path):
         run(tmp_path / "run", config(folder))
 
 
-def test_the_imagenet_presets_are_the_official_recipe():
-    names = [name for name in TRAIN_PRESETS if name.startswith("imagenet-")]
-    assert len(names) == 8 and "imagenet-xl2-disp" in names
-    for name in names:
-        c = TRAIN_PRESETS[name]
-        assert (c.learning_rate, c.schedule, c.warmup_steps) == (1e-4, "constant", 0)
-        assert (c.batch_size, c.ema_decay, c.class_dropout_prob, c.flip) == (256, 0.9999, 0.1, True)
-        assert c.steps * 256 == pytest.approx(80 * 1_281_167, rel=1e-5)
-        assert (c.regularizer.preset != "none") == name.endswith("disp")
-    base, disp = TRAIN_PRESETS["imagenet-b2-base"], TRAIN_PRESETS["imagenet-b2-disp"]
-    assert disp.changed(regularizer=base.regularizer) == base
-    with torch.device("meta"):
-        model = build_dit(base.model, input_size=32, in_channels=4, num_classes=1000)
-    assert model.pos_embed.shape[1] == 256
+@pytest.mark.parametrize("size", ["cifar10-s2", "imagenet-s2", "imagenet-b2", "imagenet-l2", "imagenet-xl2"])
+def test_the_presets_for_gpus_have_four_arms_of_one_recipe(size):
+    base, *arms = (TRAIN_PRESETS[f"{size}-{arm}"] for arm in ("base", "paper", "disp", "placebo"))
+    assert not base.regularizer.added and all(arm.changed(regularizer=base.regularizer) == base for arm in arms)
+    kinds = [(a.preset, a.group_size, bool(a.norm_matched)) for a in (arm.regularizer for arm in arms)]
+    assert kinds == [("paper", 16, False), ("official-pytorch", 32, False), ("paper", 16, True)]
+    assert (base.batch_size, base.class_dropout_prob, base.flip, base.betas) == (256, 0.1, True, (0.9, 0.999))
+    if size.startswith("imagenet"):  # the official recipe
+        assert (base.learning_rate, base.schedule, base.warmup_steps, base.weight_decay) == (1e-4, "constant", 0, 0)
+        assert base.ema_decay == 0.9999 and base.steps * 256 == pytest.approx(80 * 1_281_167, rel=1e-5)
+        with torch.device("meta"):
+            model = build_dit(base.model, input_size=32, in_channels=4, num_classes=1000)
+        assert model.pos_embed.shape[1] == 256
 
 
 def test_a_decoder_is_what_generate_uses(trained):

@@ -162,6 +162,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
         (PAPER_SET | {"regularizer.kind": "infonce"}, ConfigError, "infonce_l2"),
         (PAPER_SET | {"batch_size": 1}, ConfigError, "one image has no pairs"),
         (PAPER_SET | {"accumulation": 32}, ConfigError, "less accumulation"),
+        (PAPER_SET | {"regularizer.group_size": 1}, ConfigError, "group_size is 1"),
+        (
+            PAPER_SET | {"regularizer.group_size": 12},
+            ConfigError,
+            "local batch of 32 .* groups of 12",
+        ),
+        ({"regularizer.group_size": 12}, ConfigError, "cannot be split into groups of 12"),
+        (
+            PAPER_SET | {"regularizer.group_size": 8, "regularizer.gather": True},
+            ConfigError,
+            "group_size parts",
+        ),
         ({"regularizer.weight": 0.5}, ConfigError, "preset is none"),
         (PART | {"objective": "meanflow"}, ConfigError, "whole blocks"),
         ({"objective": "meanflow", "checkpointing": True}, ConfigError, "checkpointing cannot go with meanflow"),

@@ -73,6 +73,17 @@ def test_gathered_two_processes_equal_one_and_ungathered_they_do_not(tmp_path):
     assert apart(one, local) > 1e-4  # the first gradient of a network whose gates are still shut
 
 
+@pytest.mark.parametrize("processes", [4, pytest.param(16, marks=pytest.mark.long)])
+@pytest.mark.parametrize("placebo", [{}, {"norm_matched": 3.0}], ids=["paper", "placebo"])
+def test_groups_of_16_in_one_process_are_16_on_each_of_several(tmp_path, processes, placebo):
+    config = PLAIN.changed(batch_size=16 * processes, regularizer=RegularizerConfig(preset="paper", **placebo))
+    grouped = config.changed(regularizer=config.regularizer.changed(group_size=16))
+    one, card = gradient(tmp_path, "one", grouped, 1)
+    several, as_published = gradient(tmp_path, "several", config, processes)
+    assert apart(one, several) < 1e-6 and card["dispersion_batch"] == as_published["dispersion_batch"] == 16
+    assert apart(one, gradient(tmp_path, "ungrouped", config, 1)[0]) > (1e-6 if placebo else 1e-4)
+
+
 TRAIN = ["train", "--preset", "smoke", "--set", "checkpoint_every=3", "--regularizer", "paper"]
 
 

@@ -47,7 +47,7 @@ TINY = Sizes(("DiT-T/8",), 4, 1, 64, ((4, 16, 96), (32, 8)), 2, 3, 0.0)
 
 
 class Turns:
-    """Seconds of each call in rounds in which all take turns: two to warm up, then what fits in `seconds`, 3 to 30.
+    """Seconds of each call, in rounds in which all take turns: two to warm up, then 3 to 30, as fit in `seconds`.
 
     A call that fails, as pdist does beyond some size, is left out, and `faults` says why.
     """
@@ -118,22 +118,18 @@ def operations(name: str) -> int:
     return counter.get_total_flops()
 
 
-def training_arms(name: str, device: torch.device) -> dict[str, Any]:
+def bench_training(name: str, peak: float, sizes: Sizes, device: torch.device) -> list[Row]:
     def prepared(model: nn.Module) -> nn.Module:
         model.to(device).forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # as Accelerate does it
         return model
 
     size, patch = name.split("/")
     depth, width, heads = (DIT_CONFIGS[size][key] for key in ("depth", "hidden_size", "num_heads"))
-    return {
+    arms = {
         "kit, compiled blocks": Kit(prepared(build_dit(name)), True, device),
         "kit": Kit(prepared(build_dit(name)), False, device),
         "public": PublicStyle(prepared(PublicSiT(int(patch), depth, width, heads)), max(1, depth // 4) - 1, 0.5),
     }
-
-
-def bench_training(name: str, peak: float, sizes: Sizes, device: torch.device) -> list[Row]:
-    arms = training_arms(name, device)
     x0, y = torch.randn(sizes.batch, *LATENT, device=device), torch.randint(1000, (sizes.batch,), device=device)
 
     def steps(arm: str, disperse: bool) -> None:

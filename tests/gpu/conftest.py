@@ -24,6 +24,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"left out: tests/gpu/{file} ({fault})")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def device():
     return DEVICE

@@ -4,29 +4,24 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dispersive_kit.diffusion.objectives import Draws, FlowMatching, MeanFlow
 from dispersive_kit.errors import DispersiveError
-from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers import Dispersive, dispersive_loss
 from dispersive_kit.regularizers.losses import KINDS
 
-X, Y = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(8) % 3
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from nets import features, gradient, small_dit, value_and_gradient
+
+X, Y = features(8, 4, 8, 8).detach(), torch.arange(8) % 3
 ALONE = os.environ.get("GPU_TESTS") != "cpu" and torch.cuda.device_count() < 2
-
-
-def make_model(device, dtype=torch.float32, **overrides):
-    model, generator = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=3, **overrides), torch.Generator()
-    for p in model.parameters():
-        if p.requires_grad:  # the published initialisation makes every block the identity
-            nn.init.normal_(p, std=0.05, generator=generator.manual_seed(p.numel()))
-    return model.to(device, dtype).train()
 
 
 def batch(objective, device, dtype=torch.float32, rows=slice(None)):
@@ -39,7 +34,7 @@ def batch(objective, device, dtype=torch.float32, rows=slice(None)):
 def finish(loss, model):
     """The loss, and the gradient of all parameters in float64 on the CPU."""
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None])
+    return loss.item(), gradient(model).double().cpu()
 
 
 def step(model, reg, objective, device, *, call=None, taps=(), half=False, rows=slice(None)):
@@ -53,7 +48,7 @@ def step(model, reg, objective, device, *, call=None, taps=(), half=False, rows=
 
 def exact(objective, **overrides):
     """By hand, in float64 on the CPU."""
-    model = make_model("cpu", torch.float64, **overrides)
+    model = small_dit(num_classes=3, **overrides).double()
     x, y, draws = batch(objective, "cpu", torch.float64)
     loss, aux = objective(model, x, y, draws=draws, taps=(0,))
     return finish(loss + 0.5 * dispersive_loss(aux.taps[0], tau=0.5), model)
@@ -77,7 +72,7 @@ def fresh():
     "way", ["eager", "whole", "blocks", "checkpoint", "checkpoint, blocks", "checkpoint, fullgraph"]
 )
 def test_loss_and_gradient_in_every_way_of_running_a_model(way, half, device):
-    model = make_model(device, checkpointing="checkpoint" in way)
+    model = small_dit(num_classes=3, checkpointing="checkpoint" in way).to(device)
     reg = Dispersive(model, "blocks.0", tau=0.5)
     call = torch.compile(model, fullgraph="fullgraph" in way) if way.endswith(("whole", "fullgraph")) else model
     for block in model.blocks if "blocks" in way else ():
@@ -89,13 +84,13 @@ def test_loss_and_gradient_in_every_way_of_running_a_model(way, half, device):
 
 
 def test_meanflow_its_derivative_and_the_loss_through_returned_taps(device):
-    model = make_model(device, interval=True)
+    model = small_dit(num_classes=3, interval=True).to(device)
     got = step(model, Dispersive(model, "blocks.0", tau=0.5), MeanFlow(), device, taps=(0,))
     assert_near(got, exact(MeanFlow(), interval=True), 1e-3)
 
 
 def test_no_step_waits_for_the_device(device):
-    model = make_model(device)
+    model = small_dit(num_classes=3).to(device)
     reg, (x, y, draws) = Dispersive(model, "blocks.0", t_window=0.5), batch(FlowMatching(), device)
     mode = torch.cuda.set_sync_debug_mode if device == "cuda" else lambda mode: None
     try:
@@ -110,7 +105,7 @@ def test_no_step_waits_for_the_device(device):
 
 
 def test_nan_is_noticed_a_step_late_at_most(device):
-    model = make_model(device)
+    model = small_dit(num_classes=3).to(device)
     reg, (x, y, draws) = Dispersive(model, "blocks.0"), batch(FlowMatching(), device)
     with pytest.raises(DispersiveError, match=r"blocks\.0.*NaN"):
         for _ in range(2):
@@ -125,14 +120,14 @@ def test_nan_is_noticed_a_step_late_at_most(device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_value_and_gradient_are_those_of_float64(kind, dtype, shape, device):
     """TF32 is allowed, and it is inside autocast: neither may reach the distances."""
-    z = (1 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
-    exact, own = nn.Parameter(z.double()), nn.Parameter(z.to(device))
+    z = (1 + features(*shape)).to(dtype).detach()
+    exact, own = z.double().requires_grad_(), z.to(device).requires_grad_()
+    value, slope = value_and_gradient(dispersive_loss(exact, kind=kind), exact)
     torch.set_float32_matmul_precision("high")
     with torch.autocast(device, torch.bfloat16):
-        got = finish(dispersive_loss(own, kind=kind), nn.ParameterList([own]))
-    want = finish(dispersive_loss(exact, kind=kind), nn.ParameterList([exact]))
-    assert abs(got[0] - want[0]) <= 1e-5 * max(abs(want[0]), 1)
-    assert (got[1] - want[1]).norm() <= (1e-4 if dtype == torch.float32 else 5e-3) * want[1].norm()
+        got, gradient = (part.cpu() for part in value_and_gradient(dispersive_loss(own, kind=kind), own))
+    assert abs(got - value) <= 1e-5 * max(abs(value), 1)
+    assert (gradient - slope).norm() <= (1e-4 if dtype == torch.float32 else 5e-3) * slope.norm()
 
 
 @pytest.mark.skipif(ALONE, reason="one GPU alone")
@@ -140,7 +135,7 @@ def test_two_processes_with_gather_are_one(device, tmp_path):
     workers = [subprocess.Popen([sys.executable, __file__, device, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [worker.wait(120) for worker in workers] == [0, 0]
     gathered, local = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    model = make_model(device)
+    model = small_dit(num_classes=3).to(device)
     _, one = step(model, Dispersive(model, "blocks.0"), FlowMatching(), device)
     assert (gathered - one).norm() <= 1e-4 * one.norm()
     assert (local - one).norm() > 1e-3 * one.norm()
@@ -152,7 +147,7 @@ def work(kind, rank, folder):
     dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = []
     for gather in (True, False):
-        model = make_model(device)
+        model = small_dit(num_classes=3).to(device)
         reg, network = Dispersive(model, "blocks.0", gather=gather), DistributedDataParallel(model)
         found.append(step(model, reg, FlowMatching(), device, call=network, rows=slice(4 * rank, 4 * rank + 4))[1])
     if rank == 0:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dispersive_kit.data.encode import Encoder, encode
+from dispersive_kit.data.encode import encode
 from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.evaluation import decoder_of, generate
 from dispersive_kit.study.practice import practice
@@ -46,9 +46,9 @@ def test_a_stopped_run_ends_in_the_same_bits_with_deterministic_kernels_and_near
 
 
 def test_encode_train_sample_and_decode(device, tmp_path):
-    config = practice(tmp_path, per_class=4, vae_steps=2, shard_size=16)
-    encode(Encoder(config))
-    encode(Encoder(replace(config, store=tmp_path / "other", device=device)))
+    encoder = practice(tmp_path, per_class=4, vae_steps=2, shard_size=16)
+    encode(encoder)
+    encode(replace(encoder, store=tmp_path / "other", device=device))
     stores = [LatentStore(tmp_path / name) for name in ("store", "other")]
     assert stores[1].check()
     on_cpu, other = (store.read(np.arange(len(store))).double() for store in stores)

@@ -9,9 +9,10 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,47 +47,35 @@ class Sizes:
 TINY = Sizes(("DiT-T/8",), 4, 1, 64, ((4, 16, 96), (32, 8)), 2, 3, 0.0)
 
 
-class Turns:
-    """Seconds of each call, in rounds in which all take turns: two to warm up, then 3 to 30, as fit in `seconds`.
+@dataclass
+class Taken:
+    """Of one call: seconds in each round, GiB at its peak above what was there before, or why it failed."""
 
-    A call that fails, as pdist does beyond some size, is left out, and `faults` says why.
-    """
+    seconds: list[float] = field(default_factory=list)
+    memory: float | None = None
+    fault: str = ""
 
-    def __init__(self, calls: dict[Any, Callable[[], object]], seconds: float, device: torch.device) -> None:
-        self.calls, self.device, self.faults = dict(calls), device, {}
-        self.seconds: dict[Any, list[float]] = {name: [] for name in calls}
-        end = None
-        for number in range(-2, 30):
-            end = time.perf_counter() + seconds if number == 0 else end
-            if number >= 3 and time.perf_counter() > end:
-                break
-            for name in list(self.calls):
-                self._take(name, keep=number >= 0)
 
-    def _take(self, name: Any, *, keep: bool) -> None:
-        start = time.perf_counter()
-        try:
-            self.calls[name]()
-            self._wait()
-        except RuntimeError as error:  # out of memory is one too
-            self.faults[name] = str(error).splitlines()[0][:90]
-            del self.calls[name], self.seconds[name]
-        else:
-            self.seconds[name] += [time.perf_counter() - start] if keep else []
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def memory(self, name: Any) -> float | None:
-        """GiB at the peak of a call above what was allocated before it."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.calls[name]()
-        self._wait()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+def in_turns(calls: dict[Any, Callable[[], object]], seconds: float, device: torch.device) -> dict[Any, Taken]:
+    """Rounds in which all calls take turns: two to warm up, then 3 to 30, as fit in `seconds`."""
+    cuda, end, taken = device.type == "cuda", math.inf, {name: Taken() for name in calls}
+    for number in range(-2, 30):
+        end = time.perf_counter() + seconds if number == 0 else end
+        if number >= 3 and time.perf_counter() > end:
+            break
+        for name in (name for name, one in taken.items() if not one.fault):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            before, start = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
+            try:
+                calls[name]()
+                torch.cuda.synchronize() if cuda else None
+            except RuntimeError as error:  # out of memory, or more pairs than pdist can take
+                taken[name] = Taken(fault=str(error).splitlines()[0][:90])
+                continue
+            taken[name].seconds += [time.perf_counter() - start] if number >= 0 else []
+            taken[name].memory = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+    return taken
 
 
 class Kit:
@@ -137,21 +126,19 @@ def bench_training(name: str, peak: float, sizes: Sizes, device: torch.device) -
         for _ in range(sizes.steps):
             arms[arm].step(x0, y, lambda part: None)
 
-    both = [(arm, disperse) for arm in arms for disperse in (False, True)]
-    turns, rows = Turns({key: lambda key=key: steps(*key) for key in both}, sizes.seconds, device), []
-    for arm, disperse in both:
-        what = f"{name}, batch {sizes.batch}, step, {arm}{' + loss' if disperse else ''}"
-        if fault := turns.faults.get((arm, disperse)):
-            rows.append(row(what, None, "ms", fails=fault))
-            continue
-        times = turns.seconds[arm, disperse]
-        more = {"share of the peak": operations(name) * sizes.batch * sizes.steps / median(times) / peak}
-        if disperse and (bare := turns.seconds.get((arm, False))):
+    calls = {(arm, d): lambda arm=arm, d=d: steps(arm, d) for arm in arms for d in (False, True)}
+    taken, rows = in_turns(calls, sizes.seconds, device), []
+    for (arm, disperse), one in taken.items():
+        more: Row = {"fails": one.fault or None, "GiB": one.memory}
+        bare, public = taken[arm, False].seconds, taken["public", disperse].seconds
+        if times := one.seconds:
+            more["share of the peak"] = operations(name) * sizes.batch * sizes.steps / median(times) / peak
+        if times and bare and disperse:
             more["loss's share of the step"] = median((b - a) / b for a, b in zip(bare, times, strict=True))
-        if public := turns.seconds.get(("public", disperse)):
+        if times and public:
             more["times as fast as the public one"] = median(b / a for a, b in zip(times, public, strict=True))
-        memory = turns.memory((arm, disperse))
-        rows.append(row(what, 1e3 * median(times) / sizes.steps, "ms", **more, GiB=memory))
+        what = f"{name}, batch {sizes.batch}, step, {arm}{' + loss' if disperse else ''}"
+        rows.append(row(what, 1e3 * median(times) / sizes.steps if times else None, "ms", **more))
     return rows
 
 
@@ -170,11 +157,11 @@ def bench_sampling(name: str, sizes: Sizes, device: torch.device) -> list[Row]:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             return heun(model, x, time_grid(sizes.num_steps), guidance=guided[what])
 
-    turns = Turns({(w, h): lambda w=w, h=h: draw(w, h) for h in (False, True) for w in guided}, sizes.seconds, device)
+    calls = {(what, half): lambda w=what, h=half: draw(w, h) for half in (False, True) for what in guided}
     return [
         row(f"{name}, Heun {sizes.num_steps} steps, {'bf16' if half else 'float32'}, {what}",
-            sizes.images / median(times), "images/s")
-        for (what, half), times in turns.seconds.items()
+            sizes.images / median(one.seconds), "images/s")
+        for (what, half), one in in_turns(calls, sizes.seconds, device).items()
     ]  # fmt: skip
 
 
@@ -183,13 +170,13 @@ def bench_loss(shape: tuple[int, ...], sizes: Sizes, device: torch.device) -> Ro
     z = torch.randn(shape, device=device).requires_grad_()
     forms = {"kit": lambda: dispersive_loss(z, tau=1.0), "released": lambda: dispersive(z)}
     calls = {name: lambda form=form: torch.autograd.grad(form(), z) for name, form in forms.items()}
-    turns = Turns(calls, sizes.seconds / 12, device)
-    times = {name: 1e3 * median(seconds) for name, seconds in turns.seconds.items()}
-    more: Row = {f"{name}, GiB": turns.memory(name) for name in times}
-    if "released" in times:
-        more |= {"released, ms": times["released"], "times as fast": times["released"] / times["kit"]}
-    fault = turns.faults.get("released")
-    return row(f"loss alone, z {'x'.join(map(str, shape))}", times["kit"], "ms", **more, released_fails=fault)
+    taken = in_turns(calls, sizes.seconds / 12, device)
+    kit, released = taken["kit"], taken["released"]
+    more: Row = {"GiB": kit.memory, "released, GiB": released.memory, "released fails": released.fault or None}
+    if not released.fault:
+        more["released, ms"] = 1e3 * median(released.seconds)
+        more["times as fast"] = median(released.seconds) / median(kit.seconds)
+    return row(f"loss alone, z {'x'.join(map(str, shape))}", 1e3 * median(kit.seconds), "ms", **more)
 
 
 def row(what: str, value: float | None, unit: str, **more: Any) -> Row:
@@ -212,8 +199,8 @@ def main() -> None:
     chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{chip}, torch {torch.__version__}\n\n| what | value | beside it |\n|---|--:|---|")
     a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).bfloat16() for _ in range(2))
-    product = Turns({"product": lambda: [a @ b for _ in range(10)]}, sizes.seconds / 12, device).seconds["product"]
-    peak = 10 * 2 * sizes.matrix**3 / median(product)
+    product = in_turns({"product": lambda: [a @ b for _ in range(10)]}, sizes.seconds / 12, device)["product"]
+    peak = 10 * 2 * sizes.matrix**3 / median(product.seconds)
     rows = [row(f"peak, bf16 product of {sizes.matrix} x {sizes.matrix}", peak / 1e12, "TFLOP/s")]
     for name in sizes.models:
         rows += bench_training(name, peak, sizes, device)

@@ -48,7 +48,7 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
         raise CheckpointError(f"{run_dir} already holds a run: go on with --resume, or choose another folder")
     if exists:
         _require_same_run(run_dir, config, card)
-    elif run_dir.exists() and not all(path.name.startswith(LEFT) for path in run_dir.iterdir()):
+    elif not all(path.name.startswith(LEFT) for path in files.list_folder(run_dir)):
         raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     busy = (
         f"another process is training in {run_dir}, or a training in this one was not ended: wait for its end, stop it "
@@ -313,7 +313,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
         CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
     config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
-    if out.exists() and any(out.iterdir()):
+    if files.list_folder(out):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = load_latest(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}

@@ -3,6 +3,7 @@
     classroom   samples and nearest neighbours of the lecture console, 3 minutes on one core
     umap        UMAP pictures of the digits runs, 10 minutes
     cifar10     the analysis of the CIFAR-10 runs, 15 minutes; cifar10 lies in the data folder
+    digits      samples that a person reads, of both long arms: notebooks/figures/digits.png
     evidence    the verdicts of all studies in README.md, and their picture, notebooks/figures/verdicts.png
 
 Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written anew. Without a name it only does that.
@@ -48,7 +49,7 @@ from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.study.verdict import all_verdicts, evidence_markdown
 from dispersive_kit.training import load_run, train, train_preset
-from dispersive_kit.views.figures import style, verdict_forest
+from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}
@@ -202,6 +203,14 @@ def evidence() -> None:
     verdict_forest(all_verdicts()).savefig(root / "notebooks" / "figures" / "verdicts.png", metadata=drawn_from)
 
 
+def digits() -> None:
+    """Both long arms from the same noise and labels."""
+    style()
+    arms = {"without the loss": "digits-long-base", "with the loss": "digits-long-paper"}
+    grid = image_grid({arm: samples(run, 1.0, 20) for arm, run in arms.items()}, columns=20, size=0.5)
+    grid.savefig(Path(__file__).parents[1] / "notebooks" / "figures" / "digits.png")
+
+
 def flat(tree: Nested, above: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}"""
     found: dict[str, Any] = {}
@@ -225,8 +234,8 @@ FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz", "cifar10": "an
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        if wanted == "evidence":
-            evidence()
+        if wanted in ("evidence", "digits"):
+            {"evidence": evidence, "digits": digits}[wanted]()
         else:
             np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
     seal(ARTEFACTS)

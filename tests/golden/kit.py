@@ -34,7 +34,7 @@ from dispersive_kit.study.run import _read_stage
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TrainConfig, train_preset, with_settings
-from dispersive_kit.training.runs import load_run, read_config, read_metrics, sample_batch, shipped_names
+from dispersive_kit.training.runs import load_run, read_config, read_metrics, sample_batch
 from dispersive_kit.training.train import train
 
 

@@ -184,7 +184,7 @@ def console(out: Path | None = None, port: int = 8889, browser: bool = True) -> 
 
 def doctor() -> None:
     """Look at versions, devices, memory, folders and data, and say what to do about each fault."""
-    from dispersive_kit.study.doctor import examine
+    from dispersive_kit.study.machine import examine
 
     findings = examine()
     for finding in findings:

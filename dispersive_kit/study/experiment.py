@@ -16,21 +16,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 from dispersive_kit.analysis.features import LEVELS, encoder, extract
 from dispersive_kit.analysis.geometry import rankme, spectrum
 from dispersive_kit.analysis.probes import candidates, choose_and_test
-from dispersive_kit.data.files import lock, read_json, write_json
+from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
 from dispersive_kit.evaluation import Panel, balanced_labels, draw_images, generate, load_reference, make_extractor
 from dispersive_kit.evaluation.generate import this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.machine import describe_environment, in_pool
+from dispersive_kit.study.notebook import read_form
 from dispersive_kit.study.plan import Cell, Plan, Sampling
 from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
@@ -67,11 +70,24 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterat
             ) from error
 
 
+class _Measured(BaseModel, extra="allow"):
+    """result.json of a run."""
+
+    plan_sha256: str
+    arm: str
+    condition: str
+    settings: dict[str, Any]
+    status: Literal["ok", "crashed"]
+    values: dict[str, float]
+
+
 def _result(plan: Plan, cell: Cell, out: Path) -> Run:
     """Of a run that has ended, from this plan and these settings; else nothing."""
-    result: Run = read_json(out / cell.name / "result.json", default={})
-    same = (result.get("plan_sha256"), result.get("settings")) == (plan.sha256, cell.settings)
-    return result if same else {}
+    file = out / cell.name / "result.json"
+    if not file.is_file():
+        return {}
+    result: Run = read_form(file, _Measured, str(file), DataError).model_dump()
+    return result if (result["plan_sha256"], result["settings"]) == (plan.sha256, cell.settings) else {}
 
 
 def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
@@ -193,18 +209,15 @@ def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]
 
     A crashed trial counts as ten times the worst value of its arm. Without tuning: nothing is chosen.
     """
-
-    def score(run: Run) -> float | None:
-        return math.log(run["values"]["frechet"]) if run["status"] == "ok" else None
-
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for condition in plan.conditions:
-        for arm, trials in plan.tuning.trials.items():
-            names = [(f"{arm}.{k}", condition) for k in range(len(trials))]
-            scores = [[score(run) for run in runs if (run["arm"], run["condition"]) == name] for name in names]
-            worst = max((s for trial in scores for s in trial if s is not None), default=0.0)
-            means = [sum(worst + CRASH if s is None else s for s in trial) / len(trial) for trial in scores]
-            chosen.setdefault(condition, {})[arm] = trials[means.index(min(means))]
+    for condition, (arm, trials) in product(plan.conditions, plan.tuning.trials.items()):
+        names = [f"{arm}.{number}" for number in range(len(trials))]
+        own = [run for run in runs if run["condition"] == condition and run["arm"] in names]
+        logs = [math.log(run["values"]["frechet"]) for run in own if run["status"] == "ok"]
+        worst, total = max(logs, default=0.0) + CRASH, dict.fromkeys(names, 0.0)
+        for run in own:
+            total[run["arm"]] += math.log(run["values"]["frechet"]) if run["status"] == "ok" else worst
+        chosen.setdefault(condition, {})[arm] = trials[names.index(min(names, key=total.__getitem__))]
     return chosen
 
 
@@ -217,6 +230,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     tuning = _collect(plan, plan.tuning_cells(), out)
     chosen = _choose(plan, tuning)
     runs = _collect(plan, plan.cells(chosen), out)
+    states = Counter(json.dumps(run["environment"]) for run in tuning + runs)
     results = {
         "plan": plan.name,
         "plan_sha256": plan.sha256,
@@ -228,7 +242,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
         "summary": summary(plan, runs),
         "chosen": chosen,
         "record": _shared_record(runs),
-        "environments": _environments(tuning + runs),
+        "environments": [{**json.loads(state), "runs": n} for state, n in states.items()],
         "runs": [_kept(plan, run) for run in runs],
         "tuning": [_kept(plan, run) for run in tuning],
     }
@@ -250,12 +264,6 @@ def _shared_record(runs: list[Run]) -> dict[str, Any]:
             raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
     shared = records[0][1] if records else {}
     return {name: value for name, value in shared.items() if all(r.get(name) == value for _, r in records)}
-
-
-def _environments(runs: list[Run]) -> list[dict[str, Any]]:
-    """The states of code and machine in which runs were made, each with their number."""
-    states = Counter(json.dumps(run["environment"]) for run in runs)
-    return [{**json.loads(state), "runs": n} for state, n in states.items()]
 
 
 def _kept(plan: Plan, run: Run) -> Run:

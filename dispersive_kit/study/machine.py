@@ -1,31 +1,39 @@
-"""The machine: what it is, a pool of processes on it, and the cluster that it belongs to."""
+"""The machine: what it is, whether it is ready, a pool of processes on it, and the cluster that it belongs to."""
 
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import multiprocessing
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from packaging.requirements import Requirement
 
-from dispersive_kit.data.files import versions
+from dispersive_kit.data import data_folder
+from dispersive_kit.data.files import free_bytes, versions
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.study.notebook import PACKAGE
+from dispersive_kit.study.notebook import PACKAGE, runs_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
 _REQUEST = {"timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "tasks_per_node": 1, "nodes": 1}
 _POLL_S = 0.5
+_MEMORY_GIB, _DISK_GIB = 3.0, 1.0
+_DOWNLOADED = {"mnist": ("mnist.npz", "MNIST/raw/*"), "cifar10": ("cifar10.npz", "cifar-10-batches-py/*")}
 
 
 def describe_environment() -> dict[str, Any]:
@@ -56,6 +64,105 @@ def package_hash() -> str:
         if file.is_file() and file.suffix not in (".pyc", ".ipynb", ".yaml", ".j2", ".typed"):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+class Finding(NamedTuple):
+    """One thing looked at. `fix` says what to do when it is not `ok`."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at packages, kernel, device, memory, folders and data; takes a few seconds and changes nothing."""
+    checks: dict[str, Callable[[], tuple[bool, str, str]]] = {
+        "packages": _packages,
+        "notebook kernel": _kernel,
+        "device": _device,
+        "memory": _memory,
+        "runs folder": lambda: _writable(runs_folder(), "DISPERSIVE_KIT_RUNS"),
+        "data folder": lambda: _writable(data_folder(), "DISPERSIVE_KIT_DATA"),
+        "data sets": _data_sets,
+    }
+    findings = []
+    for name, check in checks.items():
+        try:
+            findings.append(Finding(name, *check()))
+        except Exception as fault:  # whatever is wrong with a machine, the other checks are still made
+            said = f"this could not be looked at: {type(fault).__name__}: {fault}"
+            findings.append(Finding(name, False, said, "put right what the error names, then run doctor again"))
+    return findings
+
+
+def _packages() -> tuple[bool, str, str]:
+    """Python and all that pyproject.toml asks for, notebooks included."""
+    wanted = map(Requirement, importlib.metadata.requires("dispersive-kit") or [])
+    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
+    faults = []
+    for one in needed:
+        try:
+            version = importlib.metadata.version(one.name)
+        except importlib.metadata.PackageNotFoundError:
+            faults.append(f"{one.name} is missing")
+            continue
+        if not one.specifier.contains(version, prereleases=True):
+            faults.append(f"{one.name}{one.specifier} wanted, found {version}")
+    detail = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
+    fix = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
+    return not faults, "; ".join(faults) or detail, fix
+
+
+def _kernel() -> tuple[bool, str, str]:
+    """The kernel that runs the notebooks must be of this Python: another one has other packages."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except NoSuchKernel:
+        return False, "no kernel named python3", fix
+    program = spec.argv[0]
+    # A bare "python" is replaced by this interpreter when the kernel is started.
+    own = Path(program).name == program or Path(program).absolute() == Path(sys.executable).absolute()
+    return own, f"python3 is {sys.executable if own else program}", f"{fix}, or remove {spec.resource_dir}"
+
+
+def _device() -> tuple[bool, str, str]:
+    if gpus := range(torch.cuda.device_count()):
+        free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in gpus]
+        return True, ", ".join(f"{torch.cuda.get_device_name(i)}, {free[i]:.0f} GiB free" for i in gpus), ""
+    blind = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    cpu = f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
+    detail = f"{cpu}; there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU" if blind else cpu
+    return not blind, detail, "install the PyTorch build for this driver (pytorch.org, Get started), or update it"
+
+
+def _memory() -> tuple[bool, str, str]:
+    try:
+        text = Path("/proc/meminfo").read_text()  # Linux; what could be had, the page cache included
+    except FileNotFoundError:
+        return True, "this system does not tell", ""
+    gib = int(re.findall(r"MemAvailable:\s+(\d+) kB", text)[0]) / 2**20
+    fix = f"close other programs: a notebook in class mode may take {_MEMORY_GIB:g} GiB"
+    return gib >= _MEMORY_GIB, f"{gib:.1f} GiB available", fix
+
+
+def _writable(folder: Path, variable: str) -> tuple[bool, str, str]:
+    fix = f"make {folder} writable, free some disk, or set {variable} to another folder"
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
+            free = free_bytes(folder) / 2**30
+    except OSError as error:
+        return False, f"{folder}: {error.strerror}", fix
+    return free >= _DISK_GIB, f"{folder}, {free:.0f} GiB free", fix
+
+
+def _data_sets() -> tuple[bool, str, str]:
+    """A folder alone is no data: a download that failed leaves one."""
+    here = [name for name, places in _DOWNLOADED.items() if any(any(data_folder().glob(p)) for p in places)]
+    return True, f"{', '.join(['digits', *here])} here; others are downloaded when first asked for", ""
 
 
 def _visible_gpus() -> tuple[str, ...]:

@@ -8,32 +8,29 @@
 `finish` writes result.json, which pipelines and their report read.
 """
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, PositiveFloat, PrivateAttr, ValidationError
+import yaml
+from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, PrivateAttr, ValidationError
 
 from dispersive_kit.data.files import write_json
-from dispersive_kit.errors import ConfigError, DataError, form_error
+from dispersive_kit.errors import ConfigError, DataError, KitError, form_error
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 Mode = Literal["smoke", "class", "full"]
 
 
-def _safe(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
-        raise ValueError(f"{name!r}: use letters, digits and . _ = , + - only, not first a sign")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_safe)]  # of a folder, which leads nowhere else
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]  # of a folder: it leads nowhere else
+F = TypeVar("F", bound=BaseModel)
 
 
 class _Number(BaseModel, extra="forbid"):
@@ -139,6 +136,45 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     return run
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """An alias stands for one value: nested ones turn eight lines into a billion values, or into a list of itself."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.YAMLError(f"an alias stands for a list or a mapping{node.start_mark}: write its content out")
+        return node
+
+
+def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigError) -> Any:
+    """The content of a YAML or JSON file.
+
+    Raises:
+        error: `missing`, and why the file cannot be read; or it is damaged, or holds more than plain values.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text) if file.suffix == ".json" else _PlainLoader(text).get_single_data()
+    except OSError as fault:
+        raise error(f"{missing or file} ({fault.strerror})") from fault
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        raise error(f"{file} is not {file.suffix[1:].upper()} of plain values: {fault}") from fault
+
+
+def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = ConfigError, /, **changes: Any) -> F:
+    """The content of a YAML or JSON file as a pydantic model, with fields changed.
+
+    Raises:
+        error: as `read_plain`; or a field is of another form.
+    """
+    content = read_plain(file, missing, error)
+    try:
+        return form.model_validate({**content, **changes} if isinstance(content, dict) else content)
+    except ValidationError as fault:
+        raise form_error(fault, str(file), error) from fault
+
+
 def read_result(folder: Path) -> Result:
     """What the run in `folder` measured.
 
@@ -146,12 +182,8 @@ def read_result(folder: Path) -> Result:
         DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
     """
     file = folder / "result.json"
-    try:
-        return Result.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing: the notebook did not come to its last cell, nb.finish()") from None
-    except ValidationError as fault:
-        raise form_error(fault, str(file), DataError) from fault
+    missing = f"{file} is missing: the notebook did not come to its last cell, nb.finish()"
+    return read_form(file, Result, missing, DataError)
 
 
 def runs_folder() -> Path:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, model_validator
 
 from dispersive_kit.data import TOY_SETS
-from dispersive_kit.errors import ConfigError, form_error
-from dispersive_kit.study.notebook import Name, notebooks_folder, runs_folder
+from dispersive_kit.errors import ConfigError
+from dispersive_kit.study.notebook import Name, notebooks_folder, read_form, read_plain, runs_folder
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
 
 LEVEL = 0.05
@@ -110,8 +109,6 @@ class Plan(_Form):
     tuning: _Tuning
     stop_rule: _Text
     cpu_hours: PositiveFloat
-    # Of the file, and not of its content
-    called: str = ""  # what `dispersive-kit study run` takes
     file: Path = Path()
     sha256: str = ""
 
@@ -125,6 +122,11 @@ class Plan(_Form):
         return runs_folder() / "studies" / f"{self.name}-{self.sha256[:8]}"
 
     @property
+    def called(self) -> str:
+        """What `dispersive-kit study run` takes."""
+        return self.name if self.file.parent == studies_folder() else str(self.file)
+
+    @property
     def contrasts(self) -> list[Contrast]:
         return [self.primary, self.co_primary, *self.secondaries]
 
@@ -135,7 +137,7 @@ class Plan(_Form):
             ConfigError: a setting has no such name or another type.
         """
         changes = {name: value for name, value in self.train.items() if name != "preset"}
-        config = with_settings(train_preset(str(self.train["preset"]), seed=cell.seed), changes)
+        config = with_settings(train_preset(str(self.train.get("preset", "")), seed=cell.seed), changes)
         return with_settings(config, cell.settings)
 
     def tuning_cells(self) -> list[Cell]:
@@ -162,9 +164,44 @@ class Plan(_Form):
     def _check(self) -> "Plan":
         for contrast in self.contrasts:
             contrast.condition = contrast.condition or next(iter(self.conditions))
-        for check in (_check_names, _check_seeds, _check_settings):
-            check(self)
+        self._check_contrasts()
+        self._check_seeds()
+        for cell in (*self.cells(), *self.tuning_cells()):
+            if "seed" in {*self.train, *cell.settings}:
+                raise ConfigError("seeds stand in `seeds`, and are the same in all arms")
+            config = self.config(cell)
+            if config.data in TOY_SETS or config.model == "MLP":
+                raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
         return self
+
+    def _check_contrasts(self) -> None:
+        measures = [*self.evaluation.frechets, "held_out", *(["probe"] if self.evaluation.probe else [])]
+        known = {"arm": {*self.arms} - {self.reference}, "condition": self.conditions, "measure": measures}
+        if self.reference not in self.arms:
+            raise ConfigError(f"reference {self.reference!r} is no arm; there are: {', '.join(self.arms)}")
+        for contrast in self.contrasts:
+            for part, names in known.items():
+                if (given := getattr(contrast, part)) not in names:
+                    raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
+            if contrast.kind not in self.margin:
+                raise ConfigError(f"no margin for {contrast.measure!r}, so nothing could be equivalent by it")
+            if self.contrasts.count(contrast) > 1:
+                raise ConfigError(f"the contrast ({contrast}) stands twice")
+
+    def _check_seeds(self) -> None:
+        n, family, trials = len(self.seeds), max(1, len(self.secondaries)), self.tuning.trials
+        best = 2.0 ** (1 - n) * family  # all signs one way: 2 of 2^n
+        if best >= LEVEL:
+            raise ConfigError(
+                f"{n} seeds cannot reach p < {LEVEL}: the exact sign-flip test, by Holm over {family} secondaries, "
+                f"gives {best:.3g} at best; take at least {math.floor(2 + math.log2(family / LEVEL))} seeds"
+            )
+        if len({*self.seeds, *self.tuning.seeds}) < n + len(self.tuning.seeds):
+            raise ConfigError("a seed stands twice: each is one pair, and those for tuning are not used again")
+        if bool(trials) != bool(self.tuning.seeds):
+            raise ConfigError("tuning needs both trials and seeds of its own")
+        if trials and (set(trials) != set(self.arms) or len(set(map(len, trials.values()))) > 1):
+            raise ConfigError("each arm needs equally many tuning trials, the reference among them")
 
 
 def studies_folder() -> Path:
@@ -185,62 +222,7 @@ def load_plan(name: str) -> Plan:
             too few seeds; unequal tuning.
     """
     file = studies_folder() / f"{name}.yaml" if name in shipped_plans() else Path(name)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        plan = Plan.model_validate(content)
-    except OSError as error:
-        raise ConfigError(f"no plan {name!r} ({error.strerror}); shipped are: {', '.join(shipped_plans())}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML of plain values: {error}") from error
-    except ValidationError as error:
-        raise form_error(error, str(file)) from error
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # canonical
-    plan.called, plan.file, plan.sha256 = name, file, hashlib.sha256(text.encode()).hexdigest()
+    plan = read_form(file, Plan, f"no plan {name!r}; shipped are: {', '.join(shipped_plans())}", file=file)
+    text = json.dumps(read_plain(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # canonical
+    plan.sha256 = hashlib.sha256(text.encode()).hexdigest()
     return plan
-
-
-def _check_names(plan: Plan) -> None:
-    if plan.reference not in plan.arms:
-        raise ConfigError(f"reference {plan.reference!r} is no arm; there are: {', '.join(plan.arms)}")
-    measures = [*plan.evaluation.frechets, "held_out", *(["probe"] if plan.evaluation.probe else [])]
-    known = {"arm": set(plan.arms) - {plan.reference}, "condition": set(plan.conditions), "measure": set(measures)}
-    said: set[str] = set()
-    for contrast in plan.contrasts:
-        for part, names in known.items():
-            if (given := getattr(contrast, part)) not in names:
-                raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
-        if contrast.kind not in plan.margin:
-            raise ConfigError(f"no margin for {contrast.measure!r}, so nothing could be equivalent by it")
-        if str(contrast) in said:
-            raise ConfigError(f"the contrast ({contrast}) stands twice")
-        said.add(str(contrast))
-
-
-def _check_seeds(plan: Plan) -> None:
-    n, family, trials = len(plan.seeds), max(1, len(plan.secondaries)), plan.tuning.trials
-    best = 2.0 ** (1 - n) * family  # all signs one way: 2 of 2^n
-    if best >= LEVEL:
-        raise ConfigError(
-            f"{n} seeds cannot reach p < {LEVEL}: the exact sign-flip test, by Holm over {family} secondaries, gives "
-            f"{best:.3g} at best; take at least {math.floor(2 + math.log2(family / LEVEL))} seeds, or fewer secondaries"
-        )
-    if len(set(plan.seeds)) < n:
-        raise ConfigError("a seed stands twice: each is one pair")
-    if bool(trials) != bool(plan.tuning.seeds):
-        raise ConfigError("tuning needs both trials and seeds of its own")
-    if trials and (set(trials) != set(plan.arms) or len(set(map(len, trials.values()))) > 1):
-        raise ConfigError("each arm needs equally many tuning trials, the reference among them")
-    if shared := set(plan.tuning.seeds) & set(plan.seeds):
-        raise ConfigError(f"seed {min(shared)} is for tuning and for confirmation; keep them apart")
-
-
-def _check_settings(plan: Plan) -> None:
-    if "preset" not in plan.train:
-        raise ConfigError("train names no preset; take one of those of dispersive-kit train")
-    cells = (*plan.cells(), *plan.tuning_cells())
-    for cell in cells:
-        config = plan.config(cell)
-        if config.data in TOY_SETS or config.model == "MLP":
-            raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
-    if "seed" in {*plan.train, *(name for cell in cells for name in cell.settings)}:
-        raise ConfigError("seeds stand in `seeds`, and are the same in all arms")

@@ -7,14 +7,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dispersive_kit.data.files import lock, read_json, write_json
+from pydantic import BaseModel, Field
+
+from dispersive_kit.data.files import lock
 from dispersive_kit.errors import DataError, KitError
-from dispersive_kit.study.notebook import Result, read_result, runs_folder
+from dispersive_kit.study.notebook import Result, read_form, read_result, runs_folder
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
@@ -34,15 +35,44 @@ _NUMBERS = ("measured", "value", "95 % interval", "floor", "")
 Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: "ok", "skipped" (unchanged) or "failed", and the folder that holds everything of it."""
+class NotebookTask(BaseModel):
+    """stage.json: one run of a notebook, what it depends on, and how it ended.
+
+    name: its folder below that of the pipeline. skipped: it had ended well, and nothing changed since.
+    """
 
     name: str
-    status: str
-    seconds: float
-    folder: Path
+    notebook: Path = Path()
+    parameters: dict[str, Any] = {}
+    folder: Path = Field(Path(), exclude=True)
+    status: Literal["planned", "running", "ok", "failed", "skipped"] = "planned"
+    key: str = ""
+    started: str = ""
+    seconds: float = 0.0
     error: str = ""
+    traceback: str = ""
+    environment: dict[str, Any] = {}
+
+    def failed(self, error: str) -> "NotebookTask":
+        return self.model_copy(update={"status": "failed", "error": error})
+
+
+def read_task(folder: Path) -> NotebookTask | None:
+    """The run in `folder`, if there is one.
+
+    Raises:
+        DataError: its stage.json is damaged.
+    """
+    if not (file := folder / "stage.json").is_file():
+        return None
+    return read_form(file, NotebookTask, str(file), DataError, folder=folder)
+
+
+def _result(task: NotebookTask) -> Result | None:
+    """What it measured; None where it failed before that, which its error says."""
+    with contextlib.suppress(DataError):
+        return read_result(task.folder)
+    return None
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -55,16 +85,21 @@ def as_table(rows: Sequence[Row]) -> str:
 def runs_table() -> str:
     """All runs of notebooks in the runs folder. The folders are the registry: it is never out of date."""
     place, rows = runs_folder(), [["run", "status", "mode", "time", "started", "code", "device"]]
-    for file in sorted(place.rglob("stage.json")):
-        stage, machine = read_json(file, default={}), read_json(file.with_name("environment.json"), default={})
-        status = stage.get("status", "killed")
+    for folder in sorted(file.parent for file in place.rglob("stage.json")):
+        name = folder.relative_to(place).as_posix()
+        try:
+            task = read_task(folder)
+        except DataError as damaged:
+            rows.append([name, str(damaged), *[""] * 5])
+            continue
+        assert task
+        status: str = task.status
         if status == "running":
-            with contextlib.suppress(KitError), lock(file.parent.with_name(f".{file.parent.name}.lock"), busy="held"):
+            with contextlib.suppress(KitError), lock(folder.with_name(f".{folder.name}.lock"), busy="held"):
                 status = "killed"
-        name, mode = file.parent.relative_to(place).as_posix(), stage.get("parameters", {}).get("mode", "")
-        seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
-        started, code = stage.get("started", "")[:16].replace("T", " "), (machine.get("commit") or "")[:9]
-        rows.append([name, status, mode, seconds, started, code, machine.get("device", "")])
+        seconds, started = f"{task.seconds:.0f} s" if task.seconds else "", task.started[:16].replace("T", " ")
+        code, device = (str(task.environment.get(name) or "") for name in ("commit", "device"))
+        rows.append([name, status, str(task.parameters.get("mode", "")), seconds, started, code[:9], device])
     return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
 
 
@@ -85,8 +120,8 @@ def _cell(content: Any) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """A part of a page that is folded away; content: HTML."""
-    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+    """A part of a page that is folded away; content: HTML, and without any there is no part."""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>" if content else ""
 
 
 def quoted(text: str, kind: str = "pre") -> str:
@@ -120,107 +155,83 @@ def write_notebook_page(notebook: Path) -> None:
     write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
 
 
-def write_report(results: Sequence[Ended], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
+def write_report(results: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
     """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers."""
     overview: list[Row] = [("stage", "status", "time", "")]
     parts, told = [], list[Row]([_NUMBERS])
     for name, group in groupby(results, lambda run: run.name.partition("/")[0]):
         runs = sorted(group, key=lambda run: run.name)
-        counts = Counter(run.status for run in runs)
-        status = ", ".join(f"{n} {kind}" if len(runs) > 1 else kind for kind, n in counts.items())
-        took = sum(run.seconds or _stage(run).get("seconds", 0.0) for run in runs)
+        status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
         link = _link(runs[0], out, "executed notebook") if len(runs) == 1 else ""
-        overview.append(((f"#{name}", name), status, f"{took:.0f} s", link))
-        parts += [f'<h2 id="{name}">{name}</h2>', *map(_fault, runs)]
+        took = f"{sum(run.seconds for run in runs):.0f} s"
+        overview.append(((f"#{name}", name), runs[0].status if link else status, took, link))
+        parts.append(f'<h2 id="{name}">{name}</h2>')
+        for run in (run for run in runs if run.error):
+            parts += [quoted(f"{run.name}: {run.error}", "p.failed"), folded("traceback", quoted(run.traceback))]
         shown, rows = _of_grid(runs, out) if "/" in runs[0].name else _of_one_run(runs[0])
         parts += shown
         told += rows
-    found = read_json(results[0].folder / "environment.json", default={}) if results else {}
-    if found:
+    if found := results[0].environment if results else {}:
         names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
         parts.append(quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet"))
     return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts), told
 
 
-def _fault(run: Ended) -> str:
-    traceback = _stage(run).get("traceback", "") if run.error else ""
-    shown = folded("traceback", quoted(traceback)) if traceback else ""
-    return quoted(f"{run.name}: {run.error}", "p.failed") + shown if run.error else ""
-
-
-def _of_one_run(run: Ended) -> tuple[list[str], list[Row]]:
+def _of_one_run(run: NotebookTask) -> tuple[list[str], list[Row]]:
     """Parts of the page, and the numbers."""
     import nbformat
 
-    result = _result(run)
-    if result is None:
+    if not (result := _result(run)):
         return [], []
     smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
     cells = nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells
     pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    checks = "".join(quoted(f"{check['promise']}  {check['detail']}", "li") for check in result.checks)
+    checks = "\n".join(f"{check['promise']}  {check['detail']}" for check in result.checks)
     records = [number.record for number in result.numbers if number.record]
-    rows: list[Row] = [
-        _number_row(number.name, number.value, number.record or {}, number.note) for number in result.numbers
-    ]
+    rows = [_number_row(number.name, number.value, number.record or {}, number.note) for number in result.numbers]
     parts = [
         *(quoted(sentence, "p") for sentence in result.sentences),
         quoted(smoke, "p.quiet"),
         html_table([_NUMBERS, *rows]),
         *(figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)),
-        folded(f"{len(result.checks)} checks passed", f"<ul>{checks}</ul>") if checks else "",
-        folded("records: how each number was measured", quoted(json.dumps(records, indent=1))) if records else "",
+        folded(f"{len(result.checks)} checks passed", quoted(checks)),
+        folded("records: how each number was measured", quoted(json.dumps(records, indent=1) if records else "")),
     ]
     return parts, rows
 
 
-def _of_grid(runs: Sequence[Ended], out: Path) -> tuple[list[str], list[Row]]:
-    """Parts of the page, and the numbers; the means are written into aggregate.json too."""
-    found = _aggregate(runs)
-    write_json(out / runs[0].name.partition("/")[0] / "aggregate.json", found)
-    parts, told = [], list[Row]()
-    for group in found["groups"]:
-        point = ", ".join(f"{name} = {value}" for name, value in group["point"].items())
-        rows = [_number_row(one["name"], one["mean"], one, f"mean of {one['n']}") for one in group["numbers"]]
+def _of_grid(runs: Sequence[NotebookTask], out: Path) -> tuple[list[str], list[Row]]:
+    """Parts of the page, and the numbers: means over seeds for each point of the grid.
+
+    Failed runs and runs in smoke mode are left out, and named with the reason.
+    """
+    varied = [name for name in runs[0].parameters if len({repr(run.parameters.get(name)) for run in runs}) > 1]
+    points, parts, told = dict[str, dict[str, list[float]]](), list[str](), list[Row]()
+    for run in runs:
+        result = _result(run)
+        if run.error or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
+            parts.append(quoted(f"left out: {run.name}: {f'failed: {run.error}' if run.error else 'smoke mode'}", "p"))
+            continue
+        point = ", ".join(f"{name} = {run.parameters[name]}" for name in varied if name != "seed")
+        for number in result.numbers:
+            points.setdefault(point, {}).setdefault(number.name, []).append(number.value)
+    for point, values in points.items():
+        rows = [_number_row(name, *_mean(x), f"mean of {len(x)}") for name, x in values.items()]
         parts += [quoted(point, "h3"), html_table([_NUMBERS, *rows])]
         told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
-    parts += [quoted(f"left out: {one['run']}: {one['why']}", "p") for one in found["left_out"]]
     table = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
     return [*parts, folded(f"the {len(runs)} runs; intervals: Student's t, over seeds", html_table(table))], told
 
 
-def _aggregate(runs: Sequence[Ended]) -> dict[str, Any]:
-    """Mean and 95 % t-interval over seeds of every number, for each point of the grid.
-
-    Failed runs and runs in smoke mode are left out, and named with the reason.
-    """
-    given = [_stage(run).get("parameters", {}) for run in runs]
-    varied = [name for name in given[0] if name != "seed" and len({repr(one.get(name)) for one in given}) > 1]
-    groups: dict[str, dict[str, Any]] = {}
-    left_out = []
-    for run, parameters in zip(runs, given, strict=True):
-        result = _result(run)
-        if run.status == "failed" or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
-            left_out.append({"run": run.name, "why": f"failed: {run.error}" if run.error else "smoke mode"})
-            continue
-        point = {name: parameters[name] for name in varied}
-        group = groups.setdefault(repr(point), {"point": point, "runs": [], "values": {}})
-        group["runs"].append(run.name)
-        for number in result.numbers:
-            group["values"].setdefault(number.name, []).append(number.value)
-    for group in groups.values():
-        group["numbers"] = [{"name": name, **_summary(values)} for name, values in group.pop("values").items()]
-    return {"groups": [*groups.values()], "left_out": left_out}
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
+def _mean(x: list[float]) -> tuple[float, dict[str, float]]:
+    """The mean, and the ends of its 95 % t-interval: one value has none."""
     from scipy import stats
 
-    mean, n = sum(values) / len(values), len(values)
-    if n == 1:
-        return {"mean": mean, "n": n}
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    mean = sum(x) / len(x)
+    if len(x) == 1:
+        return mean, {}
+    low, high = stats.t.interval(0.95, len(x) - 1, mean, stats.sem(x))
+    return mean, {"low": low, "high": high}
 
 
 def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> Row:
@@ -229,15 +240,5 @@ def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> R
     return name, f"{value:.3g}", interval, floor, html.unescape(note)
 
 
-def _link(run: Ended, out: Path, text: str) -> tuple[str, str]:
+def _link(run: NotebookTask, out: Path, text: str) -> tuple[str, str]:
     return f"{os.path.relpath(run.folder, out)}/notebook.html", text
-
-
-def _stage(run: Ended) -> dict[str, Any]:
-    return read_json(run.folder / "stage.json", default={})
-
-
-def _result(run: Ended) -> Result | None:
-    with contextlib.suppress(DataError):  # said by the run's own error
-        return read_result(run.folder)
-    return None

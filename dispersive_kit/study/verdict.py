@@ -16,27 +16,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
-from dispersive_kit.errors import DataError, form_error
+from dispersive_kit.errors import DataError
+from dispersive_kit.study.notebook import read_form
 from dispersive_kit.study.plan import DIRECTION, LEVEL, Contrast, Plan, load_plan, shipped_plans, studies_folder
 from dispersive_kit.study.report import Row, folded, html_table, quoted, write_page
 
 CRASH = math.log(10)  # a run that crashed counts as ten times worse than its pair
-INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
-SPEAKS = {"better": "**for**", "worse": "**against**", "equivalent": "no difference", "inconclusive": "open"}
-ABOUT_VERDICTS = (
+_INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
+_ABOUT_VERDICTS = (
     "Exact sign-flip test on paired log-ratios, two-sided; secondaries adjusted by Holm. The interval is Student's on "
     "the log-ratio, given as a ratio. Equivalent: the 90 % interval lies within the margin (two one-sided t-tests). "
     "Inactive: at the median step the gradient of the loss is under a thousandth of that of denoising. Margin, on the "
     "log-ratio: "
 )
-ABOUT_ARMS = (
-    "Geometric means and spread over seeds; medians of the rest. feature_rms: of the last batch at the arm's own tap. "
-    "pooled_rank: RankMe of 500 clean held-out images, mean over tokens, after the block a quarter in, whatever the "
-    "arm. held_out_t0 to t3: held-out denoising loss by quarters of t, from the data to noise, the same draws each."
-)
-_MEASURES = {"frechet": "FD", "held_out": "held-out loss", "probe": "probe accuracy"}
+_MEASURES = {"held_out": "held-out loss", "probe": "probe accuracy"}
 
 Run = dict[str, Any]
 
@@ -124,7 +119,7 @@ def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
         ended = [run for run in _of(runs, c.arm, c.condition) if run["status"] == "ok"]
         pull = statistics.median(run["described"]["gradient_ratio"] for run in ended) if ended else None
         crashes = {"crashes": own.count(None), "reference_crashes": other.count(None)}
-        flags = {**crashes, "gradient_ratio": pull, "inactive": pull is not None and pull < INACTIVE}
+        flags = {**crashes, "gradient_ratio": pull, "inactive": pull is not None and pull < _INACTIVE}
         found.append({"role": role, **dict(c), **judged, **flags})
     return found
 
@@ -156,10 +151,8 @@ def summary(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-class _Results(BaseModel):
+class _Results(BaseModel, extra="allow"):
     """The form of a results.json: all runs of a plan, and what follows from them."""
-
-    model_config = ConfigDict(extra="allow")
 
     plan_sha256: str
     title: str
@@ -186,13 +179,12 @@ def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
 
 
 def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
-    again = f"dispersive-kit study run {plan.called} writes it"
+    missing = f"{plan.name} has no results yet, {file} is not there: dispersive-kit study run {plan.called} writes it"
+    results = read_form(file, _Results, missing, DataError).model_dump()
     try:
-        results = _Results.model_validate_json(file.read_text(encoding="utf-8")).model_dump()
-    except FileNotFoundError:
-        raise DataError(f"{plan.name} has no results yet, {file} is not there: {again}") from None
-    except ValidationError as error:
-        raise form_error(error, f"{file} is damaged ({again})", DataError) from error
+        verdict_rows(results), _run_rows(results)
+    except (LookupError, TypeError, ValueError) as fault:
+        raise DataError(f"{file} is damaged, a verdict or run is of another form: {fault!r}") from fault
     if results["plan_sha256"] != plan.sha256:
         raise DataError(
             f"{file} holds results of plan {results['plan_sha256'][:8]}, and {plan.file} is now {plan.sha256[:8]}: "
@@ -222,82 +214,65 @@ def all_verdicts() -> list[dict[str, Any]]:
     return found
 
 
-def evidence_markdown() -> str:
-    """What the README says of all verdicts: one sentence that counts, the figure and the table."""
-    rows = all_verdicts()
-    counts = Counter(row["word"] for row in rows)
-    titles = {name: results["title"] for name, results in shipped_results().items()}
-    said = (
-        f"{len(rows)} contrasts in {len(titles)} studies: **{counts['better']} for** the arm (better than base), "
-        f"**{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a margin fixed "
-        f"beforehand, {counts['inconclusive']} left open."
-    )
-    figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
-    header = ("study", "arm against base", "measure", "base", "arm", "ratio [95 %]", "p", "speaks")
-    lines = [header, ["---"] * len(header), *map(_evidence_cells, rows)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    studies = [f"- `{name}`: {title}" for name, title in titles.items()]
-    return "\n".join(["", said, "", figure, "", *table, "", *studies, ""])
-
-
-def _evidence_cells(verdict: Mapping[str, Any]) -> tuple[str, ...]:
-    results = shipped_results()[verdict["study"]]
-    many = len({row["condition"] for row in results["summary"]}) > 1
-    study = f"`{verdict['study']}`" + (f", {verdict['condition']}" if many else "")
-    return study, verdict["arm"], *_numbers(results, verdict), f"{SPEAKS[verdict['word']]}: {verdict['word']}"
-
-
-def _numbers(results: Mapping[str, Any], verdict: Mapping[str, Any]) -> tuple[str, ...]:
-    """Measure, mean of the reference and of the arm, their ratio with its interval, adjusted p."""
-    low, ratio, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
-    digits = 3 if high - low < 0.1 else 2
-    kind, _, guidance = verdict["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
-    title = results["record"].get("name", _MEASURES[kind]) if kind == "frechet" else _MEASURES[kind]
-    return (
-        f"{title}, {guidance.upper()}" if guidance else title,
-        *(_mean(results, verdict, arm) for arm in (results["reference"], verdict["arm"])),
-        f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
-        f"{verdict['p_adjusted']:.3f}",
-    )
-
-
-def _mean(results: Mapping[str, Any], verdict: Mapping[str, Any], arm: str) -> str:
-    """Of all runs of an arm, with three digits that count and no exponent."""
-    for row in results["summary"]:
-        if (row["arm"], row["condition"]) == (arm, verdict["condition"]) and verdict["measure"] in row["values"]:
-            value = row["values"][verdict["measure"]]["mean"]
-            return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-    return "crashed"
-
-
 def verdict_rows(results: Mapping[str, Any]) -> list[Row]:
     """A row for each verdict, under a header."""
-    reference = results["reference"]
-    rows: list[Row] = [("", "arm", "condition", "measure", reference, "arm's", "ratio [95 %]", "p", "verdict", "")]
+    base = results["reference"]
+    rows: list[Row] = [("role", "arm", "condition", "measure", base, "arm's", "ratio [95 %]", "p", "p adjusted",
+                        "margin", "verdict", "")]  # fmt: skip
     for v in results["verdicts"]:
-        sides = (v["arm"], v["crashes"]), (reference, v["reference_crashes"])
-        notes = [f"{n} of {v['n']} crashed in {arm}" for arm, n in sides if n]
-        notes += [f"inactive: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else []
-        rows.append((v["role"], v["arm"], v["condition"], *_numbers(results, v), v["word"], "; ".join(notes)))
+        means = {row["arm"]: row["values"].get(v["measure"], {}).get("mean")
+                 for row in results["summary"] if row["condition"] == v["condition"]}  # fmt: skip
+        low, ratio, high = (math.exp(v[end]) for end in ("low", "mean", "high"))
+        digits = 3 if high - low < 0.1 else 2
+        kind, _, guidance = v["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
+        title = results["record"].get("name", "FD") if kind == "frechet" else _MEASURES[kind]
+        rows.append((
+            v["role"], v["arm"], v["condition"], f"{title}, {guidance.upper()}" if guidance else title,
+            *(_three_digits(means[arm]) if means[arm] else "crashed" for arm in (base, v["arm"])),
+            f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]", f"{v['p']:.3f}", f"{v['p_adjusted']:.3f}",
+            f"{v['margin']:g}", v["word"], "; ".join(_notes(v, base, means)),
+        ))  # fmt: skip
+    return rows
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _notes(v: Mapping[str, Any], base: str, means: Mapping[str, float | None]) -> list[str]:
+    crashes = {v["arm"]: v["crashes"], base: v["reference_crashes"]}
+    notes = [f"{n} of {v['n']} runs of {arm} crashed, counted as ten times worse" for arm, n in crashes.items() if n]
+    own, other = means[v["arm"]], means[base]
+    if notes and own and other:
+        notes.append(f"the means of the runs that ended differ by a factor of {own / other:.1f}")
+    if v["word"] in ("better", "worse") and v["low"] <= 0 <= v["high"]:
+        notes.append("the interval includes 1: only the sign-flip test says so")
+    return [*notes, *([f"inactive: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else [])]
+
+
+def evidence_sentence() -> str:
+    """Counts all verdicts that come with the kit."""
+    counts = Counter(row["word"] for row in all_verdicts())
+    return (
+        f"{counts.total()} contrasts in {len(shipped_results())} studies: **{counts['better']} for** the arm (better "
+        f"than base), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a "
+        f"margin fixed beforehand, {counts['inconclusive']} left open."
+    )
+
+
+def _run_rows(results: Mapping[str, Any]) -> list[Row]:
+    """A row for each run, under a header."""
+    measures = list(dict.fromkeys(name for run in results["runs"] for name in run["values"]))
+    rows: list[Row] = [("id", "status", *measures, "CPU s")]
+    for run in results["runs"]:
+        shown = (f"{run['values'][name]:.4g}" if name in run["values"] else "" for name in measures)
+        rows.append((run["id"], f"{run['status']} {run['error']}", *shown, f"{run['cpu_seconds']:.0f}"))
     return rows
 
 
 def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
     """Write the page of a study; figures are HTML. Returns `file`."""
     hours, record = results["cpu_hours"], results["record"]
-    measures = list(dict.fromkeys(name for row in results["summary"] for name in row["values"]))
-    described = ["feature_rms", "pooled_rank", "gradient_ratio", *(f"held_out_t{i}" for i in range(4))]
-    spread = [f"{name}{x}" for name in measures for x in ("", ", SD of log")]
-    arms: list[Row] = [("condition", "arm", "runs", *spread, *described)]
-    for row in results["summary"]:
-        found = [row["values"].get(name, {}).get(x) for name in measures for x in ("mean", "sd_log")]
-        found += map(row["described"].get, described)
-        arms.append((row["condition"], row["arm"], row["n"], *(None if x is None else f"{x:.4g}" for x in found)))
-    runs: list[Row] = [("id", "status", *measures, "CPU s")]
-    for run in results["runs"]:
-        shown = (f"{run['values'][name]:.4g}" if name in run["values"] else "" for name in measures)
-        runs.append((run["id"], f"{run['status']} {run['error']}", *shown, f"{run['cpu_seconds']:.0f}"))
-    measured = f"{record['name']}; real against real {record['floor_value']:.2f}. " if record else ""
     of = (
         f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
         f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned."
@@ -306,11 +281,11 @@ def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[s
         file,
         results["title"],
         quoted(results["question"], "p") + quoted(of, "p.quiet"),
-        html_table(verdict_rows(results)) + quoted(ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
+        html_table(verdict_rows(results)) + quoted(_ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
         *figures,
-        "<h2>All arms</h2>" + html_table(arms) + quoted(measured + ABOUT_ARMS, "p.quiet"),
         folded("the plan", quoted(plan.file.read_text(encoding="utf-8"))),
         folded("how it was measured", quoted(json.dumps(record, indent=1))),
+        folded("numbers that describe each arm", quoted(json.dumps(results["summary"], indent=1))),
         folded("code and machine", quoted(json.dumps(results["environments"], indent=1))),
-        folded(f"{len(results['runs'])} runs", html_table(runs)),
+        folded(f"{len(results['runs'])} runs", html_table(_run_rows(results))),
     )

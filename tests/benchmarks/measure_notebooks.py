@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
-from dispersive_kit.study.run import run_notebook
+from dispersive_kit.study.run import Pipeline, Stage, run_pipeline
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
     given = parser.parse_args()
     for notebook in map(find_notebook, given.names or sorted(p.stem for p in notebooks_folder().glob("*.ipynb"))):
         with tempfile.TemporaryDirectory() as folder:
-            run = run_notebook(str(notebook), Path(folder) / "run", {"mode": given.mode})
+            pipeline = Pipeline(title=notebook.stem, stages=(Stage(notebook=str(notebook)),), mode=given.mode)
+            (run,) = run_pipeline(pipeline, Path(folder))
             if run.status != "ok":
                 raise SystemExit(f"{notebook.stem} in {given.mode} mode: {run.error}")
             print(f"{notebook.stem} | {run.seconds:.0f} s | {read_result(run.folder).peak_gib:.2f} GiB", flush=True)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from dispersive_kit.study.doctor import examine
+from dispersive_kit.study.machine import examine
 
 
 def finding(name):

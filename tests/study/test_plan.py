@@ -66,7 +66,7 @@ REFUSED = {
     "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper, one, frechet\) stands twice"),
     "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"regularizer: lambda = 1\.0"),
     "a setting of another type": ({"train__steps": "many"}, r"steps.*many"),
-    "no preset": ({"train": {"steps": 3}}, r"train names no preset"),
+    "no preset": ({"train": {"steps": 3}}, r"preset ''"),
     "no such preset": ({"arms__paper": {"regularizer.preset": "papre"}}, r"'papre'.*paper"),
     "no such kind": ({"arms__paper": {**PAPER, "regularizer.kind": "cosin"}}, r"cosin"),
     "options at odds": (
@@ -82,7 +82,7 @@ REFUSED = {
     "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds stand in `seeds`"),
     "tuning on the confirmation seeds": (
         {"tuning__seeds": [5], "tuning__trials": {"base": [{}], "paper": [{}]}},
-        r"seed 5 is for tuning and for confirmation",
+        r"a seed stands twice",
     ),
     "unequal tuning": (
         {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{}, {"learning_rate": 0.001}]}},
@@ -93,7 +93,7 @@ REFUSED = {
     ),
     "no stop rule": ({"stop_rule": ""}, r"stop_rule = '': String should have at least 1"),
     "an unknown word": ({"best_of": 3}, r"best_of = 3: no field has this name"),
-    "a name that leaves the folder": ({"arms__../paper": {}}, r"'\.\./paper': use letters"),
+    "a name that leaves the folder": ({"arms__../paper": {}}, r"arms\.\.\./paper.* should match pattern"),
     "a name that is a number": ({"arms": {"base": {}, "paper": {}, 0.5: {}}}, r"arms\.0\.5.* = 0\.5: .*valid string"),
     "a date": ({"train__steps": datetime.date(2026, 1, 1)}, r"train\.steps = .*not a valid JSON value"),
     "no number": ({"evaluation__cfg_scales": [float("nan")]}, r"cfg_scales\.0 = nan: .*finite"),
@@ -114,7 +114,7 @@ def test_a_plan_is_plain_values_and_no_code(tmp_path):
     file.write_text("title: !!python/object/apply:os.getcwd []")
     with pytest.raises(ConfigError, match="not YAML of plain values"):
         load_plan(str(file))
-    with pytest.raises(ConfigError, match=r"no plan 'nowhere' .* shipped are: 1-noise-floor"):
+    with pytest.raises(ConfigError, match=r"no plan 'nowhere'.* shipped are: 1-noise-floor"):
         load_plan("nowhere")
 
 

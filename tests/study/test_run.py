@@ -14,17 +14,17 @@ from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import ConfigError, DataError, KitError
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
-from dispersive_kit.study.report import Ended, write_report
+from dispersive_kit.study.report import NotebookTask, write_report
 from dispersive_kit.study.run import (
+    _HIDDEN,
     _SHIPPED,
     Pipeline,
     Stage,
     _check_parameters,
-    _hidden_faults,
+    _key,
     _load_pipeline,
     _plan,
-    _Task,
-    run_notebook,
+    _run_task,
     run_pipeline,
 )
 
@@ -45,6 +45,10 @@ def number_of(folder):
 
 def pipeline(*stages):
     return Pipeline(title="A & B", stages=stages)
+
+
+def run_one(notebook, folder, **parameters):
+    return _run_task(NotebookTask(name="run", notebook=notebook, parameters=parameters, folder=folder.absolute()))
 
 
 # ---- what a run leaves
@@ -74,7 +78,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     assert number_of(folder) == 1.5 and result.mode == "class" and 0.05 < result.peak_gib < 20
     assert stage["parameters"] == {"mode": "class", "value": 3.0} and stage["status"] == "ok"
     assert (folder / "log.txt").read_text().splitlines()[:2] == ["red", "100%"]
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = stage["environment"]
     assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
     page = (folder / "notebook.html").read_text()
     assert "positive" in page and r"-\log B" in page and 'alt="a dot"' in page
@@ -121,28 +125,22 @@ def test_runs_are_listed(ended, capsys, monkeypatch):
     assert {row.split()[0]: row.split()[1] for row in rows} == {"killed": "killed", "out/made": "ok", **seeds}
 
 
-def test_a_smoke_or_failed_run_never_enters_an_aggregate(tmp_path):
-    def run(name, value, parameters, mode="class", error=""):
-        folder = tmp_path / "sweep" / name
-        folder.mkdir(parents=True)
-        write_json(folder / "stage.json", {"parameters": parameters})
+def test_a_smoke_or_failed_run_never_enters_a_mean(tmp_path):
+    def run(name, value, at, mode="class", error=""):
         number = {"name": "FD", "value": value, "note": "", "record": None}
         result = {"notebook": "n", "mode": mode, "seconds": 1, "peak_gib": 1, "numbers": [number]}
-        write_json(folder / "result.json", {**result, "checks": [], "sentences": []})
-        return Ended(f"sweep/{name}", "failed" if error else "ok", 1.0, folder, error)
+        write_json(tmp_path / "sweep" / name / "result.json", {**result, "checks": [], "sentences": []})
+        status, folder = "failed" if error else "ok", tmp_path / "sweep" / name
+        given = {"parameters": {"at": at, "seed": len(name) + value}, "folder": folder}
+        return NotebookTask(name=f"sweep/{name}", status=status, error=error, **given)
 
-    runs = [run(f"a{k}", value, {"at": "a", "seed": k}) for k, value in enumerate([3.0, 4.0, 8.0])]
-    runs += [run("b", 7.0, {"at": "b", "seed": 0}), run("smoke", 1e9, {"at": "a", "seed": 4}, mode="smoke")]
-    write_report(
-        [*runs, run("broken", 1e9, {"at": "a", "seed": 5}, error="it broke")], tmp_path, title="t", subtitle=""
-    )
-    found = json.loads((tmp_path / "sweep" / "aggregate.json").read_text())
-    a, b = found["groups"]
+    runs = [run(f"a{k}", value, "a") for k, value in enumerate([3.0, 4.0, 8.0])]
+    runs += [run("b", 7.0, "b"), run("smoke", 1e9, "a", mode="smoke"), run("broken", 1e9, "a", error="it broke")]
+    page, numbers = write_report(runs, tmp_path, title="t", subtitle="")
     half = 4.302653 * 2.645751 / 3**0.5  # Student's t for two degrees of freedom, times the standard error
-    assert a["point"] == {"at": "a"} and len(a["runs"]) == 3
-    assert a["numbers"] == [pytest.approx({"name": "FD", "mean": 5.0, "n": 3, "low": 5 - half, "high": 5 + half})]
-    assert b["numbers"] == [{"name": "FD", "mean": 7.0, "n": 1}]  # one run has no interval
-    assert [one["why"] for one in found["left_out"]] == ["failed: it broke", "smoke mode"]
+    a = ("FD, at = a", "5", f"{5 - half:.2f} to {5 + half:.2f}", "", "mean of 3")
+    assert numbers[1:] == [a, ("FD, at = b", "7", "", "", "mean of 1")]  # one run has no interval
+    assert "sweep/broken: failed: it broke" in page.read_text() and "sweep/smoke: smoke mode" in page.read_text()
 
 
 # ---- what fails a run without stopping a cell
@@ -166,17 +164,17 @@ PLANTED = {
 @pytest.mark.parametrize("x", [0, 1])
 def test_an_error_that_stops_no_cell_fails_the_run(write_quick, tmp_path, x):
     cells = [cell.format(x=x) for cell in PLANTED.values()]
-    result = run_notebook(str(write_quick("made", *cells, "t.join()")), tmp_path / "run")
+    result = run_one(write_quick("made", *cells, "t.join()"), tmp_path / "run")
     assert result.status == ("ok" if x else "failed") and ("ZeroDivisionError" in result.error) == (not x)
-    found = list(_hidden_faults(tmp_path / "run" / "notebook.ipynb"))
-    assert len(found) == (0 if x else len(PLANTED))
+    found = _HIDDEN.findall((tmp_path / "run" / "notebook.ipynb").read_text())
+    assert len(found) == (0 if x else len(PLANTED)) and all("ZeroDivisionError" in "".join(one) for one in found)
 
 
 @pytest.mark.parametrize(
     ("cell", "words"), [("1 + 1", r"nb.finish\(\)"), ("import os\nos._exit(1)", "DeadKernelError")]
 )
 def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_path, cell, words):
-    result = run_notebook(str(write_notebook("made", cell, bare=True)), tmp_path / "run")
+    result = run_one(write_notebook("made", cell, bare=True), tmp_path / "run")
     assert result.status == "failed" and re.search(words, result.error), result.error
 
 
@@ -193,7 +191,7 @@ def test_a_result_of_another_form_is_refused(tmp_path, text, words):
 def test_a_kernel_that_does_not_begin_with_a_cell_has_failed(write_quick, tmp_path, monkeypatch):
     monkeypatch.setattr("dispersive_kit.study.lab._BEGIN_S", 3)
     deaf = "get_ipython().kernel.shell_stream.stop_on_recv()"
-    result = run_notebook(str(write_quick("made", deaf)), tmp_path / "run")
+    result = run_one(write_quick("made", deaf), tmp_path / "run")
     assert result.status == "failed" and "DeadKernelError" in result.error and result.seconds < 60
 
 
@@ -204,13 +202,13 @@ def test_a_run_is_skipped_when_unchanged_and_what_it_replaces_is_kept(write_quic
     """Also in a folder named relative to where one stands: while a notebook runs, its own is the current one."""
     monkeypatch.chdir(tmp_path)
     notebook, folder = write_quick("made", "print('seen')"), Path("runs/relative")
-    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "ok"
+    assert run_one(notebook, folder, value=3.0).status == "ok"
     assert "seen" in (folder / "log.txt").read_text() and (folder / "notebook.ipynb").is_file()
     (folder / "mine.txt").write_text("keep")
-    assert run_notebook(str(notebook), folder, {"value": 3.0}).status == "skipped"
+    assert run_one(notebook, folder, value=3.0).status == "skipped"
     first = number_of(folder)
     write_quick("made", "changed = True")
-    assert run_notebook(str(notebook), folder, {"value": 4.0}).status == "ok"
+    assert run_one(notebook, folder, value=4.0).status == "ok"
     assert number_of(folder) == first + 1 and number_of(Path("runs/relative.earlier-1")) == first
     assert Path("runs/relative.earlier-1/mine.txt").is_file() and not (folder / "mine.txt").exists()
 
@@ -221,7 +219,7 @@ def test_a_used_folder_is_never_written_into_unless_asked(write_quick, tmp_path)
     log = tmp_path / "training" / "metrics.jsonl"
     log.write_text("{}")
     with pytest.raises(KitError, match="holds no run of a notebook"):
-        run_notebook(str(write_quick("one")), tmp_path / "training")
+        run_one(write_quick("one"), tmp_path / "training")
     with pytest.raises(KitError, match="--resume"):
         list(run_pipeline(pipeline(Stage(notebook=str(write_quick("one")))), tmp_path / "training"))
     assert log.read_text() == "{}"
@@ -238,13 +236,13 @@ def test_a_failed_stage_ends_the_pipeline_which_goes_on_once_it_is_mended(write_
 def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_quick, tmp_path):
     notebook, folder, results = write_quick("made"), tmp_path / "run", []
     with lock(tmp_path / ".run.lock"):
-        waiting = threading.Thread(target=lambda: results.append(run_notebook(str(notebook), folder)))
+        waiting = threading.Thread(target=lambda: results.append(run_one(notebook, folder)))
         waiting.start()
         waiting.join(1.0)
         assert waiting.is_alive() and not folder.exists()
         folder.mkdir()
-        told = {"status": "ok", "seconds": 1.0, "error": ""}
-        write_json(folder / "stage.json", {"key": _Task("made", notebook, {}).key(), **told})
+        key = _key(NotebookTask(name="made", notebook=notebook))
+        write_json(folder / "stage.json", {"name": "made", "key": key, "status": "ok"})
         write_json(folder / "result.json", {})
     waiting.join()
     assert [result.status for result in results] == ["skipped"]

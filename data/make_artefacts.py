@@ -4,7 +4,7 @@
     umap        UMAP pictures of the digits runs, 10 minutes
     cifar10     the analysis of the CIFAR-10 runs, 15 minutes; cifar10 lies in the data folder
     digits      samples that a person reads, of both long arms: notebooks/figures/digits.png
-    evidence    the verdicts of all studies in README.md, and their picture, notebooks/figures/verdicts.png
+    evidence    the count of all verdicts in README.md, and their picture, notebooks/figures/verdicts.png
 
 Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written anew. Without a name it only does that.
 Trained runs are made by the commands in their run.json and `dispersive-kit runs export`.
@@ -47,7 +47,7 @@ from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.study.verdict import all_verdicts, evidence_markdown
+from dispersive_kit.study.verdict import all_verdicts, evidence_page, evidence_sentence
 from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
@@ -193,13 +193,15 @@ def probes(models: Mapping[str, DiT], train_set: ImageSet, test: ImageSet) -> Ne
 
 
 def evidence() -> None:
-    """Between `BEGIN` and `END` of the README; the picture carries the hash of the text that it belongs to."""
-    root, text = Path(__file__).parents[1], evidence_markdown()
+    """Between `BEGIN` and `END` of the README; the picture carries the hash of the page that it belongs to."""
+    root, said = Path(__file__).parents[1], evidence_sentence()
+    figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
+    text = f"\n{said}\n\n{figure}\n\n[All of them, one by one](notebooks/studies/README.md).\n"
     readme = root / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     style()
-    drawn_from = {"Description": hashlib.sha256(text.encode()).hexdigest()}
+    drawn_from = {"Description": hashlib.sha256(evidence_page().encode()).hexdigest()}
     verdict_forest(all_verdicts()).savefig(root / "notebooks" / "figures" / "verdicts.png", metadata=drawn_from)
 
 

@@ -25,12 +25,8 @@ def train(
     regularizer: str | None = None,
     resume: bool = False,
     data: str | None = None,
-    model: str | None = None,
     steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
     seed: int | None = None,
-    weight: float | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
 ) -> None:
     """Train a model; Ctrl-C leaves a checkpoint, and --resume goes on from it to the same bits.
@@ -41,27 +37,14 @@ def train(
         regularizer: none, paper, official-pytorch or small; that of the preset if not given.
         resume: Go on with the run in this folder; a new one is started if there is none.
         data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images or of latents.
-        model: DiT-{T,S,B,L,XL}/{1,2,4,8}, or MLP for a 2-D set.
         steps: Optimizer steps.
-        batch_size: Global batch, over all processes and accumulation.
-        learning_rate: Peak of the schedule.
         seed: Seed of the initialisation and of everything drawn.
-        weight: Weight of the regulariser (lambda).
-        set: Any other setting as NAME=VALUE, e.g. --set accumulation=2 --set regularizer.tau=0.5.
+        set: Any other setting as NAME=VALUE, e.g. --set batch_size=256 --set model=DiT-S/2 --set regularizer.tau=0.5.
     """
     from dispersive_kit.training import progress, train_preset, with_settings
     from dispersive_kit.training import train as training_steps
 
-    given = {
-        "data": data,
-        "model": model,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "regularizer.preset": regularizer,
-        "regularizer.weight": weight,
-    }
+    given = {"data": data, "steps": steps, "seed": seed, "regularizer.preset": regularizer}
     settings = {name: value for name, value in given.items() if value is not None} | dict(map(_setting, set))
     for _ in progress(training_steps(with_settings(train_preset(preset), settings), out, resume=resume)):
         pass
@@ -117,13 +100,12 @@ def sample(
 
     if (run is None) == (published is None):
         raise ConfigError("name either a run or, with --published, a checkpoint file")
-    device = this_process().device
-    source = _published(published, vae, device) if published else _trained(run, weights, vae, device)
-    net, objective, decode, name = source
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}")
+    device = this_process().device
+    net, objective, decode, name = _published(published, vae) if published else _trained(run, weights, vae)
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     settings: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
     images = generate(net.to(device), labels, objective=objective, decode=decode, **settings)
@@ -135,26 +117,28 @@ def sample(
     print(f"{num} images of {name}: {out / 'grid.png'}, {out / 'samples.npz'}")
 
 
-def _trained(run: Path | None, weights: str, vae: str | None, device: Any) -> tuple[Any, str, Any, str]:
+def _trained(run: Path | None, weights: str, vae: str | None) -> tuple[Any, str, Any, str]:
     """Model, objective, decoder and name of a run."""
     from dispersive_kit.evaluation import decoder_of
+    from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.training import load_run
 
     net, card = load_run(str(run), weights=weights)
     if len(net.sample_shape) != 3:
         raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
-    decode = decoder_of(card, device=device, path=vae)
+    decode = decoder_of(card, device=this_process().device, path=vae)
     return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
 
 
-def _published(file: Path, vae: str | None, device: Any) -> tuple[Any, str, Any, str]:
+def _published(file: Path, vae: str | None) -> tuple[Any, str, Any, str]:
     from dispersive_kit.data.autoencoders import load_autoencoder
+    from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.models.published import load_published
 
     if vae is None:
         raise ConfigError(f"{file} draws latents: name their autoencoder, such as --vae stabilityai/sd-vae-ft-ema")
     net = load_published(file)
-    return net, net.objective, load_autoencoder(vae, device=device).images, file.name
+    return net, net.objective, load_autoencoder(vae, device=this_process().device).images, file.name
 
 
 def evaluate(

@@ -48,11 +48,11 @@ def _list_runs() -> None:
     print(runs_table())
 
 
-def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
+def _export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
     """Write a run's averaged weights in half precision, with its curves and card: small enough to share.
 
     Args:
-        run: Annotated[Path, tyro.conf.Positional] of a trained run.
+        run: Folder of a trained run.
         out: Folder to write; refused if it holds something already. sample and evaluate take it like a run.
         step: A kept checkpoint; the newest if not given.
     """
@@ -84,7 +84,8 @@ def _study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
         how = "skipped, done before" if skipped else f"{result['cpu_seconds']:.0f} CPU s"
         left = f"; about {(time.monotonic() - started) / here * (total - done) / 60:.0f} min left" if here else ""
         print(f"[{done}/{total}] {cell.name}: {said} ({how}){left}", flush=True)
-    _report_study(opened, conclude(opened, folder), folder)
+    conclude(opened, folder)
+    _study_report(plan, folder)
 
 
 def _study_report(plan: Name, out: Path | None = None) -> None:
@@ -96,18 +97,13 @@ def _study_report(plan: Name, out: Path | None = None) -> None:
             runs/studies/NAME-HASH, or else the results that come with the kit.
     """
     from dispersive_kit.study.plan import load_plan
-    from dispersive_kit.study.verdict import load_results
+    from dispersive_kit.study.report import as_table
+    from dispersive_kit.study.verdict import load_results, verdict_rows, write_study_page
 
     opened = load_plan(plan)
-    _report_study(opened, load_results(opened, out), out or opened.folder)
-
-
-def _report_study(plan: Any, results: dict[str, Any], folder: Path) -> None:
-    from dispersive_kit.study.report import as_table
-    from dispersive_kit.study.verdict import verdict_rows, write_study_page
-
+    results, folder = load_results(opened, out), out or opened.folder
     folder.mkdir(parents=True, exist_ok=True)
-    page = write_study_page(plan, results, _study_figures(results, folder), folder / "report.html")
+    page = write_study_page(opened, results, _study_figures(results, folder), folder / "report.html")
     used = results["cpu_hours"]["used"]
     print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
 
@@ -146,10 +142,13 @@ def _study_list() -> None:
 
 
 def _study_table() -> None:
-    """The verdicts of all studies that come with the kit, as the README has them."""
-    from dispersive_kit.study.verdict import evidence_markdown
+    """Print all verdicts of the studies that come with the kit, and write them into notebooks/studies/README.md."""
+    from dispersive_kit.study.plan import studies_folder
+    from dispersive_kit.study.verdict import evidence_page
 
-    print(evidence_markdown())
+    page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n"
+    page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
+    print(f"{evidence_page()}\nwritten: {page}")
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
@@ -210,7 +209,7 @@ def _tasks(doc: str, **tasks: Callable[..., None]) -> Callable[..., None]:
 STUDY_COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "runs": _tasks(
-        "List the runs of notebooks and pipelines, or export one of a training.", list=_list_runs, export=export
+        "List the runs of notebooks and pipelines, or export one of a training.", list=_list_runs, export=_export
     ),
     "study": _tasks(
         "Run a pre-registered study, report one, list those that come with the kit, or show all their verdicts.",

@@ -31,6 +31,20 @@ _ABOUT_VERDICTS = (
     "Inactive: at the median step the gradient of the loss is under a thousandth of that of denoising. Margin, on the "
     "log-ratio: "
 )
+_WORDS = """
+What the words mean:
+
+- **role**: the primary and co-primary contrasts are what the study was planned to answer; the others are secondary.
+- **base, arm's**: geometric means over the runs that ended. **ratio**: arm to base over pairs of runs with the same
+  seed, with Student's 95 % interval. FD and held-out loss are better where they are lower, accuracy where it is higher.
+- **p**: exact two-sided sign-flip test on the paired log-ratios. **p adjusted**: by Holm over the secondary contrasts
+  of the same study; primary and co-primary stand alone.
+- **margin**: what was fixed before the runs as no difference, on the log-ratio: 0.05 is a factor of 1.05.
+- **equivalent**: the 90 % interval lies within the margin, even where a difference inside it is certain.
+  **better**, **worse**: not equivalent, and the adjusted p is below 0.05. **inconclusive**: none of these.
+- **crashed**: a run that broke down counts as ten times worse than its pair. **inactive**: at the median step the
+  gradient of the loss is under a thousandth of that of denoising.
+"""
 _MEASURES = {"held_out": "held-out loss", "probe": "probe accuracy"}
 
 Run = dict[str, Any]
@@ -218,7 +232,7 @@ def verdict_rows(results: Mapping[str, Any]) -> list[Row]:
     """A row for each verdict, under a header."""
     base = results["reference"]
     rows: list[Row] = [("role", "arm", "condition", "measure", base, "arm's", "ratio [95 %]", "p", "p adjusted",
-                        "margin", "verdict", "")]  # fmt: skip
+                        "margin", "verdict", "note")]  # fmt: skip
     for v in results["verdicts"]:
         means = {row["arm"]: row["values"].get(v["measure"], {}).get("mean")
                  for row in results["summary"] if row["condition"] == v["condition"]}  # fmt: skip
@@ -258,6 +272,33 @@ def evidence_sentence() -> str:
         f"than base), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a "
         f"margin fixed beforehand, {counts['inconclusive']} left open."
     )
+
+
+def evidence_page() -> str:
+    """All verdicts that come with the kit as Markdown: their number, what each word means, and a row for each."""
+    from scipy.stats import false_discovery_control
+
+    found = all_verdicts()
+    holm, fdr = _holm([v["p"] for v in found]), false_discovery_control([v["p"] for v in found])
+    kept = [sum(p < LEVEL for p in adjusted) for adjusted in (holm, fdr)]
+    header, *_ = map(verdict_rows, shipped_results().values())
+    lines = [("study", *header[0]), ["---"] * (1 + len(header[0]))]
+    lines += [(f"`{name}`", *row) for name, one in shipped_results().items() for row in verdict_rows(one)[1:]]
+    n, needed = len(found), math.ceil(1 + math.log2(len(found) / LEVEL))  # 2 / 2^pairs below LEVEL / n
+    return "\n".join([
+        "",
+        evidence_sentence(),
+        "",
+        f"- **By chance**: if no arm differed from its base, up to {LEVEL * n:.1f} of {n} would be called better or "
+        "worse, half of them better.",
+        f"- **All {n} taken together**, by the plain p: Holm's method keeps {kept[0]}, and Benjamini-Hochberg's "
+        f"{kept[1]} at a false discovery rate of {LEVEL:g}. Holm's keeps no contrast of fewer than {needed} pairs.",
+        _WORDS,
+        *(f"| {' | '.join(map(str, line))} |" for line in lines),
+        "",
+        *(f"- `{name}`: {one['title']}" for name, one in shipped_results().items()),
+        "",
+    ])  # fmt: skip
 
 
 def _run_rows(results: Mapping[str, Any]) -> list[Row]:

@@ -30,7 +30,7 @@ from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, con
 from dispersive_kit.regularizers.taps import Schedule
 from dispersive_kit.study.notebook import read_result
 from dispersive_kit.study.plan import load_plan, shipped_plans
-from dispersive_kit.study.run import _read_stage
+from dispersive_kit.study.report import read_task
 from dispersive_kit.study.verdict import shipped_results, verdicts
 from dispersive_kit.training.checkpoint import load_latest
 from dispersive_kit.training.config import TrainConfig, train_preset, with_settings

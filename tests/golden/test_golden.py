@@ -97,6 +97,6 @@ def test_a_plan_of_0_1_has_the_hash_and_the_runs_it_had():
 
 def test_the_folder_of_a_notebook_run_by_0_1_is_read(tmp_path):
     folder = shutil.copytree(FILES / "notebook-run", tmp_path / "run")
-    result, stage = kit.read_result(folder).model_dump(), kit._read_stage(folder)
-    assert result["numbers"][0]["value"] == 3.5 and stage["status"] == "ok"
-    assert result["sentences"] == ["It ran."] and stage["parameters"] == {"seed": 2}
+    result, stage = kit.read_result(folder).model_dump(), kit.read_task(folder)
+    assert result["numbers"][0]["value"] == 3.5 and stage.status == "ok"
+    assert result["sentences"] == ["It ran."] and stage.parameters == {"seed": 2}

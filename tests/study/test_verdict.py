@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 
 import numpy as np
@@ -22,7 +23,8 @@ from dispersive_kit.study.verdict import (
     _read_results,
     _sign_flip_p,
     all_verdicts,
-    evidence_markdown,
+    evidence_page,
+    evidence_sentence,
     judge_pairs,
     shipped_results,
     summary,
@@ -132,11 +134,11 @@ def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
         assert load_plan("2a-published-short").margin[measure] == margin
 
 
-def test_the_readme_has_the_verdicts_of_the_shipped_results_and_the_figure_is_drawn_from_them():
+def test_the_readme_counts_the_shipped_verdicts_and_the_figure_is_drawn_from_them():
     again = "the README is of other results: python data/make_artefacts.py evidence"
-    assert evidence_markdown() in README.read_text(), again
+    assert evidence_sentence() in README.read_text(), again
     with Image.open(studies_folder().parent / "figures" / "verdicts.png") as figure:
-        assert figure.text["Description"] == hashlib.sha256(evidence_markdown().encode()).hexdigest(), again
+        assert figure.text["Description"] == hashlib.sha256(evidence_page().encode()).hexdigest(), again
 
 
 @pytest.mark.parametrize(
@@ -148,17 +150,51 @@ def test_the_readme_has_the_held_out_losses_of_the_shipped_runs(task, prefix):
     assert row.split(" | ")[1:3] == [f"{loss:.3f}" for loss in last]
 
 
-def test_the_command_prints_the_table(capsys):
+def test_the_page_of_the_evidence_is_what_the_command_writes(capsys):
+    page = studies_folder() / "README.md"
+    before = page.read_text()
     main(["study", "table"])
-    assert evidence_markdown() in capsys.readouterr().out
+    assert evidence_page() in capsys.readouterr().out
+    assert page.read_text() == before and before.endswith(evidence_page())
+    assert len(re.findall(r"^\| `", evidence_page(), re.MULTILINE)) == len(all_verdicts()) >= 69
 
 
-def test_damaged_results_are_refused_by_file_and_field(tmp_path):
+def test_the_page_says_of_doubtful_rows_what_they_rest_on_and_counts_what_holds_over_all():
+    page = evidence_page()
+    (share,) = [line for line in page.splitlines() if "share-30" in line]
+    (crashed,) = [line for line in page.splitlines() if "| no-diagonal |" in line]
+    assert "[1.00, 1.16]" in share and "the interval includes 1" in share
+    assert "1 of 9 runs of no-diagonal crashed, counted as ten times worse" in crashed and "87.7" in crashed
+    p = sorted(v["p"] for v in all_verdicts())
+    m = len(p)
+    holm = next((i for i in range(m) if p[i] * (m - i) >= 0.05), m)
+    bh = max((i + 1 for i in range(m) if p[i] * m / (i + 1) < 0.05), default=0)
+    assert f"Holm's method keeps {holm}, and Benjamini-Hochberg's {bh} " in page
+    assert f"up to {0.05 * m:.1f} of {m} would" in page
+
+
+def test_shipped_results_hold_no_path_of_a_machine():
+    for file in [*studies_folder().glob("*.json"), *ARTEFACTS.glob("*/*.json")]:
+        assert not re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users|mnt|data)/[^\"]*", file.read_text()), file
+
+
+WHOLE = json.loads((studies_folder() / "1-noise-floor.results.json").read_text())
+DAMAGED = {
+    "cut off": ("{", "not JSON"),
+    "a list": ("[]", "valid dictionary"),
+    "too deep": ("[" * 100_000, "not JSON"),
+    "runs that are none": (json.dumps({**WHOLE, "runs": 12}), "runs = 12"),
+    "a run without values": (json.dumps({**WHOLE, "runs": [{"id": "x"}]}), "damaged.*'values'"),
+    "a verdict without a word": (json.dumps({**WHOLE, "verdicts": [{**WHOLE["verdicts"][0], "mean": "x"}]}), "damaged"),
+    "of another plan": (json.dumps({**WHOLE, "plan_sha256": "0" * 64}), "a plan is not changed after"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_results_are_refused_by_file_and_field(tmp_path, kind):
     plan, file = load_plan("1-noise-floor"), tmp_path / "results.json"
-    whole = json.loads((studies_folder() / "1-noise-floor.results.json").read_text())
-    for broken, said in (("{", "Invalid JSON"), (json.dumps({**whole, "runs": 12}), "runs = 12"),
-                         (json.dumps({**whole, "plan_sha256": "0" * 64}), "a plan is not changed after")):  # fmt: skip
-        file.write_text(broken)
-        with pytest.raises(DataError, match=said) as refusal:
-            _read_results(plan, file)
-        assert str(file) in str(refusal.value)
+    text, said = DAMAGED[kind]
+    file.write_text(text)
+    with pytest.raises(DataError, match=said) as refusal:
+        _read_results(plan, file)
+    assert str(file) in str(refusal.value)

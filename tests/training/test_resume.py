@@ -58,7 +58,8 @@ def test_a_run_stopped_between_checkpoints_resumes_to_the_same_bits_and_the_same
 
 @pytest.fixture(scope="module")
 def command(cifar_folder):
-    extra = {"digits": [], "cifar10": ["--data", "cifar10", "--model", "DiT-T/4", "--set", f"data_dir={cifar_folder}"]}
+    small = ["--data", "cifar10", "--set", "model=DiT-T/4", "--set", f"data_dir={cifar_folder}"]
+    extra = {"digits": [], "cifar10": small}
     return lambda data, out: [*COMMAND, *extra[data], "--out", out]
 
 

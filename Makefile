@@ -4,6 +4,9 @@ VENV   ?= .venv
 # Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
 TORCH_INDEX ?=
 RUN := $(VENV)/bin
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one path without spaces, and is "$(VENV)")
+endif
 
 # A machine that already has a suitable torch keeps it: the virtual environment then sees the system's packages.
 HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
@@ -16,20 +19,20 @@ help:  ## this list
 	@echo "  variables: PYTHON=python3.12, VENV=.venv, TORCH_INDEX=URL of PyTorch wheels (CPU or CUDA)"
 
 demo: $(VENV)/.notebooks  ## set up, run the main job headlessly, write runs/demo/report.html
-	$(RUN)/dispersive-kit run demo --out runs/demo --resume
+	"$(RUN)"/dispersive-kit run demo --out runs/demo --resume
 
 lab: $(VENV)/.notebooks  ## set up and open the notebooks in JupyterLab
-	$(RUN)/dispersive-kit lab
+	"$(RUN)"/dispersive-kit lab
 
 test: $(VENV)/.test  ## set up and run all tests, and every notebook in smoke mode
-	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "not long"
-	DISPERSIVE_KIT_MODE=smoke PYTHONPATH=tests $(RUN)/python -m pytest -p conftest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
+	"$(RUN)"/python -m pytest -n 2 --dist loadgroup -m "not long"
+	DISPERSIVE_KIT_MODE=smoke PYTHONPATH=tests "$(RUN)"/python -m pytest -p conftest -n 2 --nbmake --nbmake-kernel=python3 --nbmake-timeout=120 notebooks
 
 test-long: $(VENV)/.test  ## the long kill and fuzz series
-	$(RUN)/python -m pytest -n 2 --dist loadgroup -m long
+	"$(RUN)"/python -m pytest -n 2 --dist loadgroup -m long
 
 bench: $(VENV)/.test  ## every benchmark: ratios against a named alternative
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN)/python $$script || exit 1; done
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; "$(RUN)"/python $$script || exit 1; done
 
 # Needs a Python with PyTorch and pytest, and no network: that of the environment if there is one.
 GPU_PYTHON = $(if $(wildcard $(RUN)/python),$(RUN)/python,$(PYTHON))
@@ -41,32 +44,32 @@ gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/
 	$(GPU_PYTHON) tests/benchmarks/bench_gpu.py && exit $$tests
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
-	$(RUN)/mypy
-	$(RUN)/lint-imports
+	"$(RUN)"/ruff check .
+	"$(RUN)"/ruff format --check .
+	"$(RUN)"/mypy
+	"$(RUN)"/lint-imports
 
 clean:  ## remove the environment, caches and the demo run; other runs and data/ stay
-	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf "$(VENV)" runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/constraints.txt: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@if $(HAS_TORCH); then \
 	  echo "keeping the torch of $(PYTHON)"; \
-	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -vE '^(torch|torchvision)==' constraints.txt > $@; \
+	  $(PYTHON) -m venv --system-site-packages "$(VENV)" && grep -vE '^(torch|torchvision)==' constraints.txt > "$@"; \
 	else \
-	  $(PYTHON) -m venv $(VENV) && cp constraints.txt $@ && \
-	  { [ -z "$(TORCH_INDEX)" ] || $(RUN)/pip install -q -c $@ --index-url "$(TORCH_INDEX)" torch torchvision; }; \
+	  $(PYTHON) -m venv "$(VENV)" && cp constraints.txt "$@" && \
+	  { [ -z "$(TORCH_INDEX)" ] || "$(RUN)"/pip install -q -c "$@" --index-url "$(TORCH_INDEX)" torch torchvision; }; \
 	fi
 
 $(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
 	@echo "installing the kit and its extras for notebooks into $(VENV) (some minutes, some GB: PyTorch is among it)"
-	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[notebooks,latents]'
-	@mkdir -p $(VENV)/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
-	@touch $@
+	"$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" -e '.[notebooks,latents]'
+	@mkdir -p "$(VENV)"/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > "$(VENV)"/share/jupyter/lab/settings/overrides.json
+	@touch "$@"
 
 $(VENV)/.test: $(VENV)/.notebooks
-	$(RUN)/pip install -q -c $(VENV)/constraints.txt -e '.[test]'
-	@touch $@
+	"$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" -e '.[test]'
+	@touch "$@"

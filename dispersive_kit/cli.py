@@ -14,7 +14,7 @@ import tyro
 
 from dispersive_kit import __version__
 from dispersive_kit.cli_study import STUDY_COMMANDS
-from dispersive_kit.errors import ConfigError, DataError, KitError
+from dispersive_kit.errors import ConfigError, DataError, KitError, printable
 
 Folder = Annotated[Path, tyro.conf.Positional]
 
@@ -322,10 +322,10 @@ def main(args: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dispersive-kit", description=DESCRIPTION, args=args)
         _part_from_the_others()
     except KitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:  # a folder that is a file, that may not be written, a full disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted; go on with the same command, and --resume where it has that", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from dispersive_kit.errors import DataError, KitError
+from dispersive_kit.errors import DataError, KitError, printable
 
 Name = Annotated[str, tyro.conf.Positional]
 
@@ -75,7 +75,7 @@ def _study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
     opened = load_plan(plan)
     folder = out or opened.folder
     total = len(opened.tuning_cells()) + len(opened.cells())
-    print(f"{opened.title}\nplan {opened.name}, sha256 {opened.sha256[:16]}; runs in {folder}")
+    print(printable(f"{opened.title}\nplan {opened.name}, sha256 {opened.sha256[:16]}; runs in {folder}"))
     print(f"{total} runs, {workers} at once; the plan states {opened.cpu_hours:g} CPU hours", flush=True)
     started, done, here = time.monotonic(), 0, 0
     for cell, result, skipped in run_study(opened, folder, workers=workers):

@@ -31,6 +31,11 @@ class DispersiveError(KitError, RuntimeError):
     """Dispersive Loss cannot work as attached or called; the message names the tap and the cure."""
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere, such as the name of a file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
 def form_error(
     fault: "ValidationError", where: str, kind: type[KitError] = ConfigError, known: Iterable[str] = ()
 ) -> KitError:

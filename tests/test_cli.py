@@ -189,7 +189,7 @@ def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
     said = refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path / "nothing")
     assert "no results yet" in said and str(tmp_path / "nothing") in said
     (tmp_path / "results.json").write_text("{}")
-    assert "is damaged" in refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path)
+    assert "Field required" in refused(capsys, "study", "report", "1-noise-floor", "--out", tmp_path)
 
 
 def test_a_command_leaves_the_group_of_its_processes_as_it_ends():

@@ -13,6 +13,7 @@ from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import Type, default
 
+from dispersive_kit.study.machine import require_home
 from dispersive_kit.study.notebook import notebooks_folder
 
 CONSOLE = "voila/render/90_lecture_console.ipynb"
@@ -74,6 +75,7 @@ def serve_lab(port: int, *, browser: bool, page: str = "lab") -> None:
 
     page: what the browser opens: JupyterLab, or `CONSOLE`, which Voila serves on the same server behind the same token.
     """
+    require_home()
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)

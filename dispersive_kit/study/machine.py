@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 from dispersive_kit.data import data_folder
 from dispersive_kit.data.files import free_bytes, versions
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.study.notebook import PACKAGE, runs_folder
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ def examine() -> list[Finding]:
     """Look at packages, kernel, device, memory, folders and data; takes a few seconds and changes nothing."""
     checks: dict[str, Callable[[], tuple[bool, str, str]]] = {
         "packages": _packages,
+        "home folder": lambda: (True, str(require_home()), ""),
         "notebook kernel": _kernel,
         "device": _device,
         "memory": _memory,
@@ -91,9 +92,23 @@ def examine() -> list[Finding]:
         try:
             findings.append(Finding(name, *check()))
         except Exception as fault:  # whatever is wrong with a machine, the other checks are still made
-            said = f"this could not be looked at: {type(fault).__name__}: {fault}"
+            said = str(fault) if isinstance(fault, KitError) else f"{type(fault).__name__}: {fault}"
             findings.append(Finding(name, False, said, "put right what the error names, then run doctor again"))
     return findings
+
+
+def require_home() -> Path:
+    """The home folder, where Jupyter keeps its files.
+
+    Raises:
+        ConfigError: there is none, as for a user id that the system does not know.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as fault:
+        raise ConfigError(
+            f"Jupyter keeps its files in a home folder ({fault}): set HOME, as in HOME=/tmp/me"
+        ) from fault
 
 
 def _packages() -> tuple[bool, str, str]:

@@ -8,7 +8,9 @@
 `finish` writes result.json, which pipelines and their report read.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import time
@@ -29,6 +31,7 @@ MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every noteb
 Mode = Literal["smoke", "class", "full"]
 
 
+_MOST_VALUES = 100_000  # in a plan or a pipeline
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]  # of a folder: it leads nowhere else
 F = TypeVar("F", bound=BaseModel)
 
@@ -137,13 +140,17 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """An alias stands for one value: nested ones turn eight lines into a billion values, or into a list of itself."""
+    """Counts values with aliases written out: eight lines of nested ones are a billion, and a list may hold itself."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        if alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.YAMLError(f"an alias stands for a list or a mapping{node.start_mark}: write its content out")
+        is_alias = self.check_event(yaml.AliasEvent)
+        node: Any = super().compose_node(parent, index)
+        if not is_alias:
+            kind = type(node)
+            inside = itertools.chain(*node.value) if kind is yaml.MappingNode else node.value
+            node.size = 1 if kind is yaml.ScalarNode else 1 + sum(one.size for one in inside)
+        if getattr(node, "size", math.inf) > _MOST_VALUES:
+            raise yaml.YAMLError(f"it holds itself, or more than {_MOST_VALUES:,} values with its aliases written out")
         return node
 
 
@@ -197,6 +204,22 @@ def notebooks_folder() -> Path:
     """The notebooks of a checkout, or those inside the installed package."""
     inside = PACKAGE / "notebooks"
     return inside if inside.is_dir() else PACKAGE.parent / "notebooks"
+
+
+def read_notebook(file: Path) -> Any:
+    """A notebook as nbformat has it.
+
+    Raises:
+        DataError: the file is none.
+    """
+    import nbformat
+
+    try:
+        document = nbformat.read(file, as_version=4)
+        nbformat.validate(document)
+    except Exception as fault:  # nbformat's own, of JSON, or of whatever it met while it read
+        raise DataError(f"{file} is not a notebook: {type(fault).__name__}: {fault!s:.200}") from fault
+    return document
 
 
 def find_notebook(name: str, beside: Path | None = None) -> Path:

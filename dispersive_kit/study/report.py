@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from dispersive_kit.data.files import lock
-from dispersive_kit.errors import DataError, KitError
-from dispersive_kit.study.notebook import Result, read_form, read_result, runs_folder
+from dispersive_kit.errors import DataError, KitError, printable
+from dispersive_kit.study.notebook import Result, read_form, read_notebook, read_result, runs_folder
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
@@ -76,16 +76,18 @@ def _result(task: NotebookTask) -> Result | None:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """Rows as text in columns."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    """Rows as text in columns, without what a terminal would obey."""
+    cells = [[printable(str(cell)).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def runs_table() -> str:
     """All runs of notebooks in the runs folder. The folders are the registry: it is never out of date."""
     place, rows = runs_folder(), [["run", "status", "mode", "time", "started", "code", "device"]]
-    for folder in sorted(file.parent for file in place.rglob("stage.json")):
+    walked = os.walk(place, onerror=_unlisted) if place.exists() else ()
+    for folder in sorted(Path(at) for at, _, files in walked if "stage.json" in files):
         name = folder.relative_to(place).as_posix()
         try:
             task = read_task(folder)
@@ -101,6 +103,10 @@ def runs_table() -> str:
         code, device = (str(task.environment.get(name) or "") for name in ("commit", "device"))
         rows.append([name, status, str(task.parameters.get("mode", "")), seconds, started, code[:9], device])
     return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
+
+
+def _unlisted(fault: OSError) -> None:
+    raise DataError(f"{fault.filename} cannot be listed ({fault.strerror}), so runs in it would be left out")
 
 
 def html_table(rows: Sequence[Row]) -> str:
@@ -144,10 +150,9 @@ def write_notebook_page(notebook: Path) -> None:
     """Write NOTEBOOK.html beside an executed notebook, if it is there; formulas stand as they were typed."""
     if not notebook.is_file():
         return
-    import nbformat
     from nbconvert import HTMLExporter
 
-    document = nbformat.read(notebook, as_version=4)
+    document = read_notebook(notebook)
     document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
@@ -179,12 +184,10 @@ def write_report(results: Sequence[NotebookTask], out: Path, *, title: str, subt
 
 def _of_one_run(run: NotebookTask) -> tuple[list[str], list[Row]]:
     """Parts of the page, and the numbers."""
-    import nbformat
-
     if not (result := _result(run)):
         return [], []
     smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
-    cells = nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells
+    cells = read_notebook(run.folder / "notebook.ipynb").cells
     pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     checks = "\n".join(f"{check['promise']}  {check['detail']}" for check in result.checks)
     records = [number.record for number in result.numbers if number.record]

@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 
 from dispersive_kit.data.files import lock, write_json
-from dispersive_kit.errors import ConfigError, DataError, KitError
+from dispersive_kit.errors import ConfigError, DataError, KitError, printable
 from dispersive_kit.study import notebook as nb
-from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, package_hash
+from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, package_hash, require_home
 from dispersive_kit.study.report import NotebookTask, as_table, read_task, write_notebook_page, write_report
 
 _SHIPPED = {file.stem: file for file in sorted((nb.PACKAGE / "study" / "pipelines").glob("*.yaml"))}
@@ -73,9 +73,11 @@ def run(
     pipeline = _open(name, parameters, {field: value for field, value in changes.items() if value is not None})
     folder, ended = out or nb.runs_folder() / pipeline.file.stem, []
     total = sum(map(len, _plan(pipeline, folder)))
+    require_home()
+    print(printable(f"{total} runs of notebooks, {pipeline.mode} mode, into {folder}"), flush=True)
     for task in run_pipeline(pipeline, folder, resume=resume):
         ended.append(task)
-        print(f"[{len(ended)}/{total}] {task.name}: {task.status} ({task.seconds:.0f} s)", flush=True)
+        print(printable(f"[{len(ended)}/{total}] {task.name}: {task.status} ({task.seconds:.0f} s)"), flush=True)
     subtitle = f"dispersive-kit run {name}, {pipeline.mode} mode: {len(ended)} of {total} runs"
     page, numbers = write_report(ended, folder, title=pipeline.title, subtitle=subtitle)
     print(f"\n{as_table(numbers)}\n\nreport: {page}")
@@ -136,6 +138,7 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
     """
     import papermill
 
+    nb.read_notebook(notebook)  # papermill ends in errors of its own
     declared = {name: one["default"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
     declared.pop("out", None)
     checked = {}

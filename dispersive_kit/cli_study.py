@@ -97,8 +97,8 @@ def _study_report(plan: Name, out: Path | None = None) -> None:
             runs/studies/NAME-HASH, or else the results that come with the kit.
     """
     from dispersive_kit.study.plan import load_plan
-    from dispersive_kit.study.report import as_table
-    from dispersive_kit.study.verdict import load_results, verdict_rows, write_study_page
+    from dispersive_kit.study.report import as_table, write_study_page
+    from dispersive_kit.study.verdict import load_results, verdict_rows
 
     opened = load_plan(plan)
     results, folder = load_results(opened, out), out or opened.folder

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field
 from dispersive_kit.data.files import lock
 from dispersive_kit.errors import DataError, KitError, printable
 from dispersive_kit.study.notebook import Result, read_form, read_notebook, read_result, runs_folder
+from dispersive_kit.study.plan import Plan
+from dispersive_kit.study.verdict import WORDS, verdict_rows
 
 # A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
@@ -109,7 +111,7 @@ def _unlisted(fault: OSError) -> None:
     raise DataError(f"{fault.filename} cannot be listed ({fault.strerror}), so runs in it would be left out")
 
 
-def html_table(rows: Sequence[Row]) -> str:
+def _html_table(rows: Sequence[Row]) -> str:
     """Rows as HTML: numbers stand right, a column in which nothing stands is left out, a word is its own class."""
     head, *body = rows
     shown = [i for i in range(len(head)) if any(row[i] not in ("", None) for row in body)]
@@ -125,23 +127,23 @@ def _cell(content: Any) -> str:
     return f'<td class="{kind}">' + (f'<a href="{html.escape(address)}">{text}</a>' if address else text) + "</td>"
 
 
-def folded(summary: str, content: str) -> str:
+def _folded(summary: str, content: str) -> str:
     """A part of a page that is folded away; content: HTML, and without any there is no part."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>" if content else ""
 
 
-def quoted(text: str, kind: str = "pre") -> str:
+def _quoted(text: str, kind: str = "pre") -> str:
     """Plain text as an element of HTML."""
     tag, _, style = kind.partition(".")
     return f'<{tag} class="{style}">{html.escape(text)}</{tag}>' if text else ""
 
 
-def write_page(file: Path, title: str, *parts: str) -> Path:
+def _write_page(file: Path, title: str, *parts: str) -> Path:
     """Write a page of parts, which are HTML; returns `file`."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{html.escape(title)}</title>'
     head += f"<style>{_STYLE}</style>"
-    body = "\n".join([quoted(title, "h1"), *filter(None, parts)])
+    body = "\n".join([_quoted(title, "h1"), *filter(None, parts)])
     file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', "utf-8")
     return file
 
@@ -157,7 +159,7 @@ def write_notebook_page(notebook: Path) -> None:
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
-    write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
+    _write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
 
 
 def write_report(results: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
@@ -172,14 +174,14 @@ def write_report(results: Sequence[NotebookTask], out: Path, *, title: str, subt
         overview.append(((f"#{name}", name), runs[0].status if link else status, took, link))
         parts.append(f'<h2 id="{name}">{name}</h2>')
         for run in (run for run in runs if run.error):
-            parts += [quoted(f"{run.name}: {run.error}", "p.failed"), folded("traceback", quoted(run.traceback))]
+            parts += [_quoted(f"{run.name}: {run.error}", "p.failed"), _folded("traceback", _quoted(run.traceback))]
         shown, rows = _of_grid(runs, out) if "/" in runs[0].name else _of_one_run(runs[0])
         parts += shown
         told += rows
     if found := results[0].environment if results else {}:
         names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
-        parts.append(quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet"))
-    return write_page(out / "report.html", title, quoted(subtitle, "p.quiet"), html_table(overview), *parts), told
+        parts.append(_quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet"))
+    return _write_page(out / "report.html", title, _quoted(subtitle, "p.quiet"), _html_table(overview), *parts), told
 
 
 def _of_one_run(run: NotebookTask) -> tuple[list[str], list[Row]]:
@@ -193,12 +195,12 @@ def _of_one_run(run: NotebookTask) -> tuple[list[str], list[Row]]:
     records = [number.record for number in result.numbers if number.record]
     rows = [_number_row(number.name, number.value, number.record or {}, number.note) for number in result.numbers]
     parts = [
-        *(quoted(sentence, "p") for sentence in result.sentences),
-        quoted(smoke, "p.quiet"),
-        html_table([_NUMBERS, *rows]),
+        *(_quoted(sentence, "p") for sentence in result.sentences),
+        _quoted(smoke, "p.quiet"),
+        _html_table([_NUMBERS, *rows]),
         *(figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)),
-        folded(f"{len(result.checks)} checks passed", quoted(checks)),
-        folded("records: how each number was measured", quoted(json.dumps(records, indent=1) if records else "")),
+        _folded(f"{len(result.checks)} checks passed", _quoted(checks)),
+        _folded("records: how each number was measured", _quoted(json.dumps(records, indent=1) if records else "")),
     ]
     return parts, rows
 
@@ -213,17 +215,17 @@ def _of_grid(runs: Sequence[NotebookTask], out: Path) -> tuple[list[str], list[R
     for run in runs:
         result = _result(run)
         if run.error or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
-            parts.append(quoted(f"left out: {run.name}: {f'failed: {run.error}' if run.error else 'smoke mode'}", "p"))
+            parts.append(_quoted(f"left out: {run.name}: {f'failed: {run.error}' if run.error else 'smoke mode'}", "p"))
             continue
         point = ", ".join(f"{name} = {run.parameters[name]}" for name in varied if name != "seed")
         for number in result.numbers:
             points.setdefault(point, {}).setdefault(number.name, []).append(number.value)
     for point, values in points.items():
         rows = [_number_row(name, *_mean(x), f"mean of {len(x)}") for name, x in values.items()]
-        parts += [quoted(point, "h3"), html_table([_NUMBERS, *rows])]
+        parts += [_quoted(point, "h3"), _html_table([_NUMBERS, *rows])]
         told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
     table = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
-    return [*parts, folded(f"the {len(runs)} runs; intervals: Student's t, over seeds", html_table(table))], told
+    return [*parts, _folded(f"the {len(runs)} runs; intervals: Student's t, over seeds", _html_table(table))], told
 
 
 def _mean(x: list[float]) -> tuple[float, dict[str, float]]:
@@ -245,3 +247,24 @@ def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> R
 
 def _link(run: NotebookTask, out: Path, text: str) -> tuple[str, str]:
     return f"{os.path.relpath(run.folder, out)}/notebook.html", text
+
+
+def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
+    """Write the page of a study; figures are HTML. Returns `file`."""
+    hours = results["cpu_hours"]
+    of = (
+        f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
+        f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned. Margin: {plan.margin_from}"
+    )
+    details = {"how it was measured": "record", "numbers that describe each arm": "summary",
+               "code and machine": "environments", f"{len(results['runs'])} runs": "runs"}  # fmt: skip
+    return _write_page(
+        file,
+        results["title"],
+        _quoted(results["question"], "p") + _quoted(of, "p.quiet"),
+        _html_table(verdict_rows(results)),
+        *figures,
+        _folded("what the words mean", _quoted(WORDS.replace("*", ""))),
+        _folded("the plan", _quoted(plan.file.read_text(encoding="utf-8"))),
+        *(_folded(title, _quoted(json.dumps(results[part], indent=1))) for title, part in details.items()),
+    )

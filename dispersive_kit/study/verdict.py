@@ -6,7 +6,6 @@ difference, log 2 is twice the value.
 
 import functools
 import itertools
-import json
 import math
 import statistics
 from collections import Counter
@@ -21,17 +20,10 @@ from pydantic import BaseModel
 from dispersive_kit.errors import DataError
 from dispersive_kit.study.notebook import read_form
 from dispersive_kit.study.plan import DIRECTION, LEVEL, Contrast, Plan, load_plan, shipped_plans, studies_folder
-from dispersive_kit.study.report import Row, folded, html_table, quoted, write_page
 
 CRASH = math.log(10)  # a run that crashed counts as ten times worse than its pair
 _INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser did nothing
-_ABOUT_VERDICTS = (
-    "Exact sign-flip test on paired log-ratios, two-sided; secondaries adjusted by Holm. The interval is Student's on "
-    "the log-ratio, given as a ratio. Equivalent: the 90 % interval lies within the margin (two one-sided t-tests). "
-    "Inactive: at the median step the gradient of the loss is under a thousandth of that of denoising. Margin, on the "
-    "log-ratio: "
-)
-_WORDS = """
+WORDS = """
 What the words mean:
 
 - **role**: the primary and co-primary contrasts are what the study was planned to answer; the others are secondary.
@@ -196,7 +188,7 @@ def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
     missing = f"{plan.name} has no results yet, {file} is not there: dispersive-kit study run {plan.called} writes it"
     results = read_form(file, _Results, missing, DataError).model_dump()
     try:
-        verdict_rows(results), _run_rows(results)
+        verdict_rows(results), [(run["id"], run["values"].items(), run["described"]) for run in results["runs"]]
     except (LookupError, TypeError, ValueError) as fault:
         raise DataError(f"{file} is damaged, a verdict or run is of another form: {fault!r}") from fault
     if results["plan_sha256"] != plan.sha256:
@@ -228,11 +220,11 @@ def all_verdicts() -> list[dict[str, Any]]:
     return found
 
 
-def verdict_rows(results: Mapping[str, Any]) -> list[Row]:
+def verdict_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each verdict, under a header."""
     base = results["reference"]
-    rows: list[Row] = [("role", "arm", "condition", "measure", base, "arm's", "ratio [95 %]", "p", "p adjusted",
-                        "margin", "verdict", "note")]  # fmt: skip
+    columns = ("measure", base, "arm's", "ratio [95 %]", "p", "p adjusted", "margin", "verdict", "note")
+    rows: list[tuple[str, ...]] = [("role", "arm", "condition", *columns)]
     for v in results["verdicts"]:
         means = {row["arm"]: row["values"].get(v["measure"], {}).get("mean")
                  for row in results["summary"] if row["condition"] == v["condition"]}  # fmt: skip
@@ -293,40 +285,9 @@ def evidence_page() -> str:
         "worse, half of them better.",
         f"- **All {n} taken together**, by the plain p: Holm's method keeps {kept[0]}, and Benjamini-Hochberg's "
         f"{kept[1]} at a false discovery rate of {LEVEL:g}. Holm's keeps no contrast of fewer than {needed} pairs.",
-        _WORDS,
+        WORDS,
         *(f"| {' | '.join(map(str, line))} |" for line in lines),
         "",
         *(f"- `{name}`: {one['title']}" for name, one in shipped_results().items()),
         "",
     ])  # fmt: skip
-
-
-def _run_rows(results: Mapping[str, Any]) -> list[Row]:
-    """A row for each run, under a header."""
-    measures = list(dict.fromkeys(name for run in results["runs"] for name in run["values"]))
-    rows: list[Row] = [("id", "status", *measures, "CPU s")]
-    for run in results["runs"]:
-        shown = (f"{run['values'][name]:.4g}" if name in run["values"] else "" for name in measures)
-        rows.append((run["id"], f"{run['status']} {run['error']}", *shown, f"{run['cpu_seconds']:.0f}"))
-    return rows
-
-
-def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
-    """Write the page of a study; figures are HTML. Returns `file`."""
-    hours, record = results["cpu_hours"], results["record"]
-    of = (
-        f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
-        f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned."
-    )
-    return write_page(
-        file,
-        results["title"],
-        quoted(results["question"], "p") + quoted(of, "p.quiet"),
-        html_table(verdict_rows(results)) + quoted(_ABOUT_VERDICTS + plan.margin_from, "p.quiet"),
-        *figures,
-        folded("the plan", quoted(plan.file.read_text(encoding="utf-8"))),
-        folded("how it was measured", quoted(json.dumps(record, indent=1))),
-        folded("numbers that describe each arm", quoted(json.dumps(results["summary"], indent=1))),
-        folded("code and machine", quoted(json.dumps(results["environments"], indent=1))),
-        folded(f"{len(results['runs'])} runs", html_table(_run_rows(results))),
-    )

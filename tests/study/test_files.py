@@ -53,6 +53,7 @@ def test_small_aliases_are_allowed_and_a_missing_file_is_named(tmp_path):
 
 
 BAD_JSON = ["", "{", "[]", "12", "null", '{"name": 3, "notebook": []}', "[" * 100_000, "\x00"]
+BAD_JSON += ['{"name": "n", "notebook": "n", "mode": "full", "status": "ok", "seconds": "NaN or less"}']
 
 
 @pytest.mark.parametrize("text", BAD_JSON)

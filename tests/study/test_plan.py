@@ -109,15 +109,6 @@ def test_a_faulty_plan_is_refused_by_file_and_name(load, fault):
         load(changes)
 
 
-def test_a_plan_is_plain_values_and_no_code(tmp_path):
-    file = tmp_path / "bad.yaml"
-    file.write_text("title: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ConfigError, match="not YAML of plain values"):
-        load_plan(str(file))
-    with pytest.raises(ConfigError, match=r"no plan 'nowhere'.* shipped are: 1-noise-floor"):
-        load_plan("nowhere")
-
-
 LATER = {
     "warm-up": {"regularizer.schedule": "warmup", "regularizer.schedule_steps": 100},
     "another block": {"regularizer.at": "blocks.2"},

@@ -76,7 +76,7 @@ def test_equivalence_is_the_ninety_percent_interval_within_the_margin():
 @pytest.mark.parametrize(
     ("shift", "spread", "better", "word"),
     [(1.0, 0.1, -1, "worse"), (-1.0, 0.1, -1, "better"), (1.0, 0.1, 1, "better"), (0.0, 0.01, -1, "equivalent"),
-     (0.05, 0.01, -1, "equivalent"), (0.0, 0.5, -1, "inconclusive")],
+     (0.05, 0.01, -1, "equivalent"), (0.0, 0.5, -1, "inconclusive"), (0.0, 0.11, -1, "inconclusive")],
 )  # fmt: skip
 def test_one_word_for_each_situation(shift, spread, better, word):
     assert judge_pairs(shift + spread * six, better=better, margin=0.1)["word"] == word

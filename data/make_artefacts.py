@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from dispersive_kit.analysis import (
 )
 from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.data import ImageSet, load_images, to_uint8
-from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
+from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256, list_folder
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.models.dit import DiT
@@ -221,9 +221,15 @@ def flat(tree: Nested, above: str = "") -> dict[str, Any]:
     return found
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """At any depth; a folder that cannot be listed is an error, and not empty."""
+    for path in list_folder(folder):
+        yield from files_below(path) if path.is_dir() else [path]
+
+
 def seal(folder: Path) -> None:
     """List every file of a folder with its sha256."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SUMS)
+    files = sorted(file for file in files_below(folder) if file.name != SUMS)
     lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     with atomic_write(folder / SUMS) as partial:
         partial.write_text("".join(lines))

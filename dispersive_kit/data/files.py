@@ -43,6 +43,15 @@ def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(what: Path) -> Iterator[None]:
+    """Turn a disk that cannot be read into the error that names the file or folder: it does not mean nothing there."""
+    try:
+        yield
+    except OSError as fault:
+        raise DataError(f"{what} cannot be read ({fault.strerror}): see to the disk and to who may read it") from fault
+
+
+@contextlib.contextmanager
 def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Path]:
     """The name under which to write a file or a folder, which gets its own name once all of it is on the disk.
 
@@ -125,9 +134,8 @@ def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataEr
 def read_form(file: Path, form: type[Form], cure: str) -> Form:
     """A JSON file in a form that pydantic knows; DataError names the field that does not fit, and the cure."""
     try:
-        return TypeAdapter(form).validate_python(json.loads(file.read_text()))
-    except OSError as fault:
-        raise DataError(f"{file} cannot be read: {fault}") from fault
+        with reading(file):
+            return TypeAdapter(form).validate_python(json.loads(file.read_text()))
     except ValidationError as fault:
         raise DataError(f"{form_error(fault, f'{file} is damaged')}. {cure}") from fault
     except (ValueError, RecursionError) as fault:
@@ -135,13 +143,10 @@ def read_form(file: Path, form: type[Form], cure: str) -> Form:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted; nothing if it is not there, and DataError where that cannot be known."""
-    try:
+    """What lies in a folder, sorted; nothing if it is no folder, and DataError where that cannot be known."""
+    with reading(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as fault:
-        raise DataError(f"{folder} cannot be listed ({fault.strerror}): see to the disk and its rights") from fault
+    return []
 
 
 def require_writable(file: Path) -> None:
@@ -180,8 +185,10 @@ def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
             state = (folder / file).stat()
             if ".." in Path(file).parts or _sha256(folder / file, state.st_mtime_ns, state.st_size) != digest:
                 raise DataError(f"{folder / file} is not the file that {SUMS} lists: {cure}")
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} is missing: {cure}") from error
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder} is missing or cannot be read ({error.strerror}): {cure}"
+        ) from error
     if not own:
         raise DataError(f"no artefact {name!r} is listed in {folder / SUMS}")
     return folder / name

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dispersive_kit.data.files import reading
 from dispersive_kit.errors import ConfigError, DataError
 
 WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
@@ -82,9 +83,8 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
             below = sorted(os.scandir(path), key=lambda entry: entry.name) if stat.S_ISDIR(found.st_mode) else []
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP) or not path.is_symlink():
-                raise DataError(
-                    f"{path} cannot be listed ({error.strerror}): see to the disk and its rights"
-                ) from error
+                with reading(path):
+                    raise
             files += [name] if is_image else []  # a link that leads nowhere: its reader says so
             continue
         if (found.st_dev, found.st_ino) in seen:
@@ -105,8 +105,9 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
 
 def _class_of(file: str) -> str:
     first, slash, _ = file.partition("/")
-    first = first.encode(errors="backslashreplace").decode()  # what is not UTF-8 can be opened, but not printed
-    return first if slash else "image"  # a flat folder is one class
+    if not slash:
+        return "image"  # a flat folder is one class
+    return first if first.isprintable() else repr(first)[1:-1]  # what is not UTF-8 can be opened, but not printed
 
 
 @dataclass(frozen=True)

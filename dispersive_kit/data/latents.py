@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import Autoencoder, AutoencoderCard
-from dispersive_kit.data.files import file_sha256, list_folder, read_form
+from dispersive_kit.data.files import file_sha256, list_folder, read_form, reading
 from dispersive_kit.data.images import to_uint8
 from dispersive_kit.errors import DataError
 
@@ -141,7 +141,7 @@ class LatentStore:
     def verify(self) -> None:
         """Read every shard and compare its checksum with the spec; DataError names those that are damaged."""
         shards, title = self.spec.shards, f"verifying {self.path.name}"
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(8) as pool, reading(self.path):
             hashes = pool.map(lambda shard: file_sha256(self.path / shard.file), shards)
             found = list(tqdm(hashes, title, len(shards), leave=False, disable=None))  # None: on a terminal only
         if faults := [s.file for s, digest in zip(shards, found, strict=True) if digest != s.sha256]:
@@ -175,14 +175,17 @@ class LatentStore:
 def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
     """`posterior` and `labels` of one file, as tensors that lie on the disk."""
     file = folder / shard.file
-    if not file.is_file():
-        raise DataError(f"{file} is missing. Give the encode command again")
-    if file.stat().st_size != shard.bytes:
-        raise DataError(f"{file} is truncated: {file.stat().st_size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
+    with reading(file):
+        if not file.is_file():
+            raise DataError(f"{file} is missing. Give the encode command again")
+        size = file.stat().st_size
+    if size != shard.bytes:
+        raise DataError(f"{file} is truncated: {size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
     row = (1 + spec.flip, 2, *spec.shape)
     wanted = {"posterior": (getattr(torch, spec.dtype), (shard.rows, *row)), "labels": (torch.int64, (shard.rows,))}
     try:
-        found = load_file(file)
+        with reading(file):
+            found = load_file(file)
         if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch has not

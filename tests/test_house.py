@@ -79,6 +79,15 @@ BUDGET = {
 }
 
 
+def test_a_broad_except_says_why_it_is_one():
+    """And shows the error that it caught; mutation: one without its comment."""
+    for file, lines in lines_of((ROOT / "dispersive_kit").rglob("*.py")).items():
+        for number, line in enumerate(lines):
+            if re.match(r"\s*except( (Base)?Exception| RuntimeError)?( as \w+)?:", line):
+                assert "  # " in line or lines[number + 1].strip() == "raise", f"{file}:{number + 1}"
+                assert re.search(r"\{error|error\)|format_exc|raise$", "\n".join(lines[number + 1 : number + 5])), file
+
+
 def lines_of(files):
     return {file: file.read_text(encoding="utf-8").splitlines() for file in files}
 

@@ -73,7 +73,8 @@ class Autoencoder:
         self.network, self.device = network, device
         kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
         try:
-            self.card = AutoencoderCard(name, kind, _weights_sha256(network), network.scale, network.shift)
+            card = {"kind": kind, "weights_sha256": _weights_sha256(network)}
+            self.card = AutoencoderCard(id=name, **card, scale=network.scale, shift=network.shift)
         except ValidationError as error:
             raise form_error(error, f"autoencoder {name}") from error
 

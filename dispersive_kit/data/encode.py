@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass as checked
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -33,17 +34,25 @@ from dispersive_kit.data.latents import (
     REPAIR,
     SPEC,
     LatentStore,
-    Record,
     ShardCard,
     Spec,
-    mean_and_std,
-    moments,
 )  # fmt: skip
 from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
 READERS, READ_AHEAD = 4, 64  # threads that read and crop, and images that wait for the autoencoder
 Progress = Callable[[int, int], None]  # of images done by all processes, and of all images
+
+
+@checked(frozen=True)
+class _Record:
+    """What is known of one shard once it is made."""
+
+    card: ShardCard
+    moments: dict[str, Any]
+    class_counts: dict[str, int]
+    odd: dict[str, int]
+    left_out: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,15 @@ class Encoder:
 
     def begin(self) -> None:
         """Write the plan, or compare it with that of the process that was first."""
-        store, file = self.store, self.store / RECORDS / PLAN
+        store, file, plan = self.store, self.store / RECORDS / PLAN, self.plan
         if list_folder(store) not in ([], [file.parent]) and file not in list_folder(file.parent):
             raise ConfigError(f"{store} is not empty and holds no store that was begun; choose another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         with lock(file.with_name("plan.lock")):
             if not file.exists():  # of two that begin at once, one writes
-                write_json(file, self.plan | {"transparency": ON_WHITE})
+                write_json(file, plan | {"transparency": ON_WHITE})
         begun = read_form(file, dict[str, Any], "Choose another folder")
-        if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in self.plan.items() if begun.get(k) != v]:
+        if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in plan.items() if begun.get(k) != v]:
             raise ConfigError(
                 f"{store} was begun with other settings or images, and cannot be gone on with:\n  "
                 + "\n  ".join(changed)
@@ -163,7 +172,7 @@ class Encoder:
             partial.write_bytes(content)
         card = ShardCard(shard, len(labels), len(content), hashlib.sha256(content).hexdigest())
         counts = Counter(self.folder.classes[label] for label in labels)
-        record = Record(card, moments(posterior), counts, odd, left_out)
+        record = _Record(card, _moments(posterior), counts, odd, left_out)
         write_json(self.store / RECORDS / f"{shard}.json", asdict(record))
 
     def _read_ahead(self, pool: ThreadPoolExecutor, files: tuple[str, ...]) -> Iterator[ImageFile]:
@@ -196,13 +205,13 @@ class Encoder:
 
     def finish(self) -> None:
         """Write spec.json from the records of all shards, unless it says just that already."""
-        records = [read_form(self.store / RECORDS / f"{shard}.json", Record, REPAIR) for shard in self.shards]
+        records = [read_form(self.store / RECORDS / f"{shard}.json", _Record, REPAIR) for shard in self.shards]
         left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
         if not any(record.card.rows for record in records):
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
-        mean, std = mean_and_std(record.moments for record in records)
+        mean, std = _mean_and_std(record.moments for record in records)
         fields = self.plan | {"channel_mean": mean, "channel_std": std, "shards": [record.card for record in records]}
         fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         fields["class_counts"] = [counts[name] for name in self.folder.classes]
@@ -246,6 +255,23 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
         progress(encoder.done(), total)
     encoder.finish()
     return LatentStore(encoder.store)
+
+
+def _moments(posterior: Tensor) -> dict[str, Any]:
+    """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
+    sums = []
+    for part in posterior.split(256):
+        mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
+        sums.append([x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square())])
+    total, square = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in zip(*sums, strict=True))
+    return {"count": posterior[:, :, 0, 0].numel(), "total": total, "square": square}
+
+
+def _mean_and_std(moments: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """By channel, of draws from the posteriors whose `moments` these are; fsum does not depend on their order."""
+    counts, *sums = zip(*((one["count"], one["total"], one["square"]) for one in moments), strict=True)
+    mean, square = ([math.fsum(c) / sum(counts) for c in zip(*parts, strict=True)] for parts in sums)
+    return mean, [math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)]
 
 
 def _bar(total: int, done: int, *, hidden: bool) -> Progress:

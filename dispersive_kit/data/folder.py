@@ -57,7 +57,7 @@ def list_images(root: Path) -> ImageFolder:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one that holds a folder of images for each class")
     files, skipped = _walk(root, IMG_EXTENSIONS)
-    if said := ", ".join(f"{count:,} {kind}" for kind, count in skipped.items()):
+    if said := ", ".join(f"{count:,} {kind}" for kind, count in skipped.items() if count):
         warnings.warn(f"{root}: skipped {said}", stacklevel=2)
     if not files:
         raise DataError(f"{root} holds no image ({', '.join(IMG_EXTENSIONS)}); give a folder that does")
@@ -88,15 +88,15 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
             files += [name] if is_image else []  # a link that leads nowhere: its reader says so
             continue
         if (found.st_dev, found.st_ino) in seen:
-            skipped["that lead to what has another name here"] += 1
+            skipped["links to what is listed already"] += 1
         elif stat.S_ISREG(found.st_mode):
             files += [name] if is_image else []
         elif not stat.S_ISDIR(found.st_mode):
-            skipped["of what is no regular file"] += is_image
+            skipped["names like images of what is no regular file"] += is_image
         else:
             for entry in below:
                 if entry.name.startswith(".") or entry.name.lower() in PROGRAM_MADE:
-                    skipped["hidden or made by a program"] += 1
+                    skipped["names that are hidden or made by a program"] += 1
                 else:
                     (links if entry.is_symlink() else real).append(f"{name}/{entry.name}" if name else entry.name)
         seen.add((found.st_dev, found.st_ino))

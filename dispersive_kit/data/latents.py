@@ -6,8 +6,7 @@ a training step reads one place for an image. Shards are memory-mapped: the proc
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -41,17 +40,6 @@ class ShardCard:
     rows: NonNegativeInt
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, config=EXACT)
-class Record:
-    """What is known of one shard once it is made."""
-
-    card: ShardCard
-    moments: dict[str, Any]
-    class_counts: dict[str, int]
-    odd: dict[str, int]
-    left_out: list[dict[str, str]]
 
 
 @dataclass(frozen=True, config=EXACT, kw_only=True)
@@ -191,23 +179,6 @@ def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch has not
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). {REPAIR}") from error
     return found
-
-
-def moments(posterior: Tensor) -> dict[str, Any]:
-    """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
-    sums = []
-    for part in posterior.split(256):
-        mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
-        sums.append([x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square())])
-    total, square = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in zip(*sums, strict=True))
-    return {"count": posterior[:, :, 0, 0].numel(), "total": total, "square": square}
-
-
-def mean_and_std(moments: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """By channel, of draws from the posteriors whose `moments` these are; fsum does not depend on their order."""
-    counts, *sums = zip(*((one["count"], one["total"], one["square"]) for one in moments), strict=True)
-    mean, square = ([math.fsum(c) / sum(counts) for c in zip(*parts, strict=True)] for parts in sums)
-    return mean, [math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)]
 
 
 class Selection:

@@ -265,7 +265,7 @@ def _pick(output: Any, select: Select) -> Tensor:
         raise DispersiveError(f"select={select!r} would cut into the output, a tensor already: leave select out")
     try:
         z = select(output) if callable(select) else output if select is None else output[select]
-    except Exception as error:
+    except Exception as error:  # whatever a user's own function may raise
         raise DispersiveError(f"select={select!r} fails on its output, a {kind}: {error!r}; correct select") from error
     if select is None and isinstance(output, tuple | list):
         tensors = [part for part in output if isinstance(part, Tensor)]

@@ -69,7 +69,7 @@ def explore(
         place = message["place"]
         try:
             said = {"html": draw(*place)}
-        except Exception:
+        except Exception:  # shown whole in the page, in place of the picture
             said = {"fault": traceback.format_exc()}
         explorer.send({"place": place, **said})
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from dispersive_kit.data.autoencoders import AutoencoderCard
-from dispersive_kit.data.latents import SPEC, LatentStore, ShardCard, Spec, mean_and_std, moments
+from dispersive_kit.data.encode import _mean_and_std, _moments
+from dispersive_kit.data.latents import SPEC, LatentStore, ShardCard, Spec
 
 CARD = AutoencoderCard("none", "None", "0" * 64, 0.18215, 0.0)
 
@@ -25,8 +26,8 @@ def write_store(folder, *, rows, shape=(4, 4, 4), classes=4, shard_size=100, fli
         save_file({"posterior": posterior, "labels": labels}, file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         shards.append(ShardCard(file.name, len(labels), file.stat().st_size, digest))
-        sums.append(moments(posterior))
-    mean, std = mean_and_std(sums)
+        sums.append(_moments(posterior))
+    mean, std = _mean_and_std(sums)
     spec = Spec(
         autoencoder=card,
         images={"root": "none", "files": rows, "names_sha256": "", "odd": {}, "left_out": []},

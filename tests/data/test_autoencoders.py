@@ -117,12 +117,116 @@ def test_weights_that_do_not_fill_the_configuration_are_refused(small, tmp_path)
         load_autoencoder(str(tmp_path))
 
 
-def test_what_is_no_autoencoder_is_refused_with_what_is_known(tmp_path):
-    with pytest.raises(DataError, match="folder of a diffusers autoencoder"):
+@pytest.mark.parametrize(
+    ("file", "content", "error", "said"),
+    [
+        (None, "", DataError, "folder of a diffusers autoencoder"),
+        ("config.json", {"_class_name": "UNet2DModel"}, ConfigError, "is a UNet2DModel; the kit reads AutoencoderKL"),
+        ("config.json", [], DataError, r"cannot be loaded \(\w+: .*folder of a diffusers autoencoder"),
+        (
+            "config.json",
+            SMALL | {"_class_name": "AutoencoderKL", "layers_per_block": ""},
+            DataError,
+            r"cannot be loaded \(\w+Error",
+        ),
+        ("config.json", SMALL | {"_class_name": "AutoencoderKL"}, DataError, r"cannot be loaded \(OSError: "),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, DataError, r"whole pipeline .*/vae$"),
+    ],
+)
+def test_what_is_no_autoencoder_is_refused_with_the_reason(tmp_path, file, content, error, said):
+    if file:
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(error, match=said):
         load_autoencoder(str(tmp_path), download=False)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ConfigError, match="is a UNet2DModel; the kit reads AutoencoderKL"):
-        load_autoencoder(str(tmp_path), download=False)
+
+
+def test_mean_and_spread_by_channel_are_taken_out_and_put_back(tmp_path):
+    by_channel = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [0.5, 1.0, 2.0, 4.0]}
+    plain = load_autoencoder(str(saved(tmp_path / "plain")))
+    known = load_autoencoder(str(saved(tmp_path / "known", **by_channel)))
+    mean, std = (torch.tensor(x).reshape(4, 1, 1) for x in by_channel.values())
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    raw, taken_out = plain.posterior(x), known.posterior(x)
+    torch.testing.assert_close(taken_out, torch.stack([(raw[:, 0] - mean) / std, raw[:, 1] / std], 1))
+    images = (part.images(part.card.to_model(z[:, 0])) for part, z in ((plain, raw), (known, taken_out)))
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="weights_sha256"):
+        load_named(plain.card, path=str(tmp_path / "known"))
+
+
+# ---- one's own
+
+
+class Own:
+    """Right as it is; each fault of the test below is one change of it."""
+
+    scale, shift = 0.5, 0.0
+
+    def encode(self, x):
+        return x[:, :, ::8, ::8], torch.zeros_like(x[:, :, ::8, ::8])
+
+    def decode(self, z):
+        return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def changed(**parts):
+    return type("Changed", (Own,), parts)
+
+
+def without(name):
+    return type("Less", (), {k: v for k, v in vars(Own).items() if k != name})
+
+
+FAULTS = {
+    "a tensor": (changed(encode=lambda self, x: x[:, :, ::8, ::8]), r"encode gave Tensor \(1, 3, 2, 2\)"),
+    "a distribution": (changed(encode=lambda self, x: torch.distributions.Normal(x, 1.0)), "encode gave Normal"),
+    "nothing": (changed(encode=lambda self, x: None), "encode gave NoneType"),
+    "three parts": (changed(encode=lambda self, x: (x, x, x)), r"encode gave Tensor .*, Tensor .*, Tensor"),
+    "other shapes": (changed(encode=lambda self, x: (x, x[:, :1])), r"\(1, 3, 16, 16\), Tensor \(1, 1, 16, 16\)"),
+    "flat latents": (changed(encode=lambda self, x: (x.flatten(1), x.flatten(1))), r"encode gave Tensor \(1, 768\)"),
+    "log std": (changed(encode=lambda self, x: (x, x - 9)), r"negative std \(-10\): is it the logarithm of one"),
+    "NaN": (changed(encode=lambda self, x: (x / 0, x.abs())), "encode gave NaN or infinity"),
+    "its own error": (changed(encode=lambda self, x: x.reshape(-1, 7)), "RuntimeError: shape '.* is invalid"),
+    "decode to NaN": (changed(decode=lambda self, z: Own().decode(z) / 0), "decode gave Tensor"),
+    "decode to nothing": (changed(decode=lambda self, z: None), "decode gave NoneType"),
+    "decode to another size": (changed(decode=lambda self, z: z), r"decode gave Tensor \(1, 3, 2, 2\)"),
+    "no encode": (without("encode"), "Less has no encode"),
+    "no decode": (without("decode"), "Less has no decode"),
+    "no scale": (without("scale"), "Less has no scale"),
+    "no shift": (without("shift"), "Less has no shift"),
+    "scale by channel": (changed(scale=[1.0, 2.0]), r"scale = \[1\.0, 2\.0\]: Input should be a valid number"),
+    "scale of nothing": (changed(scale=0.0), r"scale = 0\.0: .*greater than 0"),
+    "shift that is none": (changed(shift=float("nan")), "shift = nan: .*finite number"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ones_own_autoencoder_is_tried_on_an_image_before_anything_is_encoded(photos, tmp_path, fault):
+    factory, said = FAULTS[fault]
+    register_autoencoder("faulty")(factory)
+    with pytest.raises(ConfigError, match=said) as caught:
+        make(photos, tmp_path / "store", "faulty")
+    assert "autoencoder faulty" in str(caught.value) and not (tmp_path / "store").exists()
+    assert "encode(x): images (B, 3, H, W)" in str(caught.value) or said.startswith(("scale =", "shift ="))
+
+
+def test_an_instance_or_a_name_that_is_not_registered_is_refused():
+    with pytest.raises(ConfigError, match="register its class or a function that makes one, not an instance"):
+        register_autoencoder("instance")(Own())
+    with pytest.raises(DataError, match=r"registers no autoencoder 'tiles'; registered are: .*patches"):
+        load_autoencoder("small_autoencoders:tiles")
+    with pytest.raises(DataError, match=r"'no\.such' cannot be imported .*PYTHONPATH"):
+        load_autoencoder("no.such:mine")
+
+
+def test_an_autoencoder_of_other_channels_is_refused_with_its_own_error(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"tried on one image \(1, 3, 16, 16\): RuntimeError: .*to have 1 channels"):
+        make(photos, tmp_path / "store", str(saved(tmp_path / "grey", in_channels=1, out_channels=1)))
+
+
+def test_an_image_size_that_it_does_not_divide_is_said(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"decode gave Tensor \(1, 3, 16, 16\); image_size may be no multiple"):
+        make(photos, tmp_path / "store", image_size=20)
 
 
 def test_the_ten_lines_of_the_docstring_make_an_autoencoder(photos, tmp_path):

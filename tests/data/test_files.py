@@ -97,7 +97,13 @@ def test_a_sound_file_or_folder_is_given_and_a_changed_or_missing_one_named(fold
     (folder / "run" / "b").write_bytes(b"rUn/b")
     with pytest.raises(DataError, match=r"run/b is not the file that SHA256SUMS lists.*make_artefacts"):
         artefact("run", folder)
+    (folder / "run" / "b").write_bytes(b"run/b")
     assert artefact("one.npz", folder).read_bytes() == b"one.npz"
+    (folder / "secret").write_bytes(b"never read")
+    with (folder / SUMS).open("a") as sums:
+        sums.write(f"{files.file_sha256(folder / 'secret')}  run/../secret\n")
+    with pytest.raises(DataError, match=r"secret is not the file that SHA256SUMS lists"):
+        artefact("run", folder)
     (folder / "run" / "a").unlink()
     with pytest.raises(DataError, match=r"run/a is missing"):
         artefact("run", folder)

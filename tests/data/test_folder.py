@@ -89,7 +89,7 @@ def test_each_real_file_is_found_once_and_under_its_own_name(tmp_path, tangle, s
     plain = list_images(root)
     (tmp_path / "outside").mkdir()
     tangle(root, tmp_path / "outside")
-    with pytest.warns(UserWarning, match=f"skipped {skipped} that lead to what has another name here"):
+    with pytest.warns(UserWarning, match=f"skipped {skipped} links to what is listed already"):
         assert list_images(root) == plain
 
 
@@ -115,7 +115,7 @@ def test_hidden_names_and_those_of_programs_are_skipped_and_counted(tmp_path, na
     plain = list_images(root)
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_bytes((root / "cat" / "0000.png").read_bytes())
-    with pytest.warns(UserWarning, match="skipped 1 hidden or made by a program"):
+    with pytest.warns(UserWarning, match="skipped 1 names that are hidden or made by a program"):
         assert list_images(root) == plain
 
 
@@ -137,7 +137,7 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch, kind):
     root = write_photos(tmp_path / "photos", ["cat"], 4)
     monkeypatch.chdir(root / "cat")  # the name of a socket is short
     kind(Path("never.png"))
-    with pytest.warns(UserWarning, match="skipped 1 of what is no regular file"):
+    with pytest.warns(UserWarning, match="skipped 1 names like images of what is no regular file"):
         assert len(list_images(root).files) == 4
 
 

@@ -2,15 +2,19 @@ import gzip
 import hashlib
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from encode_jobs import write_photos
 from PIL import Image
 
 from dispersive_kit.data import ImageSet, data_folder, load_images, to_float, to_uint8
 from dispersive_kit.errors import DataError
+from dispersive_kit.training import train_preset
+from dispersive_kit.training.batches import open_source
 
 
 def test_digits_split_is_fixed_disjoint_and_complete():
@@ -24,6 +28,38 @@ def test_uint8_survives_the_round_trip_and_out_of_range_is_clamped():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(levels)), levels)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_becomes_no_picture(wrong):
+    x = torch.zeros(2, 3, 4, 4)
+    x[0, 0, 0, :3] = wrong
+    with pytest.raises(DataError, match="3 of 96 values are NaN or infinite: they are no picture"):
+        to_uint8(x)
+
+
+def open_by_name(name):
+    open_source(train_preset("digits", data=name))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(load_images, "digits"), (load_images, "mnist"), (load_images, "cifar10"), (open_by_name, "photos"),
+     (open_by_name, "spirals")],
+)  # fmt: skip
+def test_a_folder_with_the_name_of_a_data_set_is_asked_about(tmp_path, monkeypatch, call, name):
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path(name), ["a"], 10)
+    said = rf"'{name}' is a data set .* the folder {tmp_path}/{name}: write \./{name}"
+    for file in ("notes.txt", "spec.json"):  # a folder of images, and a store of latents
+        (Path(name) / file).write_text("{}")
+        with pytest.raises(DataError, match=said):
+            call(name)
+    (Path(name) / "spec.json").unlink()
+    assert len(load_images(f"./{name}", size=8)) == 9
+    if name == "digits":  # of a run that was named like its data; there is no other meaning
+        (Path(name) / "config.json").write_text("{}")
+        assert len(load_images(name)) == 1297
 
 
 def test_missing_cifar_says_where_to_put_it(tmp_path):

@@ -106,8 +106,7 @@ class LatentStore:
         self.path = Path(path)
         self.spec = _read_spec(self.path)
         opened = [_map_shard(self.path, shard, self.spec) for shard in self.spec.shards]
-        self._posteriors = [shard["posterior"] for shard in opened]
-        self._numbers = [posterior.view(torch.int16).numpy() for posterior in self._posteriors]  # faster row by row
+        self._posteriors = [shard["posterior"].view(torch.int16).numpy() for shard in opened]  # faster row by row
         self._labels = [shard["labels"].numpy() for shard in opened]
         self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
 
@@ -119,7 +118,7 @@ class LatentStore:
         version = np.zeros(len(rows), dtype=int) if flipped is None else flipped.astype(int)
         read = np.empty((len(rows), 2, *self.spec.shape), dtype=np.int16)
         for out, (shard, row), v in zip(read, self._places(rows), version.tolist(), strict=True):
-            out[...] = self._numbers[shard][row, v]
+            out[...] = self._posteriors[shard][row, v]
         return torch.from_numpy(read).view(getattr(torch, self.spec.dtype))
 
     def labels(self, rows: Rows) -> Rows:

@@ -85,7 +85,7 @@ def _read_state(path: Path) -> State:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # of a damaged file unpickling may raise almost any
         raise CheckpointError(f"{path} cannot be read as weights: {error}. Download it again") from error
     if isinstance(state, Mapping):
         state = state.get("ema", state)

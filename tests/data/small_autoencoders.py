@@ -27,16 +27,7 @@ class SlowPatches(Patches):
     """Long enough at each batch to be killed in the middle of it."""
 
     def encode(self, x):
-        time.sleep(0.01)
-        return super().encode(x)
-
-
-@register_autoencoder("very slow patches")
-class VerySlowPatches(Patches):
-    """Long enough at each batch to be met at work by another process."""
-
-    def encode(self, x):
-        time.sleep(0.1)
+        time.sleep(0.03)
         return super().encode(x)
 
 

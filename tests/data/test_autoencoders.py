@@ -1,16 +1,20 @@
 """Autoencoders of diffusers, built from a configuration: what is read of them, and what is refused."""
 
 import json
+import re
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from encode_jobs import make, start
 
+from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 
 diffusers = pytest.importorskip("diffusers")
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 # config.json of stabilityai/sd-vae-ft-ema; the scaling factor is the class's default, as in the published file
 SD_VAE = {
@@ -238,3 +242,25 @@ def test_the_ten_lines_of_the_docstring_make_an_autoencoder(photos, tmp_path):
     assert store.spec.autoencoder.kind == "Mine" and store.spec.autoencoder.scale == 0.5
     grid = store.decoded_grid(load_named(store.spec.autoencoder))
     assert grid.shape == (16, 3, 16, 16) and grid.float().std() > 1
+
+
+def test_the_one_that_notebook_12_shows_is_found_on_the_python_path(photos, tmp_path, monkeypatch, capsys):
+    cells = json.loads((NOTEBOOKS / "12_imagenet_latents.ipynb").read_text())["cells"]
+    text = "".join(line for cell in cells for line in cell["source"])
+    code = re.search(r"such as `mine\.py`:\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH does
+    main(
+        [
+            "encode",
+            "--images",
+            str(photos),
+            "--vae",
+            "mine:small",
+            "--out",
+            str(tmp_path / "store"),
+            "--image-size",
+            "16",
+        ]
+    )
+    assert "done: " in capsys.readouterr().out

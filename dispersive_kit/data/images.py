@@ -6,7 +6,7 @@ The only conversions between uint8 and the network's [-1, 1] are `to_float` and 
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dispersive_kit.data.files import list_folder
 from dispersive_kit.data.folder import HELD_OUT_PARTS, list_images, read_image
+from dispersive_kit.data.toy import TOY_SETS
 from dispersive_kit.errors import DataError
 
 DIGITS = tuple(str(i) for i in range(10))
@@ -110,8 +111,7 @@ def load_images(
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}; there are: train, test")
-    refuse_two_meanings(name, (*BUNDLED_SETS, *TORCHVISION_SETS))
-    if name in BUNDLED_SETS:
+    if is_named_set(name) and name in BUNDLED_SETS:
         return BUNDLED_SETS[name](split)
     folder = Path(data_dir) if data_dir else data_folder()
     if name in TORCHVISION_SETS:
@@ -123,13 +123,15 @@ def load_images(
     raise DataError(f"unknown data set {name!r}: it is neither one of {known} nor a folder of images")
 
 
-def refuse_two_meanings(name: str, known: Iterable[str]) -> None:
-    """Raise DataError where a name of a data set is that of a folder here too, unless that is a trained run."""
-    if name in known and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+def is_named_set(name: str) -> bool:
+    """Whether the kit has a set of this name; DataError if a folder here has it too, unless it is a trained run."""
+    named = name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
+    if named and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise DataError(
             f"{name!r} is a data set of the kit, and the folder {Path(name).resolve()}: write ./{name} for the folder; "
             "for the data set rename the folder, or give the command in another one"
         )
+    return named
 
 
 def _inside_scikit_learn(name: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dispersive_kit.data import TOY_SETS, ImageSet, load_images, sample_toy, to_float
 from dispersive_kit.data.autoencoders import load_autoencoder, refuse_other
-from dispersive_kit.data.images import BUNDLED_SETS, TORCHVISION_SETS
+from dispersive_kit.data.images import is_named_set
 from dispersive_kit.data.latents import LatentStore, Selection, is_store
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.training.config import TrainConfig
@@ -167,11 +167,11 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
         DataError: it is not there, is damaged, or has no such name. ConfigError: mirror images asked of a store that
             has none; a share of anything but images, flips of points, a size of anything but a folder of images.
     """
+    named = is_named_set(config.data)  # asked first: a folder may have the same name
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
     if config.data_share < 1 and (store or points):
         raise ConfigError(f"data_share is for sets of images, and {name!r} is none")
-    named = store or name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
-    if named and config.image_size != TrainConfig().image_size:
+    if (named or store) and config.image_size != TrainConfig().image_size:
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")

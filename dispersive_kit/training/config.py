@@ -163,9 +163,7 @@ class TrainConfig(_Settings):
         """
         values = json.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("regularizer"), dict):
-            raise ConfigError(
-                f"{text[:40]!r} are no settings by name, with those of the regularizer by name among them"
-            )
+            raise ConfigError(f"{text[:40]!r} is not the settings of a training by name, with those of its regularizer")
         values.pop("tensorboard", None)  # is no more, and changed no number
         for name, default in RETIRED.items():
             place, _, field = name.rpartition(".")

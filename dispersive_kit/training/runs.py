@@ -72,7 +72,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
         )
     longer = config.schedule == "constant" and config.steps >= old_config.steps
     free = {*FREE_TO_CHANGE, "data", *(["steps"] if longer else [])}
-    before, now = (one.model_dump(exclude=free) for one in (old_config, config))
+    before, now = (_by_name(one.model_dump(exclude=free)) for one in (old_config, config))
     changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
     key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
     if not changed and old["data"][key] != card["data"][key]:
@@ -86,6 +86,11 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
+
+
+def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    inner = settings.pop("regularizer")
+    return settings | {f"regularizer.{name}": value for name, value in inner.items()}
 
 
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | gpu | clean;  `make help` says what each does.
+# make demo | test | lab | bench | gpu | site | clean;  `make help` says what each does.
 PYTHON ?= python3
 VENV   ?= .venv
 # Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
@@ -12,7 +12,7 @@ endif
 HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab bench gpu lint clean
+.PHONY: help demo test test-long lab bench gpu site lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -42,6 +42,10 @@ gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/
 	if [ "$$gpus" = 0 ]; then echo "no GPU that PyTorch can use here: tests/gpu and bench_gpu were left out"; exit 0; fi; \
 	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu; tests=$$?; \
 	$(GPU_PYTHON) tests/benchmarks/bench_gpu.py && exit $$tests
+
+site: $(VENV)/.notebooks  ## all notebooks as executed in class mode, as static pages in runs/site (half an hour)
+	$(RUN)/dispersive-kit run quick --mode class --out runs/class --resume
+	$(RUN)/python data/make_site.py runs/class runs/site
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter
 	"$(RUN)"/ruff check .

@@ -129,7 +129,7 @@ def test_the_plan_of_the_page_has_the_arms_of_the_presets(page):
 TOY = {
     "encode": "--image-size 32 --shard-size 16",
     "check": "",
-    "train": "--model DiT-T/2 --steps 2 --batch-size 32 --set compile_blocks=false --set preview_images=0",
+    "train": "--steps 2 --set model=DiT-T/2 --set batch_size=32 --set compile_blocks=false --set preview_images=0",
     "sample": "--num 8 --num-steps 2",
 }
 

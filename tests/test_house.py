@@ -147,7 +147,7 @@ def test_every_command_and_flag_that_is_named_somewhere_exists(capsys):
         "--" + flag for flag in ("no-flip", "no-browser", "help", "version", "nproc_per_node", "multi_gpu", "cpu")
     }
     known |= {"--num_processes", "--name", "--sys-prefix"}  # of accelerate, of ipykernel
-    pages = [ROOT / name for name in ("README.md", "data/README.md", "CONTRIBUTING.md")]
+    pages = [ROOT / name for name in ("README.md", "data/README.md", "CONTRIBUTING.md", "notebooks/COURSE.md")]
     pages += [*(ROOT / "notebooks").rglob("*.ipynb"), *(ROOT / "dispersive_kit").rglob("*.py")]
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -164,6 +164,8 @@ def test_the_readme_shows_the_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     for target in ("make demo", "make test", "make lab"):
         assert target in readme
+    for notebook in re.findall(r"\b\d\d_\w+", readme + (ROOT / "notebooks/COURSE.md").read_text()):
+        assert (ROOT / "notebooks" / f"{notebook}.ipynb").is_file(), notebook
     for picture in re.findall(r"\]\(([^)]+\.png)\)", readme):
         assert (ROOT / picture).is_file(), picture
 

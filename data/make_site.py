@@ -1,6 +1,6 @@
-"""`make site`: executed notebooks, report and lecture console as a folder of static pages that fetch nothing.
+"""`make site`, as python data/make_site.py RUN SITE: executed notebooks, report and console as static pages.
 
-python data/make_site.py RUN SITE       # RUN: folder of `dispersive-kit run quick --mode class --out RUN`
+RUN is the folder of `dispersive-kit run quick --mode class --out RUN`. The pages fetch nothing.
 """
 
 import html
@@ -17,8 +17,7 @@ PICTURE = re.compile(r'<img [^>]*src="data:image/png;base64,[^>]*>')
 
 def card(page: Path, site: Path) -> str:
     """Title, goal and first picture of an executed notebook, which is copied into the site."""
-    to = site / page.parent.name / page.name
-    to.parent.mkdir()
+    (to := site / page.parent.name / page.name).parent.mkdir()
     shutil.copyfile(page, to)
     cells = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
     text = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "markdown"))
@@ -40,13 +39,13 @@ def main() -> None:
     shutil.copyfile(run / "report.html", site / "report.html")
     write_console(site / "console.html")
     head = (run / "report.html").read_text(encoding="utf-8").partition("<body>")[0]  # its style, and what it may fetch
-    title, index = "dispersive_kit: the notebooks", site / "index.html"
+    title = "dispersive_kit: the notebooks"
     also = '<p><a href="console.html">Lecture console: the demos, which move in the browser</a> · '
     also += '<a href="report.html">Report: what each notebook measured</a></p>'
-    body = "\n".join([f"<h1>{title}</h1>", also, *cards])
-    page = re.sub("<title>.*?</title>", f"<title>{title}</title>", head) + f"<body>\n{body}\n</body></html>\n"
-    index.write_text(page, encoding="utf-8")
-    print(f"{len(cards)} notebooks: {index}")
+    page = re.sub("<title>.*?</title>", f"<title>{title}</title>", head) + f"<body>\n<h1>{title}</h1>\n{also}\n"
+    page += "\n".join(cards) + "\n</body></html>\n"
+    (site / "index.html").write_text(page, encoding="utf-8")
+    print(f"{len(cards)} notebooks: {site / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256
 from dispersive_kit.evaluation import balanced_labels, draw_images, generate
 from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.study.verdict import all_verdicts, evidence_page, evidence_sentence
+from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
@@ -194,7 +194,7 @@ def probes(models: Mapping[str, DiT], train_set: ImageSet, test: ImageSet) -> Ne
 
 def evidence() -> None:
     """Between `BEGIN` and `END` of the README; the picture carries the hash of the page that it belongs to."""
-    root, said = Path(__file__).parents[1], evidence_sentence()
+    root, said = Path(__file__).parents[1], evidence_page().splitlines()[0]
     figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
     text = f"\n{said}\n\n{figure}\n\n[All of them, one by one](notebooks/studies/README.md).\n"
     readme = root / "README.md"

@@ -68,8 +68,10 @@ def sample(
     published: Path | None = None,
     num: int = 100,
     label: int | None = None,
+    sampler: Literal["", "heun", "euler", "dopri5", "sde", "ddim", "ddpm", "meanflow"] = "",
     num_steps: int = 25,
     cfg_scale: float = 1.0,
+    guidance: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
@@ -84,8 +86,10 @@ def sample(
         published: In place of a run: a public DiT or SiT checkpoint, such as DiT-XL-2-256x256.pt; it needs --vae.
         num: Number of images.
         label: Class of all images; all classes in turn if not given.
-        num_steps: Steps of the sampler: Heun, of DDPM runs DDIM, of MeanFlow runs its own.
+        sampler: Of flow runs heun (the default), euler, dopri5 or sde (SiT's own); of DDPM runs ddim or ddpm.
+        num_steps: Steps of the sampler.
         cfg_scale: Classifier-free guidance; 1 is none.
+        guidance: Times between which guidance acts; 0 is data, 1 is noise.
         seed: Seed of the first image; image i has seed + i.
         weights: The average (ema), or the weights as last trained (model).
         vae: The autoencoder that decodes latents: of a published checkpoint its folder or hub id; of a run only if it
@@ -107,7 +111,8 @@ def sample(
     device = this_process().device
     net, objective, decode, name = _published(published, vae) if published else _trained(run, weights, vae)
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
-    settings: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
+    settings: dict[str, Any] = {"sampler": sampler, "num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
+    settings |= {"guidance_low": guidance[0], "guidance_high": guidance[1]}
     images = generate(net.to(device), labels, objective=objective, decode=decode, **settings)
     if not this_process().is_main_process:
         return

@@ -146,7 +146,7 @@ def _study_table() -> None:
     from dispersive_kit.study.plan import studies_folder
     from dispersive_kit.study.verdict import evidence_page
 
-    page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n"
+    page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n\n"
     page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
     print(f"{evidence_page()}\nwritten: {page}")
 

@@ -69,6 +69,16 @@ def test_a_sample_depends_on_its_own_seed_only(trained, tmp_path):
     assert np.abs(a[2:5] - b).max() <= 1  # one grey level: other batch shapes round differently
 
 
+@pytest.mark.parametrize("options", [["--sampler", "sde"], ["--sampler", "euler"], ["--guidance", "0.2", "0.6"]])
+def test_sampler_and_interval_of_guidance_change_the_samples(trained, tmp_path, options):
+    found = []
+    for name, given in {"a": [], "b": options, "c": options}.items():
+        command = ["sample", str(trained), "--out", str(tmp_path / name), "--num", "3", "--num-steps", "5"]
+        main([*command, "--cfg-scale", "3", *given])
+        found.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
+    assert not np.array_equal(found[0], found[1]) and np.array_equal(found[1], found[2])
+
+
 def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     new = tmp_path / "new"
     assert "--resume" in refused(capsys, *TRAIN, "--out", trained)
@@ -79,6 +89,7 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
         capsys, *TRAIN, "--regularizer", "paper", "--set", "regularizer.at=blocks.9", "--out", new
     )
     assert "0..9" in refused(capsys, "sample", trained, "--label", "10", "--out", new)
+    assert "there are: heun, euler" in refused(capsys, "sample", trained, "--sampler", "ddim", "--out", new)
     assert "no run" in refused(capsys, "evaluate", tmp_path)
     assert "this is not FID" in refused(capsys, "evaluate", trained, "--metrics", "FID", "--extractor", "pixels-pca32")
     assert "no Inception weights" in refused(capsys, "evaluate", trained, "--extractor", "inception")

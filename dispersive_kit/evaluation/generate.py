@@ -66,6 +66,7 @@ def generate(
     labels: Tensor,
     *,
     objective: str = "flow",
+    sampler: str = "",
     num_steps: int = 25,
     cfg_scale: float = 1.0,
     guidance_low: float = 0.0,
@@ -75,7 +76,7 @@ def generate(
 ) -> Tensor:
     """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
 
-    objective: of the training (flow, ddpm, meanflow), which decides on the sampler; flow is Heun's method.
+    objective: of the training (flow, ddpm, meanflow), which decides on the samplers; flow's default is Heun's method.
     Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise).
 
     Raises:
@@ -97,7 +98,8 @@ def generate(
         y = labels[rows].to(device)
         seeds = range(first_seed + rows.start, first_seed + rows.stop)
         guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
-        x = sample_batch(model, y, seeds, objective=objective, num_steps=num_steps, guidance=guidance)
+        how: dict[str, Any] = {"objective": objective, "sampler": sampler, "num_steps": num_steps}
+        x = sample_batch(model, y, seeds, guidance=guidance, **how)
         images = decode(x) if decode else x
         if not images.isfinite().all():
             raise KitError(f"the model drew NaN or infinity, among the images with seeds {seeds[0]} to {seeds[-1]}")

@@ -40,7 +40,7 @@ from dispersive_kit.evaluation.generate import (
 )
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
-from dispersive_kit.training.runs import OBJECTIVES, run_folder
+from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
 METRICS = ("FD", "KID", "PRDC")
@@ -335,7 +335,7 @@ def _drawn(model: Any, card: Card, decode: Any, how: Evaluation) -> tuple[Tensor
         **{key: card[key] for key in ("run", "step", "weights")},
         "checkpoint_sha256": weights_sha256(model.state_dict()),
         "training_seed": config.seed,
-        "sampler": OBJECTIVES[config.objective][1].__name__,
+        "sampler": sampler_of(config.objective)[0],
         "labels": "classes in turn",
         "autoencoder": card["data"].get("autoencoder"),
         "device": this_process().device.type,

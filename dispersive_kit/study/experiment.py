@@ -28,8 +28,16 @@ from dispersive_kit.analysis.geometry import rankme, spectrum
 from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
-from dispersive_kit.evaluation import Panel, balanced_labels, draw_images, generate, load_reference, make_extractor
-from dispersive_kit.evaluation.generate import this_process
+from dispersive_kit.evaluation import (
+    Panel,
+    balanced_labels,
+    decoder_of,
+    draw_images,
+    generate,
+    load_reference,
+    make_extractor,
+)
+from dispersive_kit.evaluation.generate import Decode, this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.machine import describe_environment, in_pool
@@ -37,7 +45,7 @@ from dispersive_kit.study.notebook import read_form
 from dispersive_kit.study.plan import Cell, Plan, Sampling
 from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
-from dispersive_kit.training.runs import OBJECTIVES
+from dispersive_kit.training.runs import OBJECTIVES, sampler_of
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
 DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
@@ -137,16 +145,22 @@ def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
     last = lines[-1]
     if "held_out" not in last:
         raise KitError("the held-out loss of the last step is not finite")
+    autoencoder = json.dumps(card["data"].get("autoencoder"))
+    panel, decode = _panel(config.data, config.data_dir, config.image_size, how.extractor, autoencoder)
+    if how.probe and decode:
+        raise ConfigError("a probe is of images, and this run has latents: leave it out of the plan")
     probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
-    rank = {} if model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
+    rank = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
     model = model.to(this_process().device)
-    panel = _panel(config.data, config.data_dir, config.image_size, how.extractor)
     labels = balanced_labels(how.num, model.num_classes)
+    interval: dict[str, Any] = {"guidance_low": how.guidance_low, "guidance_high": how.guidance_high}
+    interval = interval if (how.guidance_low, how.guidance_high) != (0, 1) else {}  # as in earlier studies' records
     numbers = {}
     for name, scale in how.frechets.items():
-        drawn: dict[str, Any] = {"num_steps": how.num_steps, "cfg_scale": scale}
-        images = generate(model, labels, objective=config.objective, **drawn)
-        protocol = {"sampler": OBJECTIVES[config.objective][1].__name__, **drawn, "weights": card["weights"],
+        drawn = {"sampler": sampler_of(config.objective, how.sampler)[0], "num_steps": how.num_steps,
+                 "cfg_scale": scale, **interval}  # fmt: skip
+        images = generate(model, labels, objective=config.objective, decode=decode, **drawn)
+        protocol = {**drawn, "weights": card["weights"],
                     "step": card["step"], "first_seed": 0, "labels": "classes in turn",
                     "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
         numbers[name] = panel.measure(images, protocol=protocol)[0]
@@ -160,10 +174,13 @@ def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
 
 
 @lru_cache(maxsize=1)
-def _panel(data: str, data_dir: str | None, image_size: int, extractor: str) -> Panel:
-    """The real images and their features, once a process."""
-    real, held_out = load_reference(TrainConfig(data=data, data_dir=data_dir, image_size=image_size))
-    return Panel(make_extractor(extractor, real, held_out), real, held_out, metrics=("FD",))
+def _panel(
+    data: str, data_dir: str | None, image_size: int, extractor: str, autoencoder: str
+) -> tuple[Panel, Decode | None]:
+    """The real images and their features, once a process, and the decoder of latents."""
+    decode = decoder_of({"data": {"autoencoder": json.loads(autoencoder)}}, device=this_process().device)
+    real, held_out = load_reference(TrainConfig(data=data, data_dir=data_dir, image_size=image_size), decode)
+    return Panel(make_extractor(extractor, real, held_out), real, held_out, metrics=("FD",)), decode
 
 
 def _pooled_rank(model: Any, config: TrainConfig) -> float:

@@ -66,7 +66,7 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-class Finding(NamedTuple):
+class _Finding(NamedTuple):
     """One thing looked at. `fix` says what to do when it is not `ok`."""
 
     name: str
@@ -75,7 +75,7 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-def examine() -> list[Finding]:
+def examine() -> list[_Finding]:
     """Look at packages, kernel, device, memory, folders and data; takes a few seconds and changes nothing."""
     checks: dict[str, Callable[[], tuple[bool, str, str]]] = {
         "packages": _packages,
@@ -90,10 +90,10 @@ def examine() -> list[Finding]:
     findings = []
     for name, check in checks.items():
         try:
-            findings.append(Finding(name, *check()))
+            findings.append(_Finding(name, *check()))
         except Exception as fault:  # whatever is wrong with a machine, the other checks are still made
             said = str(fault) if isinstance(fault, KitError) else f"{type(fault).__name__}: {fault}"
-            findings.append(Finding(name, False, said, "put right what the error names, then run doctor again"))
+            findings.append(_Finding(name, False, said, "put right what the error names, then run doctor again"))
     return findings
 
 

@@ -19,6 +19,7 @@ from dispersive_kit.data import TOY_SETS
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.study.notebook import Name, notebooks_folder, read_form, read_plain, runs_folder
 from dispersive_kit.training import TrainConfig, train_preset, with_settings
+from dispersive_kit.training.runs import sampler_of
 
 LEVEL = 0.05
 DIRECTION = {"frechet": -1, "held_out": -1, "probe": 1}  # the sign that a better arm's log-ratio has
@@ -55,8 +56,11 @@ class Sampling(_Form):
 
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]
     num: int = Field(2000, ge=2)
+    sampler: str = ""  # that of the objective; sde is SiT's own
     num_steps: int = Field(10, ge=1)
     cfg_scales: list[float] = Field([1.0], min_length=1)
+    guidance_low: float = Field(0.0, ge=0, le=1)
+    guidance_high: float = Field(1.0, ge=0, le=1)
     probe: bool = False
 
     @property
@@ -170,6 +174,7 @@ class Plan(_Form):
             if "seed" in {*self.train, *cell.settings}:
                 raise ConfigError("seeds stand in `seeds`, and are the same in all arms")
             config = self.config(cell)
+            sampler_of(config.objective, self.evaluation.sampler)
             if config.data in TOY_SETS or config.model == "MLP":
                 raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
         return self

@@ -34,7 +34,7 @@ _HIDDEN = re.compile(r'"ename": "(\w+)"|"Traceback \(most recent call last\):.*?
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-class Stage(BaseModel, extra="forbid", frozen=True):
+class _Stage(BaseModel, extra="forbid", frozen=True):
     """A notebook, by the start of its name ("06") or by path; its parameters; those to be taken over a grid."""
 
     notebook: str
@@ -43,7 +43,7 @@ class Stage(BaseModel, extra="forbid", frozen=True):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 
 
-class Pipeline(BaseModel, extra="forbid", frozen=True):
+class _Pipeline(BaseModel, extra="forbid", frozen=True):
     """Stages in order, read from the YAML `file`.
 
     executor: a pool of processes here, Slurm jobs, or a trial of such jobs here (local). workers: runs of a stage at
@@ -51,7 +51,7 @@ class Pipeline(BaseModel, extra="forbid", frozen=True):
     """
 
     title: Annotated[str, Field(min_length=1)]
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    stages: Annotated[tuple[_Stage, ...], Field(min_length=1)]
     mode: nb.Mode = "class"
     executor: Literal["pool", "slurm", "local"] = "pool"
     workers: PositiveInt | None = None
@@ -75,7 +75,7 @@ def run(
     total = sum(map(len, _plan(pipeline, folder)))
     require_home()
     print(printable(f"{total} runs of notebooks, {pipeline.mode} mode, into {folder}"), flush=True)
-    for task in run_pipeline(pipeline, folder, resume=resume):
+    for task in _run_pipeline(pipeline, folder, resume=resume):
         ended.append(task)
         print(printable(f"[{len(ended)}/{total}] {task.name}: {task.status} ({task.seconds:.0f} s)"), flush=True)
     subtitle = f"dispersive-kit run {name}, {pipeline.mode} mode: {len(ended)} of {total} runs"
@@ -86,7 +86,7 @@ def run(
         raise KitError(f"{failed[0].name} failed at {failed[0].error}; see {failed[0].folder}/log.txt{more}")
 
 
-def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> Pipeline:
+def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> _Pipeline:
     if name in _SHIPPED or Path(name).suffix in (".yaml", ".yml"):
         if parameters:
             raise ConfigError("parameters go to a notebook; a pipeline has its own")
@@ -97,16 +97,16 @@ def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> Pipe
     if wrong := next((text for text in parameters if "=" not in text), ""):
         raise ConfigError(f"{wrong!r} is not NAME=VALUE")
     typed = _check_parameters(notebook, dict(text.split("=", 1) for text in parameters), typed=True)
-    stage = Stage(notebook=str(notebook), parameters=typed)
-    return Pipeline(title=notebook.stem, stages=(stage,), file=notebook, **changes)
+    stage = _Stage(notebook=str(notebook), parameters=typed)
+    return _Pipeline(title=notebook.stem, stages=(stage,), file=notebook, **changes)
 
 
-def _load_pipeline(name: str, **changes: Any) -> Pipeline:
+def _load_pipeline(name: str, **changes: Any) -> _Pipeline:
     file, missing = _SHIPPED.get(name, Path(name)), f"no pipeline {name!r}; shipped are: {', '.join(_SHIPPED)}"
-    return nb.read_form(file, Pipeline, missing, file=file, **changes)
+    return nb.read_form(file, _Pipeline, missing, file=file, **changes)
 
 
-def _plan(pipeline: Pipeline, out: Path = Path()) -> list[list[NotebookTask]]:
+def _plan(pipeline: _Pipeline, out: Path = Path()) -> list[list[NotebookTask]]:
     """The runs of each stage, all of them checked; no name is used twice."""
     planned: dict[str, list[NotebookTask]] = {}
     for stage in pipeline.stages:
@@ -160,7 +160,7 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
     return checked
 
 
-def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iterator[NotebookTask]:
+def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> Iterator[NotebookTask]:
     """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
 
     Raises:
@@ -179,7 +179,7 @@ def run_pipeline(pipeline: Pipeline, out: Path, *, resume: bool = False) -> Iter
             return
 
 
-def _run_tasks(pipeline: Pipeline, tasks: list[NotebookTask], out: Path) -> Iterator[NotebookTask]:
+def _run_tasks(pipeline: _Pipeline, tasks: list[NotebookTask], out: Path) -> Iterator[NotebookTask]:
     workers, executor = pipeline.workers, pipeline.executor
     if executor == "pool" and len(tasks) == 1:
         yield _run_task(tasks[0])

@@ -256,21 +256,12 @@ def _notes(v: Mapping[str, Any], base: str, means: Mapping[str, float | None]) -
     return [*notes, *([f"inactive: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else [])]
 
 
-def evidence_sentence() -> str:
-    """Counts all verdicts that come with the kit."""
-    counts = Counter(row["word"] for row in all_verdicts())
-    return (
-        f"{counts.total()} contrasts in {len(shipped_results())} studies: **{counts['better']} for** the arm (better "
-        f"than base), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a "
-        f"margin fixed beforehand, {counts['inconclusive']} left open."
-    )
-
-
 def evidence_page() -> str:
-    """All verdicts that come with the kit as Markdown: their number, what each word means, and a row for each."""
+    """All verdicts that come with the kit as Markdown: a line that counts them, what holds over all, a row for each."""
     from scipy.stats import false_discovery_control
 
     found = all_verdicts()
+    counts = Counter(row["word"] for row in found)
     holm, fdr = _holm([v["p"] for v in found]), false_discovery_control([v["p"] for v in found])
     kept = [sum(p < LEVEL for p in adjusted) for adjusted in (holm, fdr)]
     header, *_ = map(verdict_rows, shipped_results().values())
@@ -278,8 +269,9 @@ def evidence_page() -> str:
     lines += [(f"`{name}`", *row) for name, one in shipped_results().items() for row in verdict_rows(one)[1:]]
     n, needed = len(found), math.ceil(1 + math.log2(len(found) / LEVEL))  # 2 / 2^pairs below LEVEL / n
     return "\n".join([
-        "",
-        evidence_sentence(),
+        f"{counts.total()} contrasts in {len(shipped_results())} studies: **{counts['better']} for** the arm (better "
+        f"than base), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a "
+        f"margin fixed beforehand, {counts['inconclusive']} left open.",
         "",
         f"- **By chance**: if no arm differed from its base, up to {LEVEL * n:.1f} of {n} would be called better or "
         "worse, half of them better.",

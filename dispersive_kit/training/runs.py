@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from dispersive_kit.data import files, to_uint8
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
-from dispersive_kit.diffusion.samplers import ddim, heun, initial_noise, meanflow, time_grid
+from dispersive_kit.diffusion.samplers import (
+    ddim,
+    ddpm,
+    dopri5,
+    euler,
+    euler_maruyama,
+    heun,
+    initial_noise,
+    meanflow,
+    time_grid,
+)
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, DispersiveError, form_error
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
@@ -209,11 +219,26 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
 
 
 # How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
-OBJECTIVES: dict[str, tuple[Callable[[], Objective], Callable[..., Tensor]]] = {
-    "flow": (FlowMatching, heun),
-    "ddpm": (DDPM, ddim),
-    "meanflow": (MeanFlow, meanflow),
+OBJECTIVES: dict[
+    str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]
+] = {  # the first sampler: default
+    "flow": (FlowMatching, {"heun": heun, "euler": euler, "dopri5": dopri5, "sde": partial(euler_maruyama, churn=2.0)}),
+    "ddpm": (DDPM, {"ddim": ddim, "ddpm": ddpm}),
+    "meanflow": (MeanFlow, {"meanflow": meanflow}),
 }
+
+
+def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tensor]]:
+    """Name and function of a sampler; the default of the objective if not named. sde is SiT's own, of 2 sigma(t).
+
+    Raises:
+        ConfigError: this objective has no such sampler.
+    """
+    _, known = OBJECTIVES[objective]
+    name = name or next(iter(known))
+    if name not in known:
+        raise ConfigError(f"no sampler {name!r} for a model of {objective}; there are: {', '.join(known)}")
+    return name, known[name]
 
 
 def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
@@ -271,17 +296,17 @@ def sample_batch(
     objective: str = "flow",
     num_steps: int = 25,
     guidance: Any = None,
+    sampler: str = "",
 ) -> Tensor:
-    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none.
+    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none; sampler: see `sampler_of`.
 
     Raises:
-        DataError: a sample is not finite.
+        DataError: a sample is not finite. ConfigError: no such sampler.
     """
     keep_freed_memory(labels.device)
     x = initial_noise(seeds, model.sample_shape).to(labels.device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
-    _, sampler = OBJECTIVES[objective]
-    x = sampler(model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+    x = sampler_of(objective, sampler)[1](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
     if not bool(x.isfinite().all()):
         raise DataError(
             "the model gives NaN or infinity where it should give samples: its training has diverged, or its weights "

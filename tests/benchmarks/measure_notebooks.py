@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
-from dispersive_kit.study.run import Pipeline, Stage, run_pipeline
+from dispersive_kit.study.report import read_task
+from dispersive_kit.study.run import run
 
 
 def main() -> None:
@@ -20,11 +21,11 @@ def main() -> None:
     given = parser.parse_args()
     for notebook in map(find_notebook, given.names or sorted(p.stem for p in notebooks_folder().glob("*.ipynb"))):
         with tempfile.TemporaryDirectory() as folder:
-            pipeline = Pipeline(title=notebook.stem, stages=(Stage(notebook=str(notebook)),), mode=given.mode)
-            (run,) = run_pipeline(pipeline, Path(folder))
-            if run.status != "ok":
-                raise SystemExit(f"{notebook.stem} in {given.mode} mode: {run.error}")
-            print(f"{notebook.stem} | {run.seconds:.0f} s | {read_result(run.folder).peak_gib:.2f} GiB", flush=True)
+            run(str(notebook), Path(folder), mode=given.mode)
+            done = Path(folder) / notebook.stem
+            print(
+                f"{notebook.stem} | {read_task(done).seconds:.0f} s | {read_result(done).peak_gib:.2f} GiB", flush=True
+            )
 
 
 if __name__ == "__main__":

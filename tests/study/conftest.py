@@ -1,7 +1,10 @@
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))  # for `import latent_stores`
 
 PARAMETERS = """mode: str = "class"  # mode
 value: float = 1.5  # a number

@@ -5,14 +5,17 @@ import json
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import warm
 import yaml
+from latent_stores import write_store
 
 from dispersive_kit.cli import main
 from dispersive_kit.data import load_images, to_float
+from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import draw_images
 from dispersive_kit.study import experiment
@@ -255,7 +258,7 @@ def test_tuning_gives_every_arm_the_trial_with_the_least_mean_log_distance(tmp_p
         }))  # fmt: skip
 
     monkeypatch.setattr(experiment, "_run_cell", measured)
-    monkeypatch.setattr(experiment, "in_pool", lambda call, items, *_: ((i, Done(call, i)) for i in items))
+    monkeypatch.setattr(experiment, "in_pool", in_this_process)
     ended = [cell for cell, _, _ in run_study(plan, tmp_path)]
     tuning, confirmed = ended[:8], ended[8:]
     assert {cell.stage for cell in tuning} == {"tuning"} and plan.config(tuning[1]).learning_rate == 0.002
@@ -263,8 +266,38 @@ def test_tuning_gives_every_arm_the_trial_with_the_least_mean_log_distance(tmp_p
     assert len(confirmed) == 12 and rate == {"base": 0.002, "paper": 0.001}
 
 
-class Done:
-    """A future whose call is made as its result is asked for."""
+def in_this_process(call, items, *_):
+    return ((item, SimpleNamespace(result=lambda item=item: call(item))) for item in items)
 
-    def __init__(self, call, item):
-        self.result = lambda: call(item)
+
+@register_autoencoder("study patches")
+class Patches:
+    """Decodes a latent as its first channel, eight pixels each way."""
+
+    scale, shift = 0.5, 0.25
+
+    def encode(self, x):
+        raise AssertionError("the store of this test is made without images")
+
+    def decode(self, z):
+        return z[:, :1].repeat(1, 3, 1, 1).repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+
+    def state_dict(self):
+        return {"gain": torch.ones(())}
+
+
+def test_a_study_on_latents_is_decoded_by_its_store_and_comes_to_its_verdict(tmp_path, small_plan, monkeypatch):
+    store = write_store(tmp_path / "store", rows=300, card=load_autoencoder("study patches").card)
+    training = {"preset": "smoke", "data": str(store), "steps": 3, "checkpoint_every": 3, "batch_size": 8}
+    evaluation = {**small_plan["evaluation"], "sampler": "sde", "cfg_scales": [1.5], "guidance_low": 0.25}
+    plan = write_plan(tmp_path, small_plan, train={**training, "preview_images": 0}, evaluation=evaluation)
+    monkeypatch.setattr(experiment, "in_pool", in_this_process)
+    assert all(run["status"] == "ok" for _, run, _ in run_study(plan, tmp_path))
+    results = conclude(plan, tmp_path)
+    assert [v["n"] for v in results["verdicts"]] == [6, 6] and "pooled_rank" not in results["summary"][0]["described"]
+    record = results["record"]
+    assert "store-decoded" in str(record["reference"]) and record["sampler"] == "sde"
+    assert (record["cfg_scale"], record["guidance_low"], record["guidance_high"]) == (1.5, 0.25, 1.0)
+    plan = write_plan(tmp_path, small_plan, train=training, evaluation={**small_plan["evaluation"], "probe": True})
+    with pytest.raises(ConfigError, match="a probe is of images"):
+        _run_cell(plan, plan.cells()[0], out=tmp_path)

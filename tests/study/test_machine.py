@@ -13,7 +13,7 @@ from dispersive_kit.cli import main
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.study import machine
 from dispersive_kit.study.machine import examine, in_pool
-from dispersive_kit.study.run import Pipeline, Stage, run_pipeline
+from dispersive_kit.study.run import _Pipeline, _run_pipeline, _Stage
 
 SUICIDE = "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"
 
@@ -143,21 +143,21 @@ def test_a_caller_that_stops_early_starts_nothing_more(tmp_path):
 
 
 def test_no_workers_and_a_request_that_the_cluster_does_not_know_are_refused(quick, tmp_path):
-    stages = (Stage(notebook=str(quick)),)
+    stages = (_Stage(notebook=str(quick)),)
     with pytest.raises(ValueError, match="workers"):
-        Pipeline(title="t", stages=stages, workers=0)
+        _Pipeline(title="t", stages=stages, workers=0)
     for wrong in ({"gpus": 1}, {"timeout_min": "an hour"}):
-        asking = Pipeline(title="t", stages=stages, executor="local", cluster=wrong)
+        asking = _Pipeline(title="t", stages=stages, executor="local", cluster=wrong)
         with pytest.raises(ConfigError, match=f"cluster: .*{next(iter(wrong))}"):
-            list(run_pipeline(asking, tmp_path / "out", resume=True))
+            list(_run_pipeline(asking, tmp_path / "out", resume=True))
     assert not (tmp_path / "out" / "quick").exists()
 
 
 @pytest.mark.parametrize("executor", ["pool", "local"])
 def test_a_worker_or_job_that_is_killed_is_a_failed_run_and_said_so(write_quick, tmp_path, executor):
-    stage = Stage(notebook=str(write_quick("made", SUICIDE)), grid={"seed": [0, 1]})
-    pipeline = Pipeline(title="t", stages=(stage,), executor=executor, workers=2)
-    results = list(run_pipeline(pipeline, tmp_path / "out"))
+    stage = _Stage(notebook=str(write_quick("made", SUICIDE)), grid={"seed": [0, 1]})
+    pipeline = _Pipeline(title="t", stages=(stage,), executor=executor, workers=2)
+    results = list(_run_pipeline(pipeline, tmp_path / "out"))
     assert [result.status for result in results] == ["failed", "failed"]
     words = {"pool": ["killed", "--resume"], "local": ["ended without a result", str(tmp_path / "out/.submitit")]}
     assert all(word in results[0].error for word in words[executor])

@@ -60,6 +60,8 @@ REFUSED = {
     "the reference against itself": ({"primary__arm": "base"}, r"arm 'base' of a contrast"),
     "no such measure": ({"primary__measure": "FID"}, r"measure 'FID' of a contrast; there are: frechet, held_out"),
     "no such extractor": ({"evaluation__extractor": "VGG"}, r"evaluation\.extractor = 'VGG': Input should be 'class"),
+    "no such sampler": ({"evaluation__sampler": "ddim"}, r"no sampler 'ddim' for a model of flow; there are: heun"),
+    "guidance beyond time": ({"evaluation__guidance_high": 1.5}, r"guidance_high = 1\.5"),
     "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
     "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),
     "a margin of nothing": ({"margin__helt_out": 0.1}, r"margin\.helt_out.*frechet\|held_out\|probe"),

@@ -18,14 +18,14 @@ from dispersive_kit.study.report import NotebookTask, write_report
 from dispersive_kit.study.run import (
     _HIDDEN,
     _SHIPPED,
-    Pipeline,
-    Stage,
     _check_parameters,
     _key,
     _load_pipeline,
+    _Pipeline,
     _plan,
+    _run_pipeline,
     _run_task,
-    run_pipeline,
+    _Stage,
 )
 
 FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
@@ -44,7 +44,7 @@ def number_of(folder):
 
 
 def pipeline(*stages):
-    return Pipeline(title="A & B", stages=stages)
+    return _Pipeline(title="A & B", stages=stages)
 
 
 def run_one(notebook, folder, **parameters):
@@ -64,10 +64,10 @@ def ended(write_notebook, write_quick, tmp_path_factory):
     nbformat.write(document, made)
     broken = write_quick("broken", "assert seed != 1, 'one is not enough'")
     stages = (
-        Stage(notebook=str(made), parameters={"value": 3.0}),
-        Stage(notebook=str(broken), name="seeds", grid={"seed": [0, 1, 2]}),
+        _Stage(notebook=str(made), parameters={"value": 3.0}),
+        _Stage(notebook=str(broken), name="seeds", grid={"seed": [0, 1, 2]}),
     )
-    results = list(run_pipeline(pipeline(*stages), out))
+    results = list(_run_pipeline(pipeline(*stages), out))
     write_report(results, out, title="A & B", subtitle="made")
     return out, results
 
@@ -211,16 +211,16 @@ def test_a_used_folder_is_never_written_into_unless_asked(write_quick, tmp_path)
     with pytest.raises(KitError, match="holds no run of a notebook"):
         run_one(write_quick("one"), tmp_path / "training")
     with pytest.raises(KitError, match="--resume"):
-        list(run_pipeline(pipeline(Stage(notebook=str(write_quick("one")))), tmp_path / "training"))
+        list(_run_pipeline(pipeline(_Stage(notebook=str(write_quick("one")))), tmp_path / "training"))
     assert log.read_text() == "{}"
 
 
 def test_a_failed_stage_ends_the_pipeline_which_goes_on_once_it_is_mended(write_quick, tmp_path):
     bad, good = write_quick("bad", "assert 1 > 2"), write_quick("good")
-    both = pipeline(Stage(notebook=str(bad)), Stage(notebook=str(good)))
-    assert [r.status for r in run_pipeline(both, tmp_path / "out")] == ["failed"]
+    both = pipeline(_Stage(notebook=str(bad)), _Stage(notebook=str(good)))
+    assert [r.status for r in _run_pipeline(both, tmp_path / "out")] == ["failed"]
     write_quick("bad")
-    assert [r.status for r in run_pipeline(both, tmp_path / "out", resume=True)] == ["ok", "ok"]
+    assert [r.status for r in _run_pipeline(both, tmp_path / "out", resume=True)] == ["ok", "ok"]
 
 
 def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_quick, tmp_path):
@@ -266,14 +266,14 @@ def test_what_is_typed_is_read_as_the_notebook_declares_it(quick):
 def test_a_wrong_later_stage_is_refused_before_the_first_one_runs(quick, tmp_path):
     good = str(quick)
     for words, wrong in {
-        "no parameter 'x'": Stage(notebook=good, parameters={"x": 1}, name="b"),
-        "seed is int, got 0.5": Stage(notebook=good, name="b", grid={"seed": [0, 0.5]}),
-        "'99' names 0 notebooks": Stage(notebook="99"),
-        "two stages are called 'quick'": Stage(notebook=good),
-        "would share the folder 'mode=a-b'": Stage(notebook=good, name="b", grid={"mode": ["a/b", "a-b"]}),
+        "no parameter 'x'": _Stage(notebook=good, parameters={"x": 1}, name="b"),
+        "seed is int, got 0.5": _Stage(notebook=good, name="b", grid={"seed": [0, 0.5]}),
+        "'99' names 0 notebooks": _Stage(notebook="99"),
+        "two stages are called 'quick'": _Stage(notebook=good),
+        "would share the folder 'mode=a-b'": _Stage(notebook=good, name="b", grid={"mode": ["a/b", "a-b"]}),
     }.items():
         with pytest.raises(ConfigError, match=words):
-            list(run_pipeline(pipeline(Stage(notebook=good), wrong), tmp_path / "out"))
+            list(_run_pipeline(pipeline(_Stage(notebook=good), wrong), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -296,7 +296,7 @@ def test_the_command_ends_with_status_2_before_a_kernel_starts(
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/etc", "a\\b", ".hidden", "-p", "a b", "a\n", "~"])
 def test_a_name_that_could_leave_its_folder_is_refused(name):
     with pytest.raises(ValueError, match="name"):
-        Stage(notebook="06", name=name)
+        _Stage(notebook="06", name=name)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):
     [
         (["--num", "0"], "--num must be at least 4, got 0"),
         (["--num", "-5"], "--num must be at least 4, got -5"),
-        (["--num-steps", "0"], "--num-steps must be at least 1, got 0"),
+        (["--num-steps", "0"], "num_steps 0 must be at least 1"),
         (["--cfg-scale", "nan"], "cfg_scale must be a number, got nan"),
     ],
 )

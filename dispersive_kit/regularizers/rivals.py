@@ -27,11 +27,9 @@ def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **optio
         DispersiveError: alpha outside [0, 1], views of different shape, or as `dispersive_loss`.
     """
     check_number("alpha", alpha, at_least=0.0)
-    if alpha > 1 or getattr(positive, "shape", None) != z.shape:
-        raise DispersiveError(
-            f"alpha {alpha} and a second view {tuple(getattr(positive, 'shape', ()))} beside {tuple(z.shape)}: give "
-            "alpha in [0, 1] and views of one shape"
-        )
+    if alpha > 1 or positive.shape != z.shape:
+        what = f"alpha {alpha} and a second view {tuple(positive.shape)} beside {tuple(z.shape)}"
+        raise DispersiveError(f"{what}: give alpha in [0, 1] and views of one shape")
     loss = dispersive_loss(z, **options)
     pull = {k: v for k, v in options.items() if k not in ("t", "y")}
     with full_precision(z.device):
@@ -79,13 +77,13 @@ class LayerSync(Attached):
 
     def __init__(self, model: nn.Module, shallow: str | nn.Module, deep: str | nn.Module, **options: Any) -> None:
         super().__init__(model, [shallow, deep], **options)
-        if len(self.taps) != 2:
+        blocks = [f".{path}".rsplit(".", 1) for path in self.paths]
+        order = [int(name) for of, name in blocks if name.isdigit() and of == blocks[0][0]]
+        if len(blocks) != 2 or order != sorted(order):
             self.remove()
-            raise DispersiveError(f"LayerSync needs one shallow and one deep module, not {', '.join(self.paths)}")
-        (of, first), (of_deep, second) = (path.rsplit(".", 1) for path in (f".{p}" for p in self.paths))
-        if of == of_deep and first.isdigit() and second.isdigit() and int(first) > int(second):
-            self.remove()
-            raise DispersiveError(f"{shallow} comes after {deep}: the first is to be the shallow one, which is taught")
+            raise DispersiveError(
+                f"LayerSync of {self.where}: give a shallow module, which is taught, and a deeper one"
+            )
 
     def loss(self, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Weighted loss (0-d), zero in eval.
@@ -143,8 +141,6 @@ class REPA(Attached):
 def _alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
     """-E cos over the last axis."""
     if z.shape != target.shape:
-        raise DispersiveError(
-            f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}: the projector, "
-            "the encoder or the choice of blocks must make the two shapes equal"
-        )
+        what = f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}"
+        raise DispersiveError(f"{what}: choose projector, encoder or blocks so that the two shapes are equal")
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, floor
-from dispersive_kit.regularizers.taps import block_list, modules_of
+from dispersive_kit.regularizers.taps import block_list
 
 AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
 VITALS = 5
@@ -127,10 +127,8 @@ class Watch:
             if dropped >= record.rows * (record.rows - 1):
                 why = "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
             elif KINDS[record.options.kind].log and mass < AT_FLOOR:
-                why = (
-                    "the loss is at its floor and its gradient all but zero; the features have grown apart beyond "
-                    "what tau sees: diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
-                )
+                why = "the features have grown apart beyond what tau sees, and the gradient is all but zero: "
+                why += "diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
             if why and not self._warned:
                 self._warned = True
                 warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=4)
@@ -153,10 +151,8 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     Raises:
         DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
-    modules = modules_of(model)
-    blocks = block_list(modules, at)
-    use: dict[str, Tensor] = {}
-    handles = [modules[p].register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p in blocks]
+    blocks, use = block_list(model, at), dict[str, Tensor]()
+    handles = [b.register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p, b in blocks.items()]
     compiles = "torch._dynamo" in sys.modules  # else nothing was compiled, and asking would import it (2 s)
     try:
         with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
@@ -164,18 +160,14 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     finally:
         for handle in handles:
             handle.remove()
-    if left_out := [path for path in blocks if path not in use]:
-        raise DispersiveError(
-            f"{', '.join(left_out)}: the block was not called, or its output has another shape than its input: call "
-            "the model inside `with`, and choose a list of residual blocks with at="
-        )
+    if left_out := ", ".join(path for path in blocks if path not in use):
+        why = "the block was not called, or its output has another shape than its input"
+        raise DispersiveError(f"{left_out}: {why}: call the model inside `with`, and choose residual blocks with at=")
 
 
 def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
     """A forward hook."""
-    before, after = (
-        next((x.detach() for x in tree_leaves(y) if isinstance(x, Tensor)), None) for y in ((args, kwargs), output)
-    )
-    if before is not None and after is not None and before.shape == after.shape:
-        size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(after.dtype, torch.float32))
-        use[path] = size(after - before) / size(before)
+    given, returned = ([x.detach() for x in tree_leaves(y) if isinstance(x, Tensor)] for y in ((args, kwargs), output))
+    if given and returned and given[0].shape == returned[0].shape:
+        size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(given[0].dtype, torch.float32))
+        use[path] = size(returned[0] - given[0]) / size(given[0])

@@ -22,19 +22,17 @@ Select = Callable[[Any], Tensor] | int | str | None
 
 LISTS = (nn.ModuleList, nn.Sequential)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
-Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
-UNSEEN = (
-    "has captured nothing since the last loss(): call the model in training mode inside `with`. Where it was, it does "
-    "not call this module, or torch.compile had compiled it before the hook was set, which it then does not see: "
-    "attach before the first call, or torch.compiler.reset() after attaching, or compile block by block. A compiled "
-    "copy of the model (an average) that is called with gradients on hides the hook too: call it under no_grad"
-)
-SEQUENCES = (
-    *(nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-)
+LAYERS = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+SEQUENCES = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, *LAYERS)
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
+Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
+UNSEEN = (
+    "has captured nothing since the last loss(): call the model in training mode inside `with`. If you did, it does "
+    "not call this module, or torch.compile had compiled it before the hook was set: attach before the first call, or "
+    "torch.compiler.reset() after attaching, or compile block by block. A compiled copy of the model (an average) "
+    "that is called with gradients on hides the hook too: call it under no_grad"
+)
 
 
 @dataclass(frozen=True)
@@ -175,21 +173,16 @@ class Attached:
         if self._removed:
             raise DispersiveError(f"the taps {self.where} were removed: attach anew")
         if self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
-            raise DispersiveError(
-                f"the taps {self.where} were armed by another thread, which has not called loss() yet: give each "
-                "thread a model and a regulariser of its own"
-            )
+            why = "were armed by another thread, which has not called loss() yet"
+            raise DispersiveError(f"the taps {self.where} {why}: give each thread a model and regulariser of its own")
 
     def _active(self) -> bool:
         """Whether the model trains; where it does not and gradients are on, that is said once."""
         self._require_hooks()
         if not self.model.training and torch.is_grad_enabled() and not self._told:
             self._told = True
-            warnings.warn(
-                f"{type(self).__name__} on {self.where} is 0 in eval mode, and gradients are on: call model.train() to "
-                "train with it (from_pretrained leaves a model in eval mode)",
-                stacklevel=3,
-            )
+            what = f"{type(self).__name__} on {self.where} is 0 in eval mode, and gradients are on"
+            warnings.warn(f"{what}: call model.train() (from_pretrained leaves a model in eval mode)", stacklevel=3)
         return self.model.training
 
     def _weight(self, step: int | None) -> float:
@@ -208,8 +201,7 @@ class Attached:
         if taps is None:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
         if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
-            given = f"{len(taps)} tensors" if isinstance(taps, list | tuple) else f"a {type(taps).__name__}"
-            raise DispersiveError(f"taps= is {given}: give a list of one tensor each for {self.where}")
+            raise DispersiveError(f"taps= does not fit: give a list of one tensor each for {self.where}")
         return [self._checked(tap, (z, []), lambda z: z) for tap, z in zip(self.taps, taps, strict=True)]
 
     def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
@@ -219,30 +211,29 @@ class Attached:
             z = _pick(output[0], select)
         except DispersiveError as error:
             raise DispersiveError(f"tap {tap.path!r}: {error}") from error
+        why = ""
         if z.ndim == 2 and isinstance(tap.module, SEQUENCES) and not callable(select):
-            raise DispersiveError(
-                f"tap {tap.path!r}: its output is {tuple(z.shape)}, of one sequence without a batch: give it (B, T, D)"
+            why = f"its output is {tuple(z.shape)}, of one sequence without a batch: give the model (B, T, D)"
+        elif torch._C._functorch.is_functorch_wrapped_tensor(z):
+            why = (
+                "it was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient outside: return "
+                "the features from the function (has_aux=True) and pass them as loss(taps=...)"
             )
-        if torch._C._functorch.is_functorch_wrapped_tensor(z):
-            raise DispersiveError(
-                f"tap {tap.path!r} was captured inside torch.func.jvp, grad or vmap, whose tensors carry no gradient "
-                "outside: return the features from the function (has_aux=True) and pass them as loss(taps=...)"
+        elif self.weight and not z.requires_grad:
+            why = (
+                "the loss would do nothing, for it carries no gradient: it was computed under no_grad, or inside a "
+                "reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a later block). "
+                "weight=0 measures without a gradient"
             )
-        if self.weight and not (z.requires_grad and torch.is_grad_enabled()):
-            why = "loss() was called under no_grad: call it outside"
-            if not z.requires_grad:
-                why = (
-                    "it carries no gradient: it was computed under no_grad, or inside a reentrant checkpoint (use "
-                    "use_reentrant=False), or by frozen parameters only (tap a later block)"
-                )
-            raise DispersiveError(
-                f"tap {tap.path!r}: the loss would do nothing, {why}. weight=0 measures without a gradient"
+        elif self.weight and not torch.is_grad_enabled():
+            why = "loss() was called under no_grad: call it outside. weight=0 measures without a gradient"
+        elif _overwritten(z, output[1]):
+            why = (
+                "its output was overwritten after it returned, as by ReLU(inplace=True): tap the module that "
+                "overwrites it, or set inplace=False there"
             )
-        if _overwritten(z, output[1]):
-            raise DispersiveError(
-                f"tap {tap.path!r}: its output was overwritten after it returned, as by ReLU(inplace=True): tap the "
-                "module that overwrites it, or set inplace=False there"
-            )
+        if why:
+            raise DispersiveError(f"tap {tap.path!r}: {why}")
         return z
 
 
@@ -271,10 +262,8 @@ def _pick(output: Any, select: Select) -> Tensor:
         tensors = [part for part in output if isinstance(part, Tensor)]
         z = tensors[0] if len(tensors) == 1 else output
     if not isinstance(z, Tensor):
-        raise DispersiveError(
-            f"its output, a {kind}, gave a {type(z).__name__}: say which tensor is meant with select= (an index, a "
-            "key, or a function of the output)"
-        )
+        what = f"its output, a {kind}, gave a {type(z).__name__}"
+        raise DispersiveError(f"{what}: say which tensor is meant with select= (an index, a key, or a function)")
     return z
 
 
@@ -282,8 +271,8 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
     """Hooks every module that `at` names, once; all names are checked before the first hook is set."""
     if not isinstance(model, nn.Module):
         raise DispersiveError(f"model is a {type(model).__name__}: give the nn.Module to attach to")
-    modules = modules_of(model)
-    wanted = [block_at(modules, depth)] if at is None else at
+    modules = _modules_of(model)
+    wanted = block_at(model, depth) if at is None else at
     found: dict[nn.Module, str] = {}
     for one in wanted if isinstance(wanted, list | tuple) else [wanted]:
         for path in _resolve(one, modules):
@@ -292,10 +281,8 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
         raise DispersiveError("at= names no module: give a path such as 'blocks.2'")
     for module, path in found.items():
         if isinstance(module, CONTAINERS):
-            raise DispersiveError(
-                f"{path!r} is a {type(module).__name__}, which is never called itself: tap a part of it "
-                f"({path + '.0'!r}), or all ({path + '.*'!r})"
-            )
+            what = f"{path!r} is a {type(module).__name__}, which is never called itself"
+            raise DispersiveError(f"{what}: tap a part of it ({path + '.0'!r}), or all ({path + '.*'!r})")
         if not callable(select):
             _require_batch_first(path, modules, select)
     return [_Tap(path, module) for module, path in found.items()]
@@ -303,8 +290,7 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
 
 def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Select) -> None:
     """Neither the module, nor one inside it, nor one of torch's around it, may have the batch on its second axis."""
-    around = [modules[path[:i]] for i, letter in enumerate(path) if letter == "."]
-    own = modules[path]
+    own, around = modules[path], [modules[path[:i]] for i, letter in enumerate(path) if letter == "."]
     parts = [part for one in (own, *around) if one is own or isinstance(one, SEQUENCES) for part in one.modules()]
     late = [type(part).__name__ for part in parts if getattr(part, "batch_first", None) is False]
     if late:
@@ -320,7 +306,7 @@ def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Selec
         )
 
 
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {_bare(name): module for name, module in model.named_modules(remove_duplicate=False) if _bare(name)}
 
 
@@ -331,6 +317,7 @@ def _bare(name: str) -> str:
 
 def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     names = ", ".join(list(modules)[:8])
+    paths, hint = [], f"at= holds a {type(one).__name__}: give paths such as 'blocks.2', or modules"
     if isinstance(one, nn.Module):
         compiled = getattr(one, "_orig_mod", one)  # `modules` has the block itself, not what torch.compile put round it
         paths = [path for path, module in modules.items() if module in (one, compiled)][:1]
@@ -338,32 +325,29 @@ def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     elif isinstance(one, str):
         patterns = _bare(one).split(".")  # a * stands for one name
         long = [path.split(".") for path in modules if path.count(".") + 1 == len(patterns)]
-        paths = [".".join(names) for names in long if all(map(fnmatch.fnmatchcase, names, patterns))]
-        near = difflib.get_close_matches(one, list(modules), 3)
-        hint = f"the model has no module {one!r}: choose from {', '.join(near) or names}, ..."
-    else:
-        paths, hint = [], f"at= holds a {type(one).__name__}: give paths such as 'blocks.2', or modules"
+        paths = [".".join(parts) for parts in long if all(map(fnmatch.fnmatchcase, parts, patterns))]
+        near = ", ".join(difflib.get_close_matches(one, list(modules), 3))
+        hint = f"the model has no module {one!r}: choose from {near or names}, ..."
     if not paths:
         raise DispersiveError(hint)
     return paths
 
 
-def block_at(modules: dict[str, nn.Module], depth: float) -> str:
-    """depth 1/4 of 12 blocks is the third, `blocks.2`."""
-    check_number("depth", depth, above=0.0)
-    if depth > 1:
-        raise DispersiveError(f"depth is {depth!r}, a share of the blocks: give a number above 0, up to 1")
-    blocks = block_list(modules)
-    return blocks[max(1, int(depth * len(blocks))) - 1]
-
-
-def block_list(modules: dict[str, nn.Module], at: str | None = None) -> list[str]:
-    """Paths of the blocks in the list at the path `at`, or in the one named `blocks`."""
+def block_list(model: nn.Module, at: str | None = None) -> dict[str, nn.Module]:
+    """The blocks, by path, in the list at the path `at`, or in the one named `blocks`."""
+    modules = _modules_of(model)
     named = [path for path in modules if path == at or (at is None and path.split(".")[-1] == "blocks")]
     lists = [path for path in named if isinstance(modules[path], LISTS)]
     if len(lists) != 1:
-        raise DispersiveError(
-            f"the model has {len(lists)} lists named {at or 'blocks'!r}: name the module with at=, from "
-            f"{', '.join(list(modules)[:8])}, ..."
-        )
-    return [path for path in modules if path.rpartition(".")[0] == lists[0]]
+        what = f"the model has {len(lists)} lists named {at or 'blocks'!r}"
+        raise DispersiveError(f"{what}: name the module with at=, from {', '.join(list(modules)[:8])}, ...")
+    return {path: module for path, module in modules.items() if path.rpartition(".")[0] == lists[0]}
+
+
+def block_at(model: nn.Module, depth: float) -> str:
+    """depth 1/4 of 12 blocks is the third, `blocks.2`."""
+    check_number("depth", depth, above=0.0)
+    blocks = list(block_list(model))
+    if depth > 1:
+        raise DispersiveError(f"depth is {depth!r}, a share of the blocks: give a number above 0, up to 1")
+    return blocks[max(1, int(depth * len(blocks))) - 1]

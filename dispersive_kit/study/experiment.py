@@ -191,7 +191,7 @@ def _pooled_rank(model: Any, config: TrainConfig) -> float:
     """
     images = draw_images(load_reference(config)[1], TESTED).images
     (features,) = extract(encoder(model), images, LEVELS[:1], pool="mean")  # (1, blocks, N, D)
-    tapped = block_at(dict(model.named_modules()), PRESETS["paper"]["depth"])
+    tapped = block_at(model, PRESETS["paper"]["depth"])
     return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
 
 

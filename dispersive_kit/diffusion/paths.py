@@ -7,7 +7,6 @@ x0, eps, velocity v = dx_t/dt and score = grad log p_t(x_t) each determine the o
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -114,7 +113,7 @@ class GVPPath(Path):
         return cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos
 
 
-def variance_preserving(log_alpha: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _variance_preserving(log_alpha: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The coefficients with sigma^2 = 1 - alpha^2, from log alpha and its derivative."""
     alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
     return alpha, sigma, slope * alpha, -slope * alpha**2 / sigma
@@ -130,11 +129,11 @@ class VPPath(Path):
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rise = self.beta_max - self.beta_min
-        return variance_preserving(-(t**2) * rise / 4 - t * self.beta_min / 2, -t * rise / 2 - self.beta_min / 2)
+        return _variance_preserving(-(t**2) * rise / 4 - t * self.beta_min / 2, -t * rise / 2 - self.beta_min / 2)
 
 
 @lru_cache
-def ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """log alpha at t = 0, 1/T, ..., 1 (T + 1,), half the log of DDPM's cumulative product, and its slopes there."""
     if schedule == "linear":  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
         scale = 1000 / num_timesteps
@@ -171,27 +170,14 @@ class DDPMPath(Path):
             raise ConfigError(f"{self.num_timesteps} timesteps: the {self.schedule} schedule needs at least {least}")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        table, slope = ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)
+        table, slope = _ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)
         position = (t.to(table.dtype) * self.num_timesteps).clamp(0, self.num_timesteps)
         k = position.long().clamp(max=self.num_timesteps - 1)
         u, left, right, rise = position - k, slope[k], slope[k + 1], table[k + 1] - table[k]
         bend, twist = 3 * rise - 2 * left - right, left + right - 2 * rise
         log_alpha = table[k] + u * (left + u * (bend + u * twist))
         d_log_alpha = (left + u * (2 * bend + u * 3 * twist)) * self.num_timesteps
-        return variance_preserving(log_alpha.to(t.dtype), d_log_alpha.to(t.dtype))
-
-
-def velocity_field(model: Callable, path: Path, prediction: str) -> Callable:
-    """The velocity of a model that predicts x0, eps or the score, for the ODE samplers.
-
-    Give those samplers `time_grid(n, t_min=1e-3, t_max=1 - 1e-3)`: at the ends the conversion divides by
-    zero.
-    """
-
-    def velocity(x: Tensor, t: Tensor, *y: Tensor) -> Tensor:
-        return path.convert(model(x, t, *y), x, t, prediction, "v")
-
-    return velocity
+        return _variance_preserving(log_alpha.to(t.dtype), d_log_alpha.to(t.dtype))
 
 
 LINEAR, DDPM_LINEAR = LinearPath(), DDPMPath()  # the defaults of objectives and samplers

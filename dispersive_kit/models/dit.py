@@ -118,7 +118,7 @@ class _LabelEmbedder(nn.Module):
         return self.embedding_table(y)  # (B, D)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's x (1 + scale) + shift: x (B, N, D), shift and scale (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -152,7 +152,7 @@ class _Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class DiTBlock(nn.Module):
+class _Block(nn.Module):
     """Transformer block with adaptive layer norm; its gates start at zero, so it starts as the identity."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -164,8 +164,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))  # (B, N, D)
+        x = x + gate_a[:, None] * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))  # (B, N, D)
 
 
 class _FinalLayer(nn.Module):
@@ -176,7 +176,7 @@ class _FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, dim=1)))
+        return self.linear(_modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, dim=1)))
 
 
 class _PatchEmbed(nn.Module):
@@ -236,7 +236,7 @@ class DiT(Conditioned):
         self._embed(hidden_size, num_classes, null_label, time_scale, interval=interval)
         pos_embed = _sincos_2d(hidden_size, input_size // patch_size)[None]
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # (1, N, D)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.initialize_weights()
 

@@ -80,7 +80,7 @@ class LossOptions:
         check_choice("kind", self.kind, tuple(KINDS))
         check_choice("diagonal", self.diagonal, (True, False, None))
         check_choice("pool", self.pool, ("none", "mean", "tokens"))
-        check_choice("normalize", self.normalize, ("none", "layer", "unit"))
+        check_choice("normalize", self.normalize, ("none", "layer", "unit", "batch"))
         check_choice("ignore_same_class", self.ignore_same_class, (True, False))
         check_number("norm_penalty", self.norm_penalty, at_least=0.0)
         if self.t_window is not None:
@@ -175,7 +175,8 @@ def dispersive_loss(
     diagonal: count i = j (m = n for covariance and vicreg). None: as published, in for infonce and covariance.
     pool: "none" flattens, "mean" averages tokens, "tokens" makes each a row. Tokens are axis 1 of (B, N, D),
         pixels of (B, C, H, W).
-    normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so |u - u'|^2, without / dim).
+    normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so |u - u'|^2, without / dim), "batch"
+        all rows to RMS 1 together: the loss is then blind to the size of the features, and cannot make them grow.
     norm_penalty: adds norm_penalty * E |z_i|^2 / dim; the l2 form without diagonal has no minimum otherwise.
     t_window: only pairs with |t_i - t_j| <= t_window. ignore_same_class: only pairs with y_i != y_j.
     t, y: (B,), for these two. Where no pair is left there is the diagonal alone, or 0.
@@ -243,6 +244,8 @@ def rows_of(z: Tensor, options: LossOptions) -> Tensor:
     x = (z.flatten(0, 1) if options.pool == "tokens" else z.flatten(1)).to(dtype)
     if options.normalize == "unit":
         x = F.normalize(x, dim=1, eps=EPS) * math.sqrt(x.shape[1])
+    if options.normalize == "batch":
+        x = x * (x.square().mean() + EPS).rsqrt()
     return F.normalize(x, dim=1, eps=EPS) if KINDS[options.kind].unit else x
 
 

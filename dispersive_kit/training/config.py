@@ -53,7 +53,7 @@ class RegularizerConfig(_Settings):
     depth: float | None = None  # share of the blocks before the tap, where `at` is None
     diagonal: bool | None = None  # whether each sample is compared with itself
     pool: str | None = None  # none, mean or tokens
-    normalize: str | None = None  # none, layer or unit
+    normalize: str | None = None  # none, layer, unit or batch
     norm_penalty: float | None = None
     t_window: float | None = None  # only pairs whose times are this near
     gather: bool | None = None  # one dispersion batch over all processes

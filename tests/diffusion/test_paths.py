@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dispersive_kit.diffusion.paths import PREDICTIONS, DDPMPath, LinearPath, VPPath, velocity_field
+from dispersive_kit.diffusion.paths import PREDICTIONS, DDPMPath, LinearPath, VPPath
 from dispersive_kit.errors import ConfigError
 
 
@@ -61,12 +61,6 @@ def test_discrete_schedule_equals_diffusers(schedule, theirs):
 def test_vp_is_the_limit_of_the_discrete_linear_schedule():
     t = torch.linspace(0.1, 1, 10, dtype=torch.float64)
     torch.testing.assert_close(DDPMPath().alpha(t), VPPath().alpha(t), atol=1e-3, rtol=2e-2)
-
-
-def test_velocity_field_drops_a_learned_variance(generator):
-    (t, x0, eps), path = triple(generator), DDPMPath()
-    field = velocity_field(lambda x, t: torch.cat([eps, torch.ones_like(eps)], 1), path, "eps")
-    torch.testing.assert_close(field(path.x_t(x0, eps, t), t), path.velocity(x0, eps, t), atol=1e-9, rtol=1e-9)
 
 
 def test_unknown_names_are_refused():

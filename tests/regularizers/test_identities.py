@@ -42,6 +42,17 @@ def test_kinds_on_the_sphere_are_blind_to_scale(kind):
     assert dispersive_loss(8 * z, kind=kind).item() == pytest.approx(dispersive_loss(z, kind=kind).item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["infonce_l2", "hinge", "vicreg"])
+def test_normalised_by_the_rms_of_the_batch_it_cannot_make_features_grow(kind):
+    # mutation: the RMS held constant, which leaves the outward gradient as it was
+    z = features(6, 9, scale=3.0)
+    loss = dispersive_loss(z, kind=kind, normalize="batch")
+    torch.testing.assert_close(loss, dispersive_loss(z / z.square().mean().sqrt(), kind=kind))
+    assert abs((z * value_and_gradient(loss, z)[1]).sum()) < 1e-12
+    lengths = (z * value_and_gradient(dispersive_loss(z, kind=kind, normalize="batch"), z)[1]).sum(1)
+    assert lengths.abs().max() > 1e-4  # the rows are not put on a sphere: one may grow against the others
+
+
 def test_sphere_is_wang_and_isola_uniformity():
     z, t = features(8, 5), 2.0
     uniformity = F.pdist(F.normalize(z, dim=1)).square().mul(-t).exp().mean().log()

@@ -93,7 +93,7 @@ def test_equals_the_formula(case, dtype):
 
 
 CHECKED = [{"kind": kind, "diagonal": diagonal} for kind in KINDS for diagonal in (True, False)]
-CHECKED += [{"pool": "mean"}, {"pool": "tokens"}, {"normalize": "layer"}, {"normalize": "unit"}]
+CHECKED += [{"pool": "mean"}, {"pool": "tokens"}, {"normalize": "layer"}, {"normalize": "unit"}, {"normalize": "batch"}]
 CHECKED += [{"norm_penalty": 0.3, "diagonal": False}]
 CHECKED += [{"tau": "auto", "kind": "sphere", "normalize": "layer", "pool": "mean"}]
 
@@ -205,7 +205,7 @@ REFUSED = [
     ({"tau": "auto", "kind": "vicreg"}, "tau"),
     ({"tau": 0.5, "kind": "covariance"}, "leave out tau"),
     ({"pool": "max"}, "none, mean, tokens"),
-    ({"normalize": "l2"}, "none, layer, unit"),
+    ({"normalize": "l2"}, "none, layer, unit, batch"),
     ({"norm_penalty": -1.0}, "norm_penalty"),
     ({"norm_penalty": 1.0, "kind": "sphere"}, "norm_penalty"),
     ({"t_window": 0.0}, "t_window"),

@@ -21,13 +21,12 @@ def card(page: Path, site: Path) -> str:
     shutil.copyfile(page, to)
     cells = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
     text = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "markdown"))
-    goal = re.search(r"\*\*Goal\.\*\* (.*)", text)
     picture = PICTURE.search(page.read_text(encoding="utf-8"))
     title = text.partition("\n")[0].removeprefix("# ")
-    goal_text = re.sub(r"\$\\?(.*?)\$", r"\1", goal[1]) if goal else ""  # $\tau$ is read as tau
+    goal = re.sub(r"\$\\?(.*?)\$", r"\1", re.search(r"Goal\.\*\* (.*)", text)[1])  # $\tau$ is read as tau
     shown = f'<figure style="max-width: 30rem">{picture[0]}</figure>' if picture else ""
     link = f'<h2><a href="{to.relative_to(site)}">{html.escape(title)}</a></h2>'
-    return f"{link}<p>{html.escape(goal_text)}</p>{shown}"
+    return f"{link}<p>{html.escape(goal)}</p>{shown}"
 
 
 def main() -> None:

@@ -71,10 +71,9 @@ class Autoencoder:
         if hasattr(network, "to"):
             network.to(device)
         self.network, self.device = network, device
-        kind = type(network.network if isinstance(network, _Diffusers) else network).__name__
+        kind, digest = type(getattr(network, "of_diffusers", network)).__name__, _weights_sha256(network)
         try:
-            card = {"kind": kind, "weights_sha256": _weights_sha256(network)}
-            self.card = AutoencoderCard(id=name, **card, scale=network.scale, shift=network.shift)
+            self.card = AutoencoderCard(name, kind, digest, scale=network.scale, shift=network.shift)
         except ValidationError as error:
             raise form_error(error, f"autoencoder {name}") from error
 
@@ -123,25 +122,25 @@ class _Diffusers:
     """An autoencoder of diffusers in this form; where it has `latents_mean` and `latents_std` they are taken out."""
 
     def __init__(self, network: Any) -> None:
-        self.network, config = network.eval().requires_grad_(False), network.config
+        self.of_diffusers, config = network.eval().requires_grad_(False), network.config
         self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
         given = {name: config.get(name) for name in ("latents_mean", "latents_std")}
         self.by_channel = {name: torch.tensor(x).reshape(1, -1, 1, 1) for name, x in given.items() if x}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.network.encode(x)
+        out = self.of_diffusers.encode(x)
         if not hasattr(out, "latent_dist"):  # AutoencoderTiny: a point, not a distribution
             return out.latents, torch.zeros_like(out.latents)
         return (out.latent_dist.mean - self.mean) / self.std, out.latent_dist.std / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.network.decode(z * self.std + self.mean).sample
+        return self.of_diffusers.decode(z * self.std + self.mean).sample
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.network.state_dict() | self.by_channel
+        return self.of_diffusers.state_dict() | self.by_channel
 
     def to(self, device: torch.device | str) -> None:
-        self.network.to(device)
+        self.of_diffusers.to(device)
         self.mean, self.std = (
             self.by_channel.get(name, torch.tensor(unset)).to(device)
             for name, unset in (("latents_mean", 0.0), ("latents_std", 1.0))

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -45,11 +45,20 @@ Progress = Callable[[int, int], None]  # of images done by all processes, and of
 
 
 @checked(frozen=True)
+class _Moments:
+    """Of a shard: how many values there are, and by channel the sums of mean and of mean^2 + std^2."""
+
+    count: int
+    total: list[float]
+    square: list[float]
+
+
+@checked(frozen=True)
 class _Record:
     """What is known of one shard once it is made."""
 
     card: ShardCard
-    moments: dict[str, Any]
+    moments: _Moments
     class_counts: dict[str, int]
     odd: dict[str, int]
     left_out: list[dict[str, str]]
@@ -136,11 +145,8 @@ class Encoder:
                 write_json(file, plan | {"transparency": ON_WHITE})
         begun = read_form(file, dict[str, Any], "Choose another folder")
         if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in plan.items() if begun.get(k) != v]:
-            raise ConfigError(
-                f"{store} was begun with other settings or images, and cannot be gone on with:\n  "
-                + "\n  ".join(changed)
-                + "\nchoose another folder, or go back to the old ones"
-            )
+            said = f"{store} was begun with other settings or images:\n  " + "\n  ".join(changed)
+            raise ConfigError(f"{said}\nchoose another folder, or go back to the old ones")
 
     def make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
         """Write a shard and then its record."""
@@ -211,7 +217,7 @@ class Encoder:
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
-        mean, std = _mean_and_std(record.moments for record in records)
+        mean, std = _mean_and_std([record.moments for record in records])
         fields = self.plan | {"channel_mean": mean, "channel_std": std, "shards": [record.card for record in records]}
         fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         fields["class_counts"] = [counts[name] for name in self.folder.classes]
@@ -236,7 +242,9 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
     """
     encoder.begin()
     (number, calls), total = part, len(encoder.folder.files)
-    progress = progress or _bar(total, encoder.done(), hidden=number > 0)
+    seconds = 0.1 if sys.stderr.isatty() else 60  # a file gets a line of the bar once a minute
+    bar = tqdm(total=total, initial=encoder.done(), unit="image", mininterval=seconds, disable=bool(number or progress))
+    progress = progress or (lambda now, _: bar.update(now - bar.n) and None)
     pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
     torch.set_num_threads(1)  # on which sums of a CPU may depend, as on a GPU on which algorithm was fastest
     try:
@@ -257,28 +265,21 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
     return LatentStore(encoder.store)
 
 
-def _moments(posterior: Tensor) -> dict[str, Any]:
-    """Of posteriors (n, flips, 2, C, h, w): count, and by channel the sums of the mean and of mean^2 + std^2."""
+def _moments(posterior: Tensor) -> _Moments:
+    """Of posteriors (n, flips, 2, C, h, w)."""
     sums = []
     for part in posterior.split(256):
         mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
         sums.append([x.sum((0, 1, 3, 4)).tolist() for x in (mean, mean.square() + std.square())])
     total, square = ([math.fsum(channel) for channel in zip(*parts, strict=True)] for parts in zip(*sums, strict=True))
-    return {"count": posterior[:, :, 0, 0].numel(), "total": total, "square": square}
+    return _Moments(posterior[:, :, 0, 0].numel(), total, square)
 
 
-def _mean_and_std(moments: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """By channel, of draws from the posteriors whose `moments` these are; fsum does not depend on their order."""
-    counts, *sums = zip(*((one["count"], one["total"], one["square"]) for one in moments), strict=True)
-    mean, square = ([math.fsum(c) / sum(counts) for c in zip(*parts, strict=True)] for parts in sums)
+def _mean_and_std(moments: list[_Moments]) -> tuple[list[float], list[float]]:
+    """By channel, of draws from the posteriors whose moments these are; fsum does not depend on their order."""
+    count, sums = sum(one.count for one in moments), zip(*((one.total, one.square) for one in moments), strict=True)
+    mean, square = ([math.fsum(channel) / count for channel in zip(*parts, strict=True)] for parts in sums)
     return mean, [math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)]
-
-
-def _bar(total: int, done: int, *, hidden: bool) -> Progress:
-    """Images done, rate and time left, in a file once a minute; what an earlier command did is not in the rate."""
-    seconds = 0.1 if sys.stderr.isatty() else 60
-    bar = tqdm(total=total, initial=done, unit="image", mininterval=seconds, disable=hidden)
-    return lambda now, total: bar.update(now - bar.n) and None
 
 
 def store_size(images: int, shape: tuple[int, ...], *, flip: bool = True, shard_size: int = 4096) -> tuple[int, str]:

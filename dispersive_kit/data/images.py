@@ -101,10 +101,8 @@ def load_images(
             "cifar10", or the path of a folder of images.
         split: "train" or "test". A folder may hold `train/` and one of `test/`, `val/`, `valid/` and `validation/`,
             whose classes are those of `train/`; otherwise every tenth image is held out.
-        data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` (arrays images
-            uint8 (N, H, W, C), labels (N,), split (N,) with 0 = train and 1 = test, classes) is preferred,
-            then torchvision's own files, which may be downloaded.
-        size: side of the square to which images of a folder are resized and centre-cropped.
+        data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
+            own files, which may be downloaded. size: side to which images of a folder are resized and cropped.
 
     Raises:
         DataError: unknown name or split; damaged file; not there (the message says where to put it).

@@ -175,7 +175,7 @@ def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
             found = load_file(file)
         if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")
-    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch has not
+    except (SafetensorError, ValueError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). {REPAIR}") from error
     return found
 

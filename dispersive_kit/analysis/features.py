@@ -159,6 +159,8 @@ def _axes(rows: Tensor) -> Tensor | None:
     k = min(WIDTH, rows.shape[1] - 1)
     if rows.shape[2] <= WIDTH:
         return None
+    if not k:
+        raise ConfigError("one image has no principal components: give more images, or another pooling than tokens")
     turn = torch.linalg.qr(torch.randn(k, k, generator=stream(0, "turn"), dtype=torch.double)).Q
     return torch.stack([principal_axes(finite(block))[1][:, :k] @ turn for block in rows]).float()
 

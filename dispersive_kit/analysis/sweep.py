@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dispersive_kit.analysis import geometry
 from dispersive_kit.analysis.features import LEVELS, POOLS, encoder, noisy, pooling
-from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
+from dispersive_kit.analysis.similarity import cka_matrix
 from dispersive_kit.data import ImageSet
 from dispersive_kit.data.files import artefact, versions
 from dispersive_kit.diffusion.paths import LINEAR
@@ -37,8 +37,8 @@ Values = dict[str, Tensor]
 class Sweep:
     """Every measure (levels, blocks), the same of a Gaussian with the same covariance, and what was kept.
 
-    values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka, neighbours:
-    debiased linear CKA and mutual kNN of every two blocks (levels, blocks, blocks). rows: pooled features of the first
+    values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka: debiased
+    linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first
     images (levels, blocks, KEEP, E) with their labels. protocol: what makes it comparable, the pooling among it.
     """
 
@@ -48,7 +48,6 @@ class Sweep:
     spectra: Tensor
     gaussian_spectra: Tensor
     cka: Tensor
-    neighbours: Tensor
     rows: Tensor
     labels: Tensor
     protocol: dict[str, Any]
@@ -94,7 +93,6 @@ def sweep(
         torch.stack([eigenvalues for _, eigenvalues in found]),
         torch.stack([eigenvalues for _, eigenvalues in nulls]),
         torch.stack([cka_matrix(own) for own in kept]),
-        torch.stack([mutual_knn(own) for own in kept]),
         kept,
         data.labels[:KEEP],
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pool": pool,

@@ -37,10 +37,8 @@ def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
 class FeatureExtractor:
     """What turns images into features, and everything a reader needs to do the same.
 
-    Attributes:
-        name: stands in the number's name, `FD[name, N=...]`. weights_sha256: None where there are no weights.
-        preprocess: in words, the resize among it. note: e.g. the accuracy of a trained extractor.
-        extract: images -> base features, computed on `device`. project: base features -> features; None: the same.
+    name stands in the number's name, `FD[name, N=...]`. preprocess: in words, the resize among it. note: e.g. the
+    accuracy of a trained extractor. extract: images -> base features, on `device`; project: these -> features.
     """
 
     name: str
@@ -55,8 +53,7 @@ class FeatureExtractor:
 
     def card(self) -> dict[str, Any]:
         """For a record."""
-        keys = ("name", "version", "dim", "weights_sha256", "preprocess", "note")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in ("name", "version", "dim", "weights_sha256", "preprocess", "note")}
 
     def __call__(self, images: Tensor) -> NDArray[np.float32]:
         """Features (N, dim) of uint8 images (N, C, H, W); processes take batches in turn.
@@ -159,29 +156,18 @@ def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
         schedule.step()
     network.eval().requires_grad_(False)
     labels = torch.cat([network["head"](features(part)).argmax(1) for part in held_out.images.split(512)])
-    return FeatureExtractor(
-        name=f"{train.name}-classifier48",
-        version="1/seed0",
-        dim=48,
-        preprocess="uint8 / 127.5 - 1",
-        extract=features,
-        weights_sha256=weights_sha256(network.state_dict()),
-        note=f"held-out accuracy {int((labels == held_out.labels).sum()) / len(held_out):.3f}",
-    )
+    note = f"held-out accuracy {int((labels == held_out.labels).sum()) / len(held_out):.3f}"
+    sha256 = weights_sha256(network.state_dict())
+    return FeatureExtractor(f"{train.name}-classifier48", "1/seed0", 48, "uint8 / 127.5 - 1", features, sha256, note)
 
 
 def _effnet_lite0(device: torch.device | str) -> FeatureExtractor:
     """The 1,280 pooled features of EfficientNet-Lite0 with its ImageNet weights, from the installed wheel."""
     network = efficientnet.efficientnet_lite0().to(device)
-    return FeatureExtractor(
-        name="effnet-lite0",
-        version="imagenet",
-        dim=efficientnet.DIM,
-        preprocess="bicubic to 224 x 224 with antialias, (x - 127) / 128, grey repeated",
-        extract=_in_parts(lambda images: network.features(efficientnet.preprocess(images)), device),
-        weights_sha256=efficientnet.WEIGHTS_SHA256,
-        device=device,
-    )
+    preprocess = "bicubic to 224 x 224 with antialias, (x - 127) / 128, grey repeated"
+    extract = _in_parts(lambda images: network.features(efficientnet.preprocess(images)), device)
+    sha256 = efficientnet.WEIGHTS_SHA256
+    return FeatureExtractor("effnet-lite0", "imagenet", efficientnet.DIM, preprocess, extract, sha256, device=device)
 
 
 def _in_parts(network: Callable[[Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor], Tensor]:
@@ -207,12 +193,7 @@ def _inception(device: torch.device | str) -> FeatureExtractor:
     except ImportError as error:
         raise CheckpointError("torch-fidelity is not installed: pip install 'dispersive-kit[eval]'") from error
     network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights)).to(device)
-    return FeatureExtractor(
-        name=INCEPTION,
-        version="2015-12-05, torch-fidelity",
-        dim=2048,
-        preprocess="bilinear to 299 x 299 as TensorFlow 1 does, (x - 128) / 128, grey repeated",
-        extract=_in_parts(lambda images: network(images.expand(-1, 3, -1, -1))[0], device),
-        weights_sha256=INCEPTION_SHA256,
-        device=device,
-    )
+    version = "2015-12-05, torch-fidelity"
+    preprocess = "bilinear to 299 x 299 as TensorFlow 1 does, (x - 128) / 128, grey repeated"
+    extract = _in_parts(lambda images: network(images.expand(-1, 3, -1, -1))[0], device)
+    return FeatureExtractor(INCEPTION, version, 2048, preprocess, extract, INCEPTION_SHA256, device=device)

@@ -51,7 +51,7 @@ class Contrast(_Form):
 
 class Sampling(_Form):
     """How samples are drawn and measured. The first of `cfg_scales` gives the measure "frechet"; each other one, w,
-    a measure "frechet cfg w". probe: also fit linear probes.
+    a measure "frechet cfg w". probe: also fit linear probes, to the mean over tokens.
     """
 
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]

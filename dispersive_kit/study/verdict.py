@@ -28,7 +28,8 @@ What the words mean:
 
 - **role**: the primary and co-primary contrasts are what the study was planned to answer; the others are secondary.
 - **base, arm's**: geometric means over the runs that ended. **ratio**: arm to base over pairs of runs with the same
-  seed, with Student's 95 % interval. FD and held-out loss are better where they are lower, accuracy where it is higher.
+  seed, with Student's 95 % interval. FD and held-out loss are better where they are lower, the accuracy of the probe
+  (ridge regression on the mean over tokens) where it is higher.
 - **p**: exact two-sided sign-flip test on the paired log-ratios. **p adjusted**: by Holm over the secondary contrasts
   of the same study; primary and co-primary stand alone.
 - **margin**: what was fixed before the runs as no difference, on the log-ratio: 0.05 is a factor of 1.05.

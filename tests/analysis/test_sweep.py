@@ -14,7 +14,6 @@ from dispersive_kit.analysis import (
     extract,
     geometry,
     gradient_pull,
-    mutual_knn,
     noisy,
     random_network,
     sweep,
@@ -72,7 +71,7 @@ def test_every_measure_and_its_null_stand_at_every_block_and_level(swept):
     for name, value in (*swept.values.items(), *swept.gaussian.items()):
         assert value.shape == (3, 3) and value.isfinite().all(), name
     assert swept.rows.shape == (3, 3, 120, 24) and swept.spectra.shape == (3, 3, 24)
-    assert swept.cka.shape == swept.neighbours.shape == (3, 3, 3)
+    assert swept.cka.shape == (3, 3, 3)
 
 
 def test_numbers_of_a_fixed_network_do_not_change(swept, network, digits):
@@ -80,7 +79,7 @@ def test_numbers_of_a_fixed_network_do_not_change(swept, network, digits):
     assert values == pytest.approx(VALUES, rel=2e-3)  # of float32 features
     null = {name: float(swept.gaussian[name][1, 2]) for name in NULL}
     assert null == pytest.approx(NULL, rel=2e-3)
-    assert (float(swept.cka[1, 0, 2]), float(swept.neighbours[1, 0, 2])) == pytest.approx((0.9030922, 2 / 3), rel=1e-3)
+    assert float(swept.cka[1, 0, 2]) == pytest.approx(0.9030922, rel=1e-3)
     pull = gradient_pull(network, digits, batches=2)
     found = (float(pull.ratio[1, 2]), float(pull.cosine[1, 2]), float(pull.weights_cosine[2]))
     assert found == pytest.approx((0.3003035, 0.0914262, 0.0517969), rel=2e-3)
@@ -107,7 +106,6 @@ def test_a_cell_is_what_the_features_of_that_block_and_level_give(swept, network
     z = tokens(network, where, t)[2]
     assert float(swept.values["feature_rms"][1, 2]) == pytest.approx(float(z.square().mean().sqrt()), rel=1e-5)
     assert float(swept.cka[1, 0, 2]) == pytest.approx(float(cka_matrix(level[0, :, :120])[0, 2]), rel=1e-4)
-    assert float(swept.neighbours[1, 0, 2]) == pytest.approx(float(mutual_knn(level[0, :, :120])[0, 2]), abs=0.01)
     gap = measure(z[:64].double(), LossOptions("infonce_l2", 0.5)).loss + math.log(64)
     assert float(swept.values["saturation_gap"][1, 2]) == pytest.approx(float(gap), rel=1e-4)
 

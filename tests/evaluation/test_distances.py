@@ -49,21 +49,6 @@ def test_numbers_of_fixed_features_do_not_change():
         assert numbers == pytest.approx(expected[name], rel=1e-9, nan_ok=True), name
 
 
-def test_frechet_distance_has_its_closed_forms():
-    x, shift, a = cloud(), np.arange(12) / 3, 1.7
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
-    scaled = (a - 1) ** 2 * (np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum())
-    assert frechet_distance(x, a * x) == pytest.approx(scaled, rel=1e-9)
-    rng = np.random.default_rng(0)
-    q, _ = np.linalg.qr(rng.normal(size=(12, 12)))
-    assert frechet_distance(x @ q, cloud(seed=1) @ q) == pytest.approx(frechet_distance(x, cloud(seed=1)), rel=1e-9)
-    z = rng.normal(size=(300, 5))
-    z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(299)  # exactly white
-    one, two = np.array([1, 2, 3, 4, 5.0]), np.array([2, 2, 1, 0.5, 4.0])
-    assert frechet_distance(z * one, z * two) == pytest.approx(((one - two) ** 2).sum(), rel=1e-9)
-
-
 @pytest.mark.parametrize(("n", "m"), [(400, 300), (400, 30), (20, 30)], ids=["n > d", "mixed", "n < d"])
 def test_frechet_distance_equals_torch_fidelity(n, m):
     x, y = cloud(n, 40), cloud(m, 40, seed=2)
@@ -71,13 +56,7 @@ def test_frechet_distance_equals_torch_fidelity(n, m):
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     # For n < d the oracle takes a root of a singular product, and is itself only right to some digits.
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6 if min(n, m) > 40 else 1e-3)
-
-
-def test_the_bias_of_whitened_features_is_the_closed_form_once_for_each_sample():
-    n, d = 600, 24
-    draw = np.random.default_rng(0).normal
-    found = [frechet_distance(draw(size=(n, d)), draw(size=(n, d))) for _ in range(12)]
-    assert np.mean(found) == pytest.approx(2 * (d / n + d * (d + 1) / (4 * n)), rel=0.06)
+    assert frechet_distance(x, x + 2) == pytest.approx(4 * 40, rel=1e-9)
 
 
 @pytest.mark.parametrize("measure", [frechet_distance, kid, prdc, nearest])
@@ -104,12 +83,6 @@ def test_kid_equals_torch_fidelity():
     assert kid(x, y)[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
 
 
-def test_kid_is_unbiased_so_equal_laws_give_zero_on_average():
-    values = [kid(ball(60, seed=s), ball(60, seed=s + 1000))[0] for s in range(200)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
-    assert min(values) < 0 < max(values)
-
-
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_to_coverage_equal_torch_fidelity_and_prdc(k):
     x, y = ball(150, scale=1.2), ball(130, seed=1)
@@ -126,34 +99,6 @@ def test_a_set_covers_itself_though_every_distance_ties():
     # With `<`, as the code of prdc has it, copies of points that all stand double fall out of every ball.
     doubled = np.concatenate([ball(40)] * 2)
     assert of_four(doubled, doubled.copy(), k=1) == {"precision": 1, "recall": 1, "density": 2, "coverage": 1}
-
-
-def test_one_image_has_precision_and_no_recall_and_far_samples_have_nothing():
-    real = ball(200)
-    ours = of_four(np.repeat(real[:1], 50, axis=0), real)
-    assert ours["precision"] == 1 and ours["recall"] <= 1 / 200 and ours["coverage"] < 0.2
-    assert set(of_four(ball(60) + 100, ball(60, seed=1)).values()) == {0}
-
-
-def two_classes(share, seed):
-    """400 features of two classes far apart, the first with this share."""
-    return ball(400, seed=seed) + 20.0 * (np.arange(400) >= 400 * share)[:, None]
-
-
-def test_wrong_proportions_of_classes_are_seen_by_the_distance_and_by_none_of_the_four():
-    real, skewed, fair = two_classes(0.5, 1), two_classes(0.9, 2), two_classes(0.5, 3)
-    assert frechet_distance(skewed, real) > 20 * frechet_distance(fair, real)
-    expected, ours = of_four(fair, real), of_four(skewed, real)
-    for name in ("precision", "recall", "density"):
-        assert ours[name] > 0.85 * expected[name], name
-    assert ours["coverage"] > 0.7 * expected["coverage"]  # few samples of a class still come near most of its images
-
-
-def test_local_spread_is_seen_by_coverage_and_hardly_by_the_distance():
-    real = ball(1000)
-    repeated = np.repeat(ball(100, seed=2), 10, axis=0) + 1e-3 * ball(1000, seed=3)
-    assert of_four(repeated, real)["coverage"] < 0.5 * of_four(ball(1000, seed=4), real)["coverage"]
-    assert frechet_distance(repeated, real) < 0.2 * frechet_distance(real + 0.5, real)
 
 
 @pytest.mark.parametrize("chunk", [7, 512])

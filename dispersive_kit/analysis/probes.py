@@ -21,7 +21,6 @@ from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation.distances import wilson
 
 LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of a feature's variance; strongest first
-C_GRID = (0.01, 0.1, 1.0)  # of logistic regression
 Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
 K = 5  # of the neighbour probe
 
@@ -104,16 +103,6 @@ def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
     return lambda rows: ((scaled(rows) @ axes) @ shrunk + y.mean(0)).argmax(-1)
 
 
-def _logistic(train: Split) -> Predict:
-    """Multinomial logistic regression of scikit-learn, for each C."""
-    from sklearn.linear_model import LogisticRegression
-
-    scaled = standardise(train)
-    x, y = scaled(train.rows).numpy(), train.row_labels.numpy()
-    fitted = [LogisticRegression(C=one, max_iter=500).fit(x, y) for one in C_GRID]
-    return lambda rows: torch.stack([torch.from_numpy(one.predict(scaled(rows).numpy())) for one in fitted])
-
-
 def _knn(train: Split) -> Predict:
     """Vote of the K nearest training rows."""
     mean, hot = train.rows.mean(0), F.one_hot(train.row_labels)
@@ -121,7 +110,7 @@ def _knn(train: Split) -> Predict:
     return lambda rows: hot[torch.cdist(rows - mean, x).topk(K, largest=False).indices].sum(1).argmax(-1)[None]
 
 
-PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "logistic": _logistic, "knn": _knn}
+PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "knn": _knn}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def test_neighbours_and_probe_of_every_pooling_are_those_of_scikit_learn(pool, a
     found = candidates(encoder(model), parts, (2.0,), pool=pool)[0, 3]
     y, _, y_test = (part.labels.numpy() for part in parts)
     assert found.train.x.shape == (1, *rows[0].shape)
+    apart = torch.from_numpy(rows[2])  # whatever the axes, distances are those of the components
+    assert torch.allclose(torch.pdist(found.test.rows), torch.pdist(apart), rtol=1e-3)
     theirs = KNeighborsClassifier(5).fit(rows[0], y).predict(rows[2])
     ours = PROBES["knn"](found.train)(found.test.rows)[0].numpy()
     assert (ours == theirs).mean() > 0.99 and (ours == y_test).mean() == pytest.approx(accuracy, abs=0.05)

@@ -12,12 +12,13 @@ import hashlib
 import io
 import itertools
 import json
+import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -26,62 +27,46 @@ from torch import Tensor
 from dispersive_kit.analysis import LEVELS
 from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.analysis.sweep import stored
-from dispersive_kit.data import load_images
-from dispersive_kit.data.toy import sample_toy
+from dispersive_kit.data import load_images, to_float, to_uint8
+from dispersive_kit.data.toy import TOY_SETS, sample_toy
+from dispersive_kit.diffusion.paths import LINEAR
+from dispersive_kit.diffusion.samplers import euler, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.regularizers import dispersive_loss, floor
-from dispersive_kit.regularizers.losses import LossOptions
-from dispersive_kit.training.runs import run_folder
-from dispersive_kit.views.figures import RED, scatter
-from dispersive_kit.views.lessons import PATHS, SAMPLERS, block_maps, cloud, level_names, trajectory
+from dispersive_kit.training.runs import load_run, run_folder
+from dispersive_kit.views.figures import RED, heatmaps, scatter
+from dispersive_kit.views.lessons import PATHS, T_END, BlockViews, block_maps, cloud, exact_velocity, level_names
 from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
-# What the playground offers: name -> (options of the loss, y axis)
-VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
-    "l2": ({"kind": "infonce_l2"}, (-5.0, 0.6)),
-    "l2, no diagonal": ({"kind": "infonce_l2", "diagonal": False}, (-5.0, 0.6)),
-    "cosine": ({"kind": "infonce_cosine"}, (-1.2, 4.3)),
-    "hinge": ({"kind": "hinge"}, (-0.15, 4.2)),
-    "covariance": ({"kind": "covariance", "tau": None}, (0.4, 1.05)),  # which has no temperature
-}
-TAUS, BATCHES, SCALES = (0.25, 0.5, 1.0, 2.0), (2, 4, 8, 16, 32), (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
 EACH = 6  # images of an arm in one round of the quiz
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
 CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 10000)  # training steps of the CIFAR-10 runs
-STEPS = (1, 2, 4, 8, 16)
 
 
 def playground() -> Explorer:
     """Points that can be dragged, where the loss pushes each, and how far the loss is from its floor."""
     z = cloud(16).requires_grad_()
-    loss, low = dispersive_loss(z, tau=0.5), _floor("l2", 0.5, 16)
+    loss, low = dispersive_loss(z, tau=0.5), floor("infonce_l2", 16, 0.5)
     (gradient,) = torch.autograd.grad(loss, z)
     figure = scatter({f"loss {loss:.3f}, floor {low:.3f}": z.detach()}, size=4)
     figure.axes[0].quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
-    return Explorer(
-        _playground(), still(figure, f"16 points, and where each is pushed: loss {loss:.3f}, floor {low:.3f}.")
-    )
+    alt = f"16 points, and where each is pushed: loss {loss:.3f}, floor {low:.3f}."
+    return Explorer({"kind": "playground"}, still(figure, alt))
 
 
-def _playground() -> dict[str, Any]:
-    choices = {"variant": list(VARIANTS), "tau": TAUS, "B": BATCHES, "s": SCALES}
-    return {
-        "kind": "playground",
-        "controls": choices,
-        "start": (0, 1, 3, 3),
-        "clouds": {str(B): cloud(B).tolist() for B in BATCHES},
-        "variants": {
-            name: {"kind": options["kind"], "diagonal": LossOptions(**options).with_diagonal, "limits": limits}
-            for name, (options, limits) in VARIANTS.items()
-        },
-        "floors": {f"{v},{t:g},{n}": _floor(v, t, n) for v, t, n in itertools.product(VARIANTS, TAUS, BATCHES)},
-    }
+def trajectories() -> Explorer:
+    """Where each step of a sampler leads through the exact field of eight Gaussians, as a film."""
+    noise = initial_noise(range(300), (2,), dtype=torch.float64)
+    steps = {f"Euler, {n} steps": euler(exact_velocity, noise, time_grid(n, t_min=T_END)) for n in (4, 128)}
+    alt = "Samples of Euler's method in 4 steps, still on a ring, and in 128 steps, on eight spots."
+    return Explorer({"kind": "trajectories"}, still(scatter(steps), alt))
 
 
-def _floor(variant: str, tau: float, B: int) -> float | None:
-    options = {"tau": tau, "diagonal": None, **VARIANTS[variant][0]}
-    low = floor(options["kind"], B, options["tau"], dim=2, diagonal=options["diagonal"])
-    return low if low > -np.inf else None
+def training() -> Explorer:
+    """A small network that learns a set of points in the browser, with the loss and without."""
+    sets = {name: sample_toy(name, 400)[0] for name in TOY_SETS}
+    alt = "Four sets of points that the network can learn: eight spots, two moons, a checkerboard, two spirals."
+    return Explorer({"kind": "train"}, still(scatter(sets), alt))
 
 
 def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
@@ -134,30 +119,13 @@ def _short(x: Any, digits: int = 2) -> Any:
 
 
 def _noise() -> dict[str, Any]:
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    sets = {name: _short(sample_toy(name, 500)[0]) for name in ("eight-gaussians", "two-moons", "spirals")}
-    paths = {
-        name: _short(torch.stack([PATHS[name].alpha(t), PATHS[name].sigma(t)], 1), 5)
-        for name in ("linear", "GVP", "VP")
-    }
-    eps = _short(torch.randn(500, 2, generator=torch.Generator().manual_seed(1)))
-    controls = {"data": list(sets), "path": list(paths), "t": _short(t)}
-    return {"kind": "noise", "controls": controls, "start": (0, 0, 50), "sets": sets, "paths": paths, "eps": eps}
-
-
-def trajectories() -> Explorer:
-    """Where each step of a sampler leads through the exact field of eight Gaussians, as a film."""
-    ends = {"Euler, 4 steps": trajectory("Euler", 4)[-1], "the same noise, carried exactly": trajectory("RK4", 128)[-1]}
-    alt = "Samples of Euler's method in 4 steps, and where the exact ODE carries the same noise: eight spots."
-    return Explorer(_trajectories(), still(scatter(ends), alt))
-
-
-def _trajectories() -> dict[str, Any]:
-    controls = {"sampler": list(SAMPLERS), "steps": STEPS, "part": _short(np.linspace(0, 1, 21))}
-    ways = {f"{s},{n}": _short(trajectory(s, n)[:, :200]) for s in SAMPLERS for n in STEPS}  # (n + 1, 200, 2)
-    calls = {name: calls for name, (_, calls) in SAMPLERS.items()}
-    start, exact = (0, STEPS.index(4), 20), _short(trajectory("RK4", 128)[-1, :200])
-    return {"kind": "sampler", "controls": controls, "start": start, "ways": ways, "calls": calls, "exact": exact}
+    digits, times, frames = to_float(load_images("digits", "test").images[:10]), np.linspace(0, 1, 21).tolist(), {}
+    noise = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))
+    for i, t in enumerate(torch.tensor(times, dtype=torch.float64)):
+        paths = {f"{name}, log-SNR {PATHS[name].log_snr(t):.1f}": PATHS[name] for name in ("linear", "GVP", "VP")}
+        rows = {name: _sheet(to_uint8(path.x_t(digits, noise, t)), 10, 1) for name, path in paths.items()}
+        frames[str(i)] = {"rows": rows, "alt": f"Ten digits with noise at t = {t:.2f}: {'; '.join(rows)}."}
+    return frames_spec({"t": _short(times)}, (6,), frames, play="t")
 
 
 def _training() -> dict[str, Any]:
@@ -197,21 +165,53 @@ def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _umap() -> dict[str, Any]:
-    controls: dict[str, Any] = {"neighbours": (5, 15, 50), "min_dist": (0.0, 0.1, 0.5), "seed": (0, 1)}
-    files, names = (
-        stored("umap-digits.npz"),
-        itertools.starmap(picture_name, itertools.product(ARMS, *controls.values())),
-    )
-    return {
-        "kind": "umap",
-        "controls": controls,
-        "start": (1, 1, 0),
-        "arms": ARMS,
-        "clouds": {name: _short(files[name]) for name in names},
-        "labels": load_images("digits", "test").labels[:400].tolist(),
-        "colours": sns.color_palette("husl", 10).as_hex(),
+def patches(inside: BlockViews) -> Explorer:
+    """Patches to click on: to which patches of the image each head attends from there, and which are nearest."""
+    attention = torch.stack(list(inside.attention.values())).transpose(0, 2)  # (B, depth, t, heads, N, N)
+    B, depth, _, heads, N, _ = attention.shape
+    images, times = torch.stack(list(inside.inputs.values()), 1), list(inside.inputs)  # (B, t, C, H, W)
+    nearest = torch.stack([torch.stack([_nearest(z) for z in blocks]) for blocks in inside.features.values()], 1)
+    first = {f"t = {t:g}": inside.attention[t][0, 0, 0] for t in times}
+    figure = heatmaps(first, fmt="", xlabel="attends to", ylabel="patch")
+    spec = {
+        "kind": "patch",
+        "controls": {"image": [*range(B)], "t": times, "block": [*range(depth)], "head": [*range(heads)]},
+        "start": (0, 0, 0, 0),
+        "at": (1, 1),
+        "side": math.isqrt(N),
+        "attention": _short(attention.transpose(1, 2)),
+        "nearest": nearest.permute(2, 1, 0, 3, 4).tolist(),
+        "sheet": {"source": _sheet(to_uint8(images.flatten(0, 1)), len(times)), "columns": len(times), "rows": B},
     }
+    alt = f"Attention of head 0 in block 0 between the {N} patches of an image, at each time."
+    return Explorer(spec, still(figure, alt))
+
+
+def _nearest(z: Tensor) -> Tensor:
+    """Of each patch the six others (B, N, 6) with the nearest features, numbered through all images."""
+    rows = z.flatten(0, 1) - z.mean((0, 1))
+    return torch.cdist(rows, rows).fill_diagonal_(torch.inf).topk(6, largest=False).indices.view(*z.shape[:2], 6)
+
+
+def _patches() -> dict[str, Any]:
+    data = load_images("digits", "test").subset(torch.arange(6))
+    x0, model = to_float(data.images), load_run("digits-base")[0]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    noisy = {t: LINEAR.x_t(x0, noise, torch.tensor(t)) for t in (0.1, 0.5, 0.9)}
+    return patches(BlockViews(model, noisy, data.labels)).spec
+
+
+@cache
+def _umap() -> dict[str, Any]:
+    knobs: dict[str, Any] = {"neighbours": (5, 15, 50), "min_dist": (0.0, 0.1, 0.5), "seed": (0, 1)}
+    files, labels, frames = stored("umap-digits.npz"), load_images("digits", "test").labels[:400], {}
+    for place in itertools.product(*map(range, map(len, knobs.values()))):
+        setting = {name: values[i] for (name, values), i in zip(knobs.items(), place, strict=True)}
+        clouds = {words: files[picture_name(arm, *setting.values())] for arm, words in ARMS.items()}
+        said = ", ".join(f"{name} {value}" for name, value in setting.items())
+        alt = f"UMAP of 400 digits in both runs, {said}: one cloud each, no class an island."
+        frames[",".join(map(str, place))] = still(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
+    return frames_spec(knobs, (1, 1, 0), frames)
 
 
 def block_neighbours() -> Explorer:
@@ -231,12 +231,12 @@ def console(seed: int = 0) -> Explorer:
 def _console(seed: int) -> dict[str, Any]:
     files = stored("classroom.npz")
     demos = {
-        "playground": _playground(),
+        **{name: {"kind": name} for name in ("playground", "trajectories", "train")},
         "noise": _noise(),
-        "sampler": _trajectories(),
         "training": _training(),
         "guidance": _guidance(files),
         "map": _map(files),
+        "patch": _patches(),
         "umap": _umap(),
         "quiz": _quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed),
     }
@@ -246,8 +246,8 @@ def _console(seed: int) -> dict[str, Any]:
 def write_console(file: Path) -> int:
     """Write the console as one page, whose policy refuses every address and other script; gives its size in bytes."""
     page = Path(__file__).with_name("console.html").read_text(encoding="utf-8")
-    script = "\n" + MODULE.read_text(encoding="utf-8") + "\nalone();\n"
-    data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    page = page.replace("{{ module }}", MODULE.read_text(encoding="utf-8"))
+    script = page.partition('<script type="module">')[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = page.replace("{{ digest }}", digest).replace("{{ script }}", script).replace("{{ data }}", data)
-    return file.write_bytes(page.encode())
+    data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    return file.write_bytes(page.replace("{{ digest }}", digest).replace("{{ data }}", data).encode())

@@ -1,64 +1,59 @@
 // What moves on a page of the kit, in one ES module without a build step or a network: the same file runs as an
-// anywidget in JupyterLab, Colab and Voila, and inlined in the offline console.
-//
-// A model's `spec` says what to draw: `spec.kind` is the name of a function in KINDS, which puts a demo into an
-// element. All that is not in the spec is asked of the kernel by messages; only `frames` and `latency` do so.
+// anywidget in JupyterLab, Colab and Voila, and inlined in the offline console. `spec.kind` of a model is the name of a
+// function in KINDS, which puts a demo into an element; only `frames` and `latency` ask the kernel, by messages.
 
-const BLUE = "#0072b2", RED = "#d55e00", GREEN = "#00704f", INK = "#1a1a1a", GREY = "#6e6e6e";
-const WIDTH = 1200, HEIGHT = 470, SIZE = 24; // of a picture, in its own units, and of the letters in it
-const SQUARE = 420;
-const LEFT = [150, 44, SQUARE, SQUARE], RIGHT = [660, 44, SQUARE, SQUARE]; // left, top, width, height of two panels
-const FILM_MS = 4000; // what a smooth play takes from end to end
+const BLUE = "#0072b2", RED = "#d55e00", GREEN = "#00704f", INK = "#1a1a1a", GREY = "#6e6e6e", PALE = "#9a9a9a";
+const COLORS = [BLUE, RED, GREEN]; // of arms, with DASHES beside them
+const CIVIDIS = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866"]; // without its end, too light on white
+const DASHES = ["", "16 9", "3 7"];
+const FPS = 30, FILM_MS = 4000, FRAME_MS = 500; // what a smooth film takes from end to end, and one of a few frames
 const PINGS = 20; // to the kernel and back
 const PAUSE_MS = 50; // before the kernel draws what was not asked for: the next key press goes first
-const FRAME_MS = 500; // how long one of a few frames is seen
-
-const EXTENT = 7.8, ARROW = 1.3; // of the playground: half side of its plane, length of an arrow for B |g| >= 1
-const GRID = Array.from({ length: 15 }, (_, i) => 0.1 * 60 ** (i / 14)); // scales of the curve beside it
-const TRACED = 24; // samples whose way is drawn
 
 const CSS = `
 .dk { font: 14px/1.3 sans-serif; color: ${INK}; background: #fff; padding: 2px }
 .dk button, .dk select { font: inherit; color: inherit; background: #fff; border: 1px solid ${GREY}; border-radius: 5px;
-  padding: .15em .5em; cursor: pointer }
+  padding: .15em .5em; cursor: pointer; max-width: 100% }
 .dk button[aria-pressed=true], .dk button[aria-current=true] { background: ${BLUE}; border-color: ${BLUE}; color: #fff }
 .dk button:disabled { opacity: .4; cursor: default }
 .dk :focus-visible { outline: 3px solid ${RED}; outline-offset: 1px }
 .dk .controls { display: flex; flex-wrap: wrap; gap: .3em 1.2em; align-items: center; margin-bottom: .3em }
-.dk label { display: flex; gap: .5em; align-items: center }
-.dk output { font-weight: bold }
-.dk input[type=range] { width: 9em; margin: 0; accent-color: ${BLUE} }
-.dk .picture[aria-busy=true] { opacity: .6 }
-.dk .picture svg { display: block; margin: 0 auto; max-width: 100%; max-height: 60vh }
-.dk .picture img { max-width: 100% }
-.dk figure { margin: 0 }
-.dk .point { cursor: grab; touch-action: none }
+.dk label { display: flex; gap: .5em; align-items: center; max-width: 100% }
+.dk output { font-weight: bold } .dk input[type=range] { width: 9em; min-width: 4em; margin: 0; accent-color: ${BLUE} }
+.dk .picture[aria-busy=true] { opacity: .6 } .dk .picture img { max-width: 100% } .dk figure { margin: 0 }
+.dk .panels { display: flex; flex-wrap: wrap; justify-content: center; gap: .2em 1em }
+.dk .panel { min-width: 0; text-align: center }
+.dk .panel svg { display: block; width: 100%; max-height: 60vh; font: 24px sans-serif; overflow: visible }
+.dk .point { cursor: grab; touch-action: none } .dk .pad { cursor: crosshair; touch-action: none }
 .dk .rows { display: grid; gap: .2em; max-width: 62em }
 .dk .rows.pair { grid-template-columns: 1fr 1fr; gap: .2em 2em; text-align: center }
 .dk .rows img { width: 100%; max-height: 24vh; object-fit: contain; object-position: left; image-rendering: pixelated }
 .dk .rows.pair img { max-height: 48vh; object-position: center }
-.dk .beside { display: flex; flex-wrap: wrap; gap: .5em 2em; align-items: flex-start }
-.dk .beside .picture { flex: 1 1 20em }
+.dk .beside { display: flex; flex-wrap: wrap; gap: .5em 2em; align-items: start } .dk .beside .picture { flex: 1 20em }
 .dk table { border-collapse: collapse; width: auto; margin: 0; font-size: inherit }
 .dk td, .dk th { padding: 1px; font-weight: normal; text-align: center }
-.dk td button { width: 4em; padding: .4em 0; border: 3px solid transparent; border-radius: 0 }
+.dk td button { width: min(4em, 14vw); padding: .4em 0; border: 3px solid transparent; border-radius: 0 }
 .dk td button[aria-pressed=true] { border-color: ${RED} }
-.dk .tiles { display: grid; grid-template-columns: auto repeat(6, minmax(2.2em, 4.2em) 1.1em); gap: .15em .1em;
-  align-items: center }
-.dk .tile { aspect-ratio: 1; image-rendering: pixelated }
+.dk .near { display: grid; grid-template-columns: repeat(auto-fill, minmax(4em, 7em)); gap: .4em }
+.dk .mark { position: absolute; outline: 4px solid ${RED} }
+.dk .tiles { display: grid; grid-template-columns: auto repeat(6, minmax(.8em, 4.2em) 1.1em); gap: .15em .1em }
+.dk .tile { aspect-ratio: 1; image-rendering: pixelated; position: relative } .dk .tiles span { align-self: center }
 .dk .fault { color: #a00; white-space: pre-wrap }
 .dk nav { display: flex; flex-wrap: wrap; gap: .3em; margin-bottom: .3em }
 .dk.lecture { font-size: 22px; line-height: 1.25 }
 .dk.lecture h2 { font-size: 1.25em; margin: .1em 0 0 } .dk.lecture p { margin: 0 0 .2em }
-.dk.lecture nav button { flex: auto; font-size: .86em; padding: .2em .1em }
-.dk.lecture :is(button, select) { border-width: 2px }
-.dk.lecture .controls { min-height: 2em }
-.dk.lecture input[type=range] { height: 1.4em }
-.dk.lecture .picture svg { max-height: calc(100vh - 232px) }
-.dk.lecture .rows { max-width: none }
+.dk.lecture nav button { flex: auto; font-size: .91em; padding: .1em } .dk.lecture button { border-width: 2px }
+.dk.lecture input[type=range] { height: 1.4em } .dk.lecture .rows { max-width: none }
+@media (min-width: 900px) {
+  .dk.lecture { display: flex; flex-direction: column; height: calc(100vh - 16px) }
+  .dk.lecture :is(section:not([hidden]), .picture) { flex: 1; min-height: 0; display: flex; flex-direction: column }
+  .dk.lecture .picture > .panels { flex: 1 1 0; min-height: 0; flex-wrap: nowrap }
+  .dk.lecture .panel { display: flex; flex-direction: column }
+  .dk.lecture .panel svg { flex: 1; min-height: 0; max-height: none }
+}
 `;
 
-const KINDS = { frames, playground, noise, sampler, umap, map, quiz, latency, console: lecture };
+const KINDS = { frames, playground, trajectories, train, map, patch, quiz, latency, console: lecture };
 
 export default { render };
 
@@ -67,19 +62,11 @@ export function render({ model, el }) {
   const root = element("div", { class: "dk" });
   el.append(root);
   if (el !== document.body) root.addEventListener("keydown", event => event.stopPropagation()); // Lab has shortcuts
-  const listeners = [];
-  const heard = message => listeners.forEach(listener => listener(message));
+  const listeners = [], heard = message => listeners.forEach(listener => listener(message));
   model.on("msg:custom", heard);
-  const kernel = { ask: message => model.send(message), hear: listener => listeners.push(listener) };
   const spec = model.get("spec");
-  KINDS[spec.kind](root, spec, kernel);
+  KINDS[spec.kind](root, spec, { ask: message => model.send(message), hear: listener => listeners.push(listener) });
   return () => model.off("msg:custom", heard);
-}
-
-/** A page that is this module and its data. */
-export function alone() {
-  const spec = JSON.parse(document.getElementById("data").textContent);
-  render({ model: { get: () => spec, on() {} }, el: document.body });
 }
 
 // ---- elements, controls, time
@@ -99,22 +86,18 @@ function button(words, pressed) {
 
 /** A menu for words, a slider over the list for numbers; `changed` is called with the control. */
 function control(name, values, index, changed) {
-  const menu = values.some(value => Number.isNaN(Number(value)));
-  const input = menu
-    ? element("select", { "aria-label": name }, ...values.map(value => element("option", {}, value)))
-    : element("input", { type: "range", min: 0, max: values.length - 1, step: 1, "aria-label": name });
-  const readout = element("output", {});
+  const menu = values.some(value => Number.isNaN(Number(value))), readout = element("output"), last = values.length - 1;
+  const input = menu ? element("select", { "aria-label": name }, ...values.map(value => element("option", {}, value)))
+    : element("input", { type: "range", min: 0, max: last, step: 1, "aria-label": name });
   if (!menu) input.style.width = `${clamp(values.length / 4, 9, 16)}em`;
   readout.style.minWidth = `${Math.max(...values.map(value => String(value).length))}ch`;
   const made = {
     node: element("label", {}, name, input, ...(menu ? [] : [readout])),
-    last: values.length - 1,
+    last,
     get value() { return values[made.index]; },
     get index() { return menu ? input.selectedIndex : Number(input.value); },
-    /** Put it elsewhere and say so, without telling `changed`. */
-    set index(i) {
-      if (menu) input.selectedIndex = i;
-      else input.value = i;
+    set index(i) { // without telling `changed`
+      input[menu ? "selectedIndex" : "value"] = i;
       readout.textContent = values[i];
       if (!menu) input.setAttribute("aria-valuetext", values[i]);
     },
@@ -125,33 +108,33 @@ function control(name, values, index, changed) {
   return made;
 }
 
-/** A row of controls over the lists of `choices`, begun at the indices `start`: `changed` gets the name of the one that
- * was moved, `place()` says the indices, and `value(name)` what is chosen. */
-function controlRow(choices, start, changed) {
-  const made = {}, row = element("div", { class: "controls" });
+/** Puts a row of controls over the lists of `choices`, which begin at the indices `start`, and a picture into `root`;
+ * `changed` gets the name of what was moved. `place()` says the indices, and `value(name)` what is chosen. */
+function stage(root, choices, start, changed) {
+  const made = {}, row = element("div", { class: "controls" }), picture = element("div", { class: "picture" });
   Object.entries(choices).forEach(([name, values], k) => {
     made[name] = control(name, values, start[k], () => changed(name));
     row.append(made[name].node);
   });
+  root.append(row, picture);
   const place = () => Object.values(made).map(one => one.index);
-  return { made, row, place, value: name => made[name].value };
+  return { made, row, picture, place, value: name => made[name].value };
 }
 
-/** Play, pause and one step along a control whose axis is time. `ready` says whether the present frame is drawn yet;
- * `between`, if given, draws an index that is not whole, so that a film is smooth. */
-function player(axis, { ready = () => true, between = null }) {
-  let timer = 0, at = 0, before = 0;
+/** Buttons: `play` runs `frame(ms since the last one)` 30 times a second until it is false or the demo out of sight; a
+ * step; and others. Where the device asks for less motion there is no play. */
+function runner(frame, [stepName, step], others = {}, begin = () => {}) {
+  let timer = 0, before = 0;
+  const play = button("play", () => (timer ? stop() : run(before = performance.now(), begin())));
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const smooth = between && !calm;
-  const play = button("play", () => (timer ? stop() : start()));
-  const step = button("step", () => { stop(); axis.move(axis.index === axis.last ? 0 : axis.index + 1); });
-  axis.node.addEventListener("input", stop);
 
-  function start() {
-    if (axis.index === axis.last) axis.move(0);
-    [at, before] = [axis.index, performance.now()];
+  function run(now) {
+    timer = requestAnimationFrame(run);
     play.textContent = "pause";
-    timer = requestAnimationFrame(go);
+    const passed = now - before;
+    if (passed < 1000 / FPS - 4) return;
+    before = now;
+    if (!play.offsetParent || frame(passed) === false) stop();
   }
 
   function stop() {
@@ -160,66 +143,89 @@ function player(axis, { ready = () => true, between = null }) {
     play.textContent = "play";
   }
 
-  function go(now) {
-    const passed = Math.max(0, now - before);
-    before = now;
-    if (!play.isConnected) return;
-    if (ready()) at += smooth ? passed * axis.last / FILM_MS : passed / (calm ? 2 * FRAME_MS : FRAME_MS);
+  const stepped = button(stepName, () => { stop(); step(); });
+  return { stop, buttons: [...(calm ? [] : [play]), stepped, ...Object.entries(others).map(one => button(...one))] };
+}
+
+/** The same along a control whose axis is time. `ready` says whether the present frame is drawn yet; `between`, if
+ * given, draws an index that is not whole, so that a film is smooth. */
+function player(axis, { ready = () => true, between = null }) {
+  let at = 0;
+  const { stop, buttons } = runner(passed => {
+    if (ready()) at += between ? passed * axis.last / FILM_MS : passed / FRAME_MS;
     const whole = Math.min(axis.last, Math.floor(at));
     if (whole !== axis.index) axis.move(whole);
-    if (whole === axis.last) return stop();
-    if (smooth) between(at);
-    timer = requestAnimationFrame(go);
-  }
-
-  return [play, step];
+    if (between && whole < axis.last) between(at);
+    return whole < axis.last;
+  }, ["step", () => axis.move((axis.index + 1) % (axis.last + 1))], {}, () => { at = axis.index % axis.last; });
+  axis.node.addEventListener("input", stop);
+  return buttons;
 }
 
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+const sum = values => values.reduce((total, value) => total + value, 0);
 
-// ---- pictures as SVG: parts are strings
+// ---- pictures: rows of panels, each an SVG with axes of its own under a title; their parts are strings
 
 const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
 const escaped = text => String(text).replace(/[&<>"]/g, character => ENTITIES[character]);
 
-function svg(alt, ...parts) {
-  return `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" aria-label="${escaped(alt)}" font-family="sans-serif"
-    font-size="${SIZE}" width="${WIDTH}">${parts.flat().join("")}</svg>`;
-}
+/** Panels side by side, below each other where the page is narrow, with one alternative text. */
+const strip = () => element("div", { class: "panels", role: "img" });
+const paint = (node, alt, ...parts) => {
+  node.setAttribute("aria-label", alt);
+  node.innerHTML = parts.flat().join("");
+};
 
 function words(x, y, text, { color = INK, anchor = "middle" } = {}) {
   return `<text x="${x}" y="${y}" fill="${color}" text-anchor="${anchor}">${escaped(text)}</text>`;
 }
 
-/** A part of the picture with axes of its own; what is outside of them is drawn on their edge. */
-function panel([left, top, width, height], [x0, x1], [y0, y1]) {
-  const pixel = ([x, y]) => [
-    left + width * clamp((x - x0) / (x1 - x0), 0, 1),
-    top + height * (1 - clamp((y - y0) / (y1 - y0), 0, 1)),
-  ].map(v => v.toFixed(1));
+const colored = (text, color) => `<b style="color: ${color}">${escaped(text)}</b>`;
+
+/** Axes from x[0] to x[1] and y[0] to y[1] over width x height units, with room around; what is outside is drawn on the
+ * edge. `svg(title, ...parts)` is the panel; the title is HTML. */
+function panel({ x, y, width = 420, height = 420, left = 6, right = 6, below = 6 }) {
+  const at = (v, [low, high], size) => size * clamp((v - low) / (high - low || 1), 0, 1);
+  const pixel = p => [left + at(p[0], x, width), 6 + height - at(p[1], y, height)].map(v => v.toFixed(1));
+  const full = left + width + right;
   return {
     pixel,
-    frame: title => words(left + width / 2, top - 10, title)
-      + `<rect x="${left}" y="${top}" width="${width}" height="${height}" fill="none" stroke="${GREY}"/>`,
+    style: `flex: ${full} 1 ${0.65 * full}px; max-width: ${1.4 * full}px`,
+    open: `<svg viewBox="0 0 ${full} ${6 + height + below}" aria-hidden="true"><rect x="${left}" y="6" width="${width}"
+      height="${height}" fill="none" stroke="${GREY}"/>`,
+    svg(title, ...parts) {
+      return `<figure class="panel" style="${this.style}"><figcaption>${title}</figcaption>${this.open}${
+        parts.flat().join("")}</svg></figure>`;
+    },
+    under(event, canvas) { // where a pointer is
+      const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(canvas.getScreenCTM().inverse());
+      return [x[0] + (p.x - left) / width * (x[1] - x[0]), y[1] - (p.y - 6) / height * (y[1] - y[0])]
+        .map((v, k) => clamp(v, ...[x, y][k]));
+    },
     dots: (points, color, size = 5, opacity = 0.7) => `<path d="${points.map(p => `M${pixel(p).join(" ")}h0`).join("")}"
       fill="none" stroke="${color}" stroke-width="${size}" stroke-linecap="round" opacity="${opacity}"/>`,
     line: (points, color, size = 3, dash = "") => `<polyline points="${points.map(p => pixel(p).join()).join(" ")}"
       fill="none" stroke="${color}" stroke-width="${size}" stroke-dasharray="${dash}"/>`,
+    ways: (pairs, color, size = 2) => `<path d="${pairs.map(([p, q]) => `M${pixel(p).join(" ")}L${pixel(q).join(" ")}`)
+      .join("")}" fill="none" stroke="${color}" stroke-width="${size}" opacity=".5"/>`,
     across: (ticks, name) => ticks
-      .map(([x, text]) => words(pixel([x, y0])[0], top + height + 26, text, { color: GREY })).join("")
-      + words(left + width / 2, top + height + 52, name, { color: GREY }),
+      .map(([v, text]) => words(pixel([v, y[0]])[0], height + 32, text, { color: GREY })).join("")
+      + words(left + width / 2, height + 58, name, { color: GREY }),
+    ends: texts => texts.map((text, k) =>
+      words(left - 8, k ? 24 : height + 4, text, { color: GREY, anchor: "end" })).join(""),
   };
 }
 
 // ---- frames that are drawn before, or by the kernel when they are asked for
 
 function frames(root, spec, kernel) {
-  const known = new Map(), picture = element("div", { class: "picture" });
-  const { made, row, place } = controlRow(spec.controls, spec.start, show), here = () => place().join();
+  const { made, row, picture, place } = stage(root, spec.controls, spec.start, show);
+  const known = new Map(), here = () => place().join();
   let asked = "", shown = "";
-  for (const [key, frame] of Object.entries(spec.frames)) known.set(key, drawn(frame));
+  const shape = frame => (typeof frame === "string" ? html(frame) : rows(frame.rows, frame.alt));
+  Object.entries(spec.frames).forEach(([key, frame]) => known.set(key, shape(frame)));
   if (spec.play) row.append(...player(made[spec.play], { ready: () => shown === here() }));
-  root.append(row, picture);
 
   async function show() {
     const key = here(), frame = known.get(key);
@@ -238,298 +244,641 @@ function frames(root, spec, kernel) {
     kernel.ask({ place: wanted });
   }
 
-  /** A place one step away that is not drawn yet: asked for in a pause, since drawing takes longer than a key repeats. */
+  /** A place one step away that is not drawn yet: asked for in a pause, since a key repeats faster than that. */
   function neighbour() {
     const near = place().flatMap((i, k) => [i + 1, i - 1].map(j => place().with(k, j))
       .filter(one => one[k] >= 0 && one[k] < Object.values(spec.controls)[k].length));
     return near.find(one => !known.has(one.join()));
   }
 
-  kernel.hear(({ place: drawnAt, html, fault }) => {
+  kernel.hear(({ place: drawnAt, drawn, fault }) => {
     const key = drawnAt.join();
-    known.set(key, fault ? element("pre", { class: "fault", role: "alert" }, fault) : drawn(html));
+    known.set(key, fault ? element("pre", { class: "fault", role: "alert" }, fault) : html(drawn));
     if (key === asked) asked = "";
     show();
   });
   show();
 }
 
-/** HTML, or images by their titles with one alternative text. */
-function drawn(frame) {
-  const made = element("div");
-  if (typeof frame === "string") made.innerHTML = frame;
-  else made.append(rows(frame.rows, frame.alt));
-  return made;
-}
+const html = text => { const made = element("div"); made.innerHTML = text; return made; };
 
+/** Images by their titles, with one alternative text. */
 function rows(images, alt, look = "rows") {
   const parts = Object.entries(images).map(([title, source]) =>
     element("div", {}, title, element("br"), element("img", { src: source, alt: "" })));
   return element("div", { class: look, role: "img", "aria-label": alt }, ...parts);
 }
 
-// ---- the loss of B points of the plane and its gradient, as dispersive_loss(z, kind, tau, diagonal) of the package
+// ---- numbers: a seeded generator, sets of points, an exact field, samplers
 
-export function dispersive(z, { kind, diagonal }, tau) {
-  if (kind === "covariance") return covariance(z);
-  const B = z.length, cosine = kind === "infonce_cosine";
-  const norm = z.map(([x, y]) => cosine ? Math.max(Math.hypot(x, y), 1e-12) : 1);
-  const u = z.map(([x, y], i) => [x / norm[i], y / norm[i]]);
-  const D = u.map(a => u.map(b => ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2) / 2)); // for cosine this is 1 - cos
-  const pairs = D.flatMap((row, i) => row.filter((_, j) => i !== j || diagonal));
-  let loss, slope; // slope(D) = dL / dD of one pair
-  if (kind === "hinge") {
-    loss = pairs.reduce((sum, d) => sum + Math.max(0, tau - d) ** 2, 0) / pairs.length;
-    slope = d => -2 * Math.max(0, tau - d) / pairs.length;
-  } else {
-    const nearest = Math.min(...pairs);
-    const total = pairs.reduce((sum, d) => sum + Math.exp((nearest - d) / tau), 0);
-    loss = Math.log(total / pairs.length) - nearest / tau + (cosine ? 1 / tau : 0);
-    slope = d => -Math.exp((nearest - d) / tau) / total / tau;
-  }
-  const gradient = u.map((a, i) => {
-    const g = [0, 0];
-    u.forEach((b, j) => { if (j !== i) for (const k of [0, 1]) g[k] += 2 * slope(D[i][j]) * (a[k] - b[k]); });
-    const along = cosine ? g[0] * a[0] + g[1] * a[1] : 0;
-    return [(g[0] - along * a[0]) / norm[i], (g[1] - along * a[1]) / norm[i]];
-  });
-  return { loss, gradient };
-}
-
-function covariance(z) {
-  const mean = k => z.reduce((sum, p) => sum + p[k], 0) / z.length, m = [mean(0), mean(1)];
-  const c = z.map(p => [p[0] - m[0], p[1] - m[1]]);
-  const sum = (k, l) => c.reduce((total, p) => total + p[k] * p[l], 0);
-  const xx = sum(0, 0), yy = sum(1, 1), both = Math.sqrt(xx * yy) + 1e-300, r = sum(0, 1) / both;
-  return {
-    loss: (1 + r * r) / 2,
-    gradient: c.map(([x, y]) => [r * (y / both - r * x / (xx + 1e-300)), r * (x / both - r * y / (yy + 1e-300))]),
+/** Uniform numbers from a seed (mulberry32); `.normal()` are N(0, 1), by Box and Muller. */
+export function generator(seed) {
+  let state = seed >>> 0;
+  const next = () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
   };
+  next.normal = () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next());
+  return next;
 }
 
-// ---- the playground: points of the plane, where each is pushed, the loss at every scale, how far its floor
+const many = (n, make) => Array.from({ length: n }, (_, i) => make(i));
+const polar = (radius, angle) => [radius * Math.cos(angle), radius * Math.sin(angle)];
+const along = (x, h, v) => x.map((one, k) => one + h * v[k]);
+const blurred = (x, std, random) => x.map(one => one + std * random.normal());
+const MEANS = many(8, k => polar(1.5, k * Math.PI / 4)), STD = 0.15;
 
-function playground(root, spec) {
-  const { row, value } = controlRow(spec.controls, spec.start, name => (name === "B" ? restart() : draw()));
-  row.append(button("reset", restart));
-  const picture = element("div", { class: "picture" });
-  root.append(row, picture);
-  picture.innerHTML = svg("", `<g class="drawn"></g><g class="points"></g>`);
-  const canvas = picture.firstChild, [back, dots] = canvas.children;
+export const SETS = { // as the package's 2-D sets: a point
+  "eight Gaussians": random => blurred(MEANS[Math.floor(8 * random())], STD, random),
+  "two moons": random => {
+    const [x, y] = polar(1, Math.PI * random()), side = random() < 0.5 ? 1.2 : -1.2;
+    return blurred([side * (x - 0.5), side * (y - 0.25)], 0.08, random);
+  },
+  checkerboard: random => {
+    const column = Math.floor(4 * random()), row = 2 * Math.floor(2 * random()) + column % 2;
+    return [column - 2 + random(), row - 2 + random()];
+  },
+  spirals: random => {
+    const radius = Math.sqrt(random()), arm = random() < 0.5 ? 0 : Math.PI;
+    return blurred(polar(2 * radius, 3 * Math.PI * radius + arm), 0.05, random);
+  },
+};
+
+/** E[eps - x0 | x_t = x] of the eight Gaussians, on the linear path. */
+export function exactVelocity(x, t) {
+  const a = 1 - t, variance = (a * STD) ** 2 + t * t, shrink = a * STD * STD / variance;
+  const near = MEANS.map(m => -((x[0] - a * m[0]) ** 2 + (x[1] - a * m[1]) ** 2) / (2 * variance));
+  const top = Math.max(...near), share = near.map(v => Math.exp(v - top)), total = sum(share);
+  return x.map((v, k) => (v - sum(MEANS.map((m, j) => share[j] * (m[k] + shrink * (v - a * m[k])))) / total) / t);
+}
+
+export const SAMPLERS = { // one step of a point from t to s, and the evaluations it takes
+  Euler: [(f, x, t, s) => along(x, s - t, f(x, t)), 1],
+  Heun: [(f, x, t, s) => {
+    const slope = f(x, t), next = f(along(x, s - t, slope), s);
+    return along(along(x, (s - t) / 2, slope), (s - t) / 2, next);
+  }, 2],
+  RK4: [(f, x, t, s) => {
+    const h = s - t, middle = (s + t) / 2, k1 = f(x, t), k2 = f(along(x, h / 2, k1), middle);
+    const k3 = f(along(x, h / 2, k2), middle), k4 = f(along(x, h, k3), s);
+    return x.map((v, k) => v + h / 6 * (k1[k] + 2 * k2[k] + 2 * k3[k] + k4[k]));
+  }, 4],
+  SDE: [(f, x, t, s, random) => { // Euler and Maruyama, with w = t
+    const v = f(x, t), eps = along(x, 1 - t, v);
+    return blurred(along(along(x, s - t, v), (s - t) / 2, eps), Math.sqrt(t * (t - s)), random);
+  }, 1],
+};
+
+// ---- `dispersive_loss` of the package and its gradient, of B rows of `dim` numbers one after the other in z
+
+const part = (x, i, dim) => x.subarray(i * dim, (i + 1) * dim);
+const dot = (a, b) => { let all = 0; for (let k = 0; k < a.length; k += 1) all += a[k] * b[k]; return all; };
+const apart = (a, b) => { let all = 0; for (let k = 0; k < a.length; k += 1) all += (a[k] - b[k]) ** 2; return all; };
+const rms = z => Math.sqrt(dot(z, z) / z.length);
+
+/** out (n x m) += A (n x k) B (k x m); A's element (i, j) is at i * down + j * right. n and k are even. */
+function multiply(out, A, B, n, k, m, down = k, right = 1) {
+  for (let i = 0; i < n; i += 2) for (let j = 0; j < k; j += 2) { // two by two, which spares half the memory
+    const at = i * down + j * right, o = i * m, p = o + m, b = j * m, c = b + m;
+    const a0 = A[at], a1 = A[at + right], a2 = A[at + down], a3 = A[at + down + right];
+    for (let q = 0; q < m; q += 1) {
+      const v = B[b + q], w = B[c + q];
+      out[o + q] += a0 * v + a1 * w;
+      out[p + q] += a2 * v + a3 * w;
+    }
+  }
+  return out;
+}
+
+export function dispersive(z, dim, { kind, tau, diagonal }) {
+  const B = z.length / dim, cosine = kind === "infonce_cosine", log = kind !== "hinge", per = cosine ? 2 : dim;
+  const of = a => Math.floor(a / dim), size = many(B, i => (cosine ? Math.hypot(...part(z, i, dim)) || 1 : 1));
+  const x = z.map((v, a) => v / size[of(a)]), rows = many(B, i => part(x, i, dim)), weights = new Float64Array(B * B);
+  const pairs = many(B, i => many(i, j => [i, j])).flat(), D = pairs.map(([i, j]) => apart(rows[i], rows[j]) / per);
+  const near = log && !diagonal ? Math.min(...D) : 0, own = diagonal ? B : 0, count = B * (B - 1) + own;
+  const values = D.map(d => (log ? Math.exp((near - d) / tau) : Math.max(0, tau - d) ** 2)); // for cosine D is 1 - cos
+  const total = own * (log ? 1 : tau ** 2) + 2 * sum(values);
+  pairs.forEach(([i, j], p) => { // dL / dz_i is the sum of w_ij (z_i - z_j)
+    const w = 4 / per * (log ? -values[p] / (total * tau) : -2 * Math.sqrt(values[p]) / count);
+    weights[i * B + j] = weights[j * B + i] = -w;
+    weights[i * B + i] += w;
+    weights[j * B + j] += w;
+  });
+  const gradient = multiply(z.map(() => 0), weights, x, B, B, dim);
+  if (cosine) { // only around the origin
+    const outward = rows.map((one, i) => dot(one, part(gradient, i, dim)));
+    gradient.forEach((g, a) => { gradient[a] = (g - outward[of(a)] * x[a]) / size[of(a)]; });
+  }
+  return { loss: log ? Math.log(total / count) - (near - Number(cosine)) / tau : total / count, gradient };
+}
+
+/** `floor` of the package: what the loss of B rows cannot fall below. */
+export function floor({ kind, tau, diagonal }, B, dim) {
+  const own = diagonal ? 1 / B : 0; // share of the diagonal
+  if (kind === "hinge") return own * tau ** 2;
+  if (kind === "infonce_l2") return Math.log(own);
+  return Math.log(own * Math.exp(1 / tau) + (1 - own) * Math.exp(-1 / (tau * (B - 1))));
+}
+
+/** exp of the entropy of the singular values of points of the plane, centred. */
+export function effectiveRank(z) {
+  const [x, y] = [0, 1].map(k => points(z).map(p => p[k])).map(v => v.map(one => one - sum(v) / v.length));
+  const half = Math.hypot((dot(x, x) - dot(y, y)) / 2, dot(x, y)), middle = (dot(x, x) + dot(y, y)) / 2;
+  const sizes = [half, -half].map(v => Math.sqrt(Math.max(0, middle + v)));
+  return Math.exp(-sum(sizes.map(s => s / sum(sizes)).map(p => (p ? p * Math.log(p) : 0))));
+}
+
+// ---- the playground: points of the plane, where each is pushed, and how they go when they are let go
+
+export const VARIANTS = { // options of the loss, limits of its axis
+  l2: [{ kind: "infonce_l2", diagonal: true }, [-5, 0.6]],
+  "l2, no diagonal": [{ kind: "infonce_l2", diagonal: false }, [-5, 0.6]],
+  cosine: [{ kind: "infonce_cosine", diagonal: true }, [-1.2, 4.3]],
+  hinge: [{ kind: "hinge", diagonal: false }, [-0.15, 4.2]],
+};
+const RACE = "race of the first three";
+const TAUS = [0.25, 0.5, 1, 2], BATCHES = [2, 4, 8, 16, 32], SCALES = [0.1, 0.25, 0.5, 1, 2, 3, 5];
+const EXTENT = 7.8, ARROW = 1.3; // half side of the plane, length of an arrow for B |g| >= 1
+const GRID = many(15, i => 0.1 * 60 ** (i / 14)); // scales of the curve
+const RATE = 0.012, HASTE = 3; // of the descent, times B; steps of it in a frame
+const points = z => many(z.length / 2, i => [z[2 * i], z[2 * i + 1]]);
+
+/** B points of a disc, a larger batch with those of a smaller one, as `cloud` of the package. */
+export function cloud(B) {
+  const part = (i, step) => (0.5 + i * step) % 1;
+  return Float64Array.from(many(B, i =>
+    polar(1.3 * Math.sqrt(part(i, 0.7548776662)), 2 * Math.PI * part(i, 0.5698402910))).flat());
+}
+
+/** Points one step down the gradient. */
+export function descended(z, options) {
+  const { gradient } = dispersive(z, 2, options);
+  return z.map((v, a) => v - RATE * z.length / 2 * gradient[a]);
+}
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+
+/** `moved([x, y], what the pointer took hold of)` while a pointer is down in a panel. */
+function dragged(node, plane, moved) {
+  let taken = null;
+  const move = event => { if (taken) moved(plane.under(event, node.querySelector("svg")), taken); };
+  node.addEventListener("pointermove", move);
+  node.addEventListener("lostpointercapture", () => { taken = null; });
+  node.addEventListener("pointerdown", event => {
+    taken = event.target;
+    taken.focus();
+    node.setPointerCapture(event.pointerId);
+    move(event);
+  });
+}
+
+/** A panel whose points can be dragged, or chosen by Tab and moved by arrow keys: `moved(i, [x, y])`. */
+function arena(color, moved) {
+  const plane = panel({ x: [-EXTENT, EXTENT], y: [-EXTENT, EXTENT], width: 350, height: 350 });
+  const node = element("figure", { class: "panel", style: plane.style });
+  node.innerHTML = `<figcaption></figcaption>${plane.open}<g></g><g></g></svg>`;
+  const [title, canvas] = node.children, [, back, dots] = canvas.children;
   canvas.setAttribute("role", "group"); // its points are controls
-  const [left, top, side] = [20, 44, SQUARE], unit = side / (2 * EXTENT);
-  const plane = panel([left, top, side, side], [-EXTENT, EXTENT], [-EXTENT, EXTENT]);
-  let z; // the points at scale 1
+  canvas.removeAttribute("aria-hidden");
+  let z;
 
-  function restart() {
-    z = spec.clouds[value("B")].map(point => [...point]);
-    dots.innerHTML = z.map((_, i) => `<circle class="point" r="10" fill="${BLUE}" fill-opacity=".85" tabindex="0"
-      role="img" data-i="${i}"/>`).join("");
-    draw();
-  }
-
-  function move(i, x, y) {
-    z[i] = [x, y].map(v => clamp(v, -EXTENT, EXTENT) / value("s"));
-    draw();
-  }
-
-  dots.addEventListener("pointerdown", event => {
-    event.target.setPointerCapture(event.pointerId);
-    event.target.focus();
-  });
-  dots.addEventListener("pointermove", event => {
-    if (!event.target.hasPointerCapture(event.pointerId)) return;
-    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(canvas.getScreenCTM().inverse());
-    move(Number(event.target.dataset.i), (at.x - left) / unit - EXTENT, EXTENT - (at.y - top) / unit);
-  });
+  dragged(node, plane, (point, dot) => { if (dot.dataset.i) moved(Number(dot.dataset.i), point); });
   dots.addEventListener("keydown", event => {
-    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    const step = ARROWS[event.key], i = Number(event.target.dataset.i);
     if (!step) return;
     event.preventDefault();
-    const i = Number(event.target.dataset.i), s = value("s");
-    move(i, s * z[i][0] + 0.15 * step[0], s * z[i][1] + 0.15 * step[1]);
+    moved(i, [0, 1].map(k => clamp(z[2 * i + k] + 0.15 * step[k], -EXTENT, EXTENT)));
   });
 
-  function draw() {
-    const [variant, tau, B, s] = ["variant", "tau", "B", "s"].map(value), kind = spec.variants[variant];
-    const scaled = k => z.map(([x, y]) => [k * x, k * y]), points = scaled(s);
-    const { loss, gradient } = dispersive(points, kind, tau), floor = spec.floors[`${variant},${tau},${B}`];
-    const size = B * Math.sqrt(gradient.reduce((sum, [x, y]) => sum + x * x + y * y, 0) / B);
-    const losses = GRID.map(k => [Math.log10(k), dispersive(scaled(k), kind, tau).loss]);
-    points.forEach((point, i) => {
-      const [x, y] = plane.pixel(point);
-      dots.children[i].setAttribute("cx", x);
-      dots.children[i].setAttribute("cy", y);
-      const at = point.map(v => v.toFixed(2)).join(", ");
-      dots.children[i].setAttribute("aria-label", `point ${i + 1} of ${B} at ${at}`);
-    });
-    back.innerHTML = plane.frame("pushed downhill") + pushes(points, gradient)
-      + curve(kind.limits, losses, [Math.log10(s), loss], floor) + gauge(kind.limits, loss, floor, size);
-    canvas.setAttribute("aria-label", `${B} points at scale ${s}, ${variant}, tau = ${tau}: loss ${loss.toFixed(3)}, `
-      + (floor === null ? "which has no floor" : `${(loss - floor).toFixed(3)} above its floor ${floor.toFixed(3)}`)
-      + `. Arrows show where each point is pushed; B times the size of the gradient is ${size.toPrecision(2)}.`);
-  }
-
-  /** Arrows, logarithmic in length: full for B |g| >= 1, none for B |g| <= 1e-3. */
-  function pushes(points, gradient) {
-    return points.map((point, i) => {
-      const norm = Math.hypot(...gradient[i]) + 1e-300;
-      const length = ARROW * clamp(1 + Math.log10(points.length * norm) / 3, 0, 1);
-      const tip = point.map((v, k) => v - gradient[i][k] / norm * length);
-      return length ? plane.line([point, tip], RED, 4) + plane.dots([tip], RED, 8, 1) : "";
+  /** Arrows are logarithmic in length: full for B |g| >= 1, none for B |g| <= 1e-3. */
+  function pushes(gradient) {
+    return points(z).map((point, i) => {
+      const g = gradient.subarray(2 * i, 2 * i + 2), norm = Math.hypot(...g) + 1e-300;
+      const length = ARROW * clamp(1 + Math.log10(z.length / 2 * norm) / 3, 0, 1);
+      const tip = along(point, -length / norm, g);
+      return length ? plane.line([point, tip], INK, 3) + plane.dots([tip], INK, 8, 1) : "";
     }).join("");
   }
 
-  function curve(limits, losses, here, floor) {
-    const ends = [losses[0][0], losses.at(-1)[0]], axes = panel([560, 44, 400, 340], ends, limits);
-    return axes.frame("loss at every scale") + axes.line(losses, BLUE)
-      + (floor > limits[0] && floor !== null ? axes.line(ends.map(x => [x, floor]), INK, 2, "8 6") : "")
-      + axes.dots([here], RED, 18, 1) + axes.across([0.1, 0.5, 1, 5].map(k => [Math.log10(k), k]), "scale s")
-      + limits.map(v => words(552, 8 + Number(axes.pixel([0, v])[1]), v, { color: GREY, anchor: "end" })).join("");
+  return {
+    node,
+    draw(name, alt, at, gradient) {
+      z = at;
+      if (dots.childElementCount !== z.length / 2) {
+        dots.innerHTML = points(z).map((_, i) => `<circle class="point" r="9" fill="${color}"
+          stroke="#fff" tabindex="0" role="img" data-i="${i}"/>`).join("");
+      }
+      points(z).forEach((point, i) => {
+        const [x, y] = plane.pixel(point), where = point.map(v => v.toFixed(2)).join(", ");
+        const said = { cx: x, cy: y, "aria-label": `point ${i + 1} of ${z.length / 2} at ${where}` };
+        for (const [key, value] of Object.entries(said)) dots.children[i].setAttribute(key, value);
+      });
+      title.textContent = name;
+      back.innerHTML = pushes(gradient);
+      canvas.setAttribute("aria-label", alt);
+    },
+  };
+}
+
+/** Keeps a value of a step, and every second one when there are many. */
+function note(list, step, value) {
+  if (list.at(-1)?.[0] === step) list.pop();
+  list.push([step, value]);
+  if (list.length > 400) list.splice(0, list.length, ...list.filter((_, i) => i % 2 === 0));
+}
+
+const shortly = v => (Number.isFinite(v) ? v.toPrecision(Math.abs(v) < 1 ? 2 : 3).replace("-", "−") : "none");
+
+/** Lines over the steps, with the last values in the title. `lines`: { color, values: [[step, value], ...], level }. */
+function traces(name, lines, { log = false, low = NaN, high = NaN } = {}) {
+  const scale = v => (log ? Math.log10(Math.max(v, 1e-4)) : v), levels = lines.map(one => one.level ?? NaN);
+  const all = [...lines.flatMap(one => one.values.map(p => p[1])), ...levels, low, high].filter(Number.isFinite);
+  const ends = [Math.min(...all), Math.max(...all)], last = Math.max(1, ...lines.map(one => one.values.at(-1)[0]));
+  const axes = panel({ x: [0, last], y: ends.map(scale), width: 290, height: 110, left: 80, right: 10, below: 10 });
+  const drawn = lines.map(({ color, values }, k) => [
+    Number.isFinite(levels[k]) ? axes.line([0, last].map(x => [x, scale(levels[k])]), color, 2, "2 6") : "",
+    axes.line(values.map(([step, v]) => [step, scale(v)]), color, 4, DASHES[k]),
+  ]);
+  const now = lines.map(({ color, values }) => colored(shortly(values.at(-1)[1]), color)).join(" ");
+  return axes.svg(`${name} ${now}`, axes.ends(ends.map(shortly)), drawn.flat());
+}
+
+function playground(root) {
+  const choices = { variant: [...Object.keys(VARIANTS), RACE], tau: TAUS, B: BATCHES, s: SCALES };
+  const moved = name => (name === "tau" || name === "s" ? draw() : restart());
+  const { row, picture, value } = stage(root, choices, [0, 1, 3, 3], moved);
+  const fields = element("div", { class: "panels", style: "flex-grow: 2.6" });
+  const lines = strip(), curve = element("div", { style: "display: contents" });
+  row.append(...runner(() => go(HASTE), ["step", () => go(1)], { reset: restart }).buttons);
+  picture.append(fields, lines);
+  let arms;
+
+  const scaled = (arm, k) => arm.z.map(v => k * v); // z are the points at scale 1
+  const options = arm => ({ ...VARIANTS[arm.name][0], tau: value("tau") });
+
+  function restart() {
+    const names = value("variant") === RACE ? Object.keys(VARIANTS).slice(0, 3) : [value("variant")];
+    arms = names.map((name, k) => {
+      const color = COLORS[k], field = arena(color, (i, point) => {
+        arm.z.set(point.map(v => v / value("s")), 2 * i);
+        draw();
+      });
+      const arm = { name, color, field, z: cloud(value("B")), steps: 0, loss: [], rms: [], rank: [] };
+      return arm;
+    });
+    fields.replaceChildren(...arms.map(arm => arm.field.node), ...(arms.length === 1 ? [curve] : []));
+    draw();
   }
 
-  function gauge(limits, loss, floor, size) { // on the axis of the curve, filled from the loss down to the floor
-    const axes = panel([1030, 44, 50, 340], [0, 1], limits);
-    const [high, low] = [loss, floor ?? limits[0]].map(v => Number(axes.pixel([0, v])[1]));
-    return axes.frame("to the floor")
-      + `<rect x="1030" y="${high}" width="50" height="${Math.max(0, low - high)}" fill="${BLUE}" opacity=".5"/>`
-      + words(1090, clamp(high, 60, low - 4), loss.toFixed(2), { color: RED, anchor: "start" })
-      + words(1055, 418, floor === null ? "no floor" : `floor ${floor.toFixed(2)}`)
-      + words(1055, 452, `B|g| = ${size.toPrecision(2)}`, { color: RED });
+  function go(steps) {
+    for (const arm of arms) {
+      many(steps, () => { arm.z = descended(scaled(arm, value("s")), options(arm)).map(v => v / value("s")); });
+      arm.steps += steps;
+    }
+    draw();
+  }
+
+  function draw() {
+    const [tau, B, s] = ["tau", "B", "s"].map(value);
+    const said = arms.map(arm => {
+      const z = scaled(arm, s), { loss, gradient } = dispersive(z, 2, options(arm)), low = floor(options(arm), B, 2);
+      const size = B * rms(gradient) * Math.SQRT2, now = { loss, rms: rms(z), rank: effectiveRank(z) };
+      for (const [key, v] of Object.entries(now)) note(arm[key], arm.steps, v);
+      const above = low > -Infinity ? `${(loss - low).toFixed(3)} above floor ${low.toFixed(3)}` : "without a floor";
+      const alt = `${B} points at scale ${s}, ${arm.name}, tau = ${tau}, step ${arm.steps}: loss ${loss.toFixed(3)}, `
+        + `${above}, RMS ${shortly(now.rms)}, effective rank ${shortly(now.rank)}.`;
+      const title = `${arm.name}: B|g| = ${shortly(size)}`, arrows = `Arrows, where each is pushed: ${title}.`;
+      arm.field.draw(title, `${alt} ${arrows}`, z, gradient);
+      arm.level = low;
+      return alt;
+    });
+    if (arms.length === 1) curve.innerHTML = everyScale(arms[0]);
+    const drawn = (key, level) => arms.map(arm => ({ color: arm.color, values: arm[key], level: level && arm.level }));
+    paint(lines, `Lines over the steps. ${said.join(" ")}`, traces("loss and floor", drawn("loss", true)),
+      traces("RMS", drawn("rms"), { log: true }), traces("effective rank", drawn("rank"), { low: 1, high: 2 }));
+  }
+
+  function everyScale(arm) {
+    const limits = VARIANTS[arm.name][1], ends = [GRID[0], GRID.at(-1)].map(Math.log10), now = arm.loss.at(-1)[1];
+    const axes = panel({ x: ends, y: limits, width: 420, height: 290, left: 60, below: 64 });
+    const title = `loss ${colored(shortly(now), RED)} at every scale, ${
+      arm.level > -Infinity ? `floor ${shortly(arm.level)}` : "no floor"}`;
+    const losses = GRID.map(k => [Math.log10(k), dispersive(scaled(arm, k), 2, options(arm)).loss]);
+    return axes.svg(title, axes.line(losses, BLUE),
+      arm.level > limits[0] ? axes.line(ends.map(x => [x, arm.level]), INK, 2, "8 6") : "",
+      axes.dots([[Math.log10(value("s")), now]], RED, 18, 1), axes.ends(limits),
+      axes.across([0.1, 0.5, 1, 5].map(k => [Math.log10(k), k]), "scale s"));
   }
 
   restart();
 }
 
-// ---- noise and paths: x_t = alpha x0 + sigma eps, here
+// ---- trajectories through the exact field of eight Gaussians
 
-function noise(root, spec) {
-  const picture = element("div", { class: "picture" });
-  const { made, row, value } = controlRow(spec.controls, spec.start, () => draw(made.t.index));
-  row.append(...player(made.t, { between: draw }));
-  root.append(row, picture);
+const T_END = 1e-3; // at t = 0 the exact velocity is 0 / 0
+const TRACED = 24; // points whose way is drawn
 
-  function draw(at) { // in the table of t, whole or between two of its rows
-    const [data, path] = ["data", "path"].map(value);
-    const table = spec.paths[path], i = Math.min(Math.floor(at), table.length - 2);
-    const [alpha, sigma] = [0, 1].map(k => table[i][k] + (at - i) * (table[i + 1][k] - table[i][k]));
-    const t = at / (table.length - 1), snr = 2 * Math.log(alpha / sigma);
-    const known = Math.abs(snr) < 30 ? snr.toFixed(1) : snr > 0 ? "infinite" : "minus infinite";
-    const x = spec.sets[data].map((x0, j) => x0.map((v, k) => alpha * v + sigma * spec.eps[j][k]));
-    const plane = panel(LEFT, [-3, 3], [-3, 3]), curves = panel([660, 44, SQUARE, 320], [0, 1], [0, 1.02]);
-    const over = k => table.map((row, j) => [j / (table.length - 1), row[k]]);
-    picture.innerHTML = svg(
-      `${x.length} points of ${data} at t = ${t.toFixed(2)} of the ${path} path: alpha ${alpha.toFixed(2)}, `
-        + `sigma ${sigma.toFixed(2)}, log-SNR ${known}.`,
-      plane.frame(`${data}, t = ${t.toFixed(2)}`), plane.dots(x, BLUE),
-      curves.frame(`α = ${alpha.toFixed(2)} (data), σ = ${sigma.toFixed(2)} (noise)`),
-      curves.across([[0, "0"], [0.5, "0.5"], [1, "1"]], "t"),
-      curves.line(over(0), BLUE, 4), curves.line(over(1), RED, 4, "14 8"),
-      curves.dots([[t, alpha]], BLUE, 22, 1), curves.dots([[t, sigma]], RED, 22, 1),
-      words(870, HEIGHT - 8, `log-SNR ${known}`));
+/** Where each of `steps` steps leads the points x: (steps + 1, points, 2). */
+export function trajectory(sampler, steps, x) {
+  const random = generator(2), ways = [x], time = k => 1 + k / steps * (T_END - 1);
+  for (let k = 0; k < steps; k += 1) {
+    ways.push(ways[k].map(p => SAMPLERS[sampler][0](exactVelocity, p, time(k), time(k + 1), random)));
   }
-
-  draw(made.t.index);
+  return ways;
 }
 
-// ---- samplers: where each step leads (steps + 1, points, 2), and between two steps the straight way
-
-function sampler(root, spec) {
-  const picture = element("div", { class: "picture" });
-  const { made, row, value } = controlRow(spec.controls, spec.start, () => draw(made.part.index));
+function trajectories(root) {
+  const choices = { sampler: Object.keys(SAMPLERS), steps: [1, 2, 4, 8, 16, 32], part: many(41, i => i / 40) };
+  const random = generator(1), start = many(200, () => blurred([0, 0], 1, random)), kept = {};
+  const exact = trajectory("RK4", 64, start).at(-1), plane = panel({ x: [-3.2, 3.2], y: [-3.2, 3.2] });
+  const { made, row, picture, value } = stage(root, choices, [0, 2, 40], () => draw(made.part.index));
   row.append(...player(made.part, { between: draw }));
-  root.append(row, picture);
+  picture.append(strip());
 
   function draw(at) {
-    const [name, steps] = ["sampler", "steps"].map(value);
-    const ways = spec.ways[`${name},${steps}`], done = at / made.part.last * steps + 1e-9, whole = Math.floor(done);
-    const next = ways[Math.min(whole + 1, steps)];
-    const x = ways[whole].map((p, i) => p.map((v, k) => v + (done - whole) * (next[i][k] - v)));
-    const calls = `${whole * spec.calls[name]} evaluations`, past = ways.slice(0, whole + 1);
-    const [left, right] = [LEFT, RIGHT].map(box => panel(box, [-3.2, 3.2], [-3.2, 3.2]));
-    picture.innerHTML = svg(
-      `${x.length} samples after step ${whole} of ${steps} of ${name}, part ${(at / made.part.last).toFixed(2)} of the `
-        + `way, ${calls} of the velocity, beside the same noise carried exactly to eight Gaussians.`,
-      left.frame(`${name}: step ${whole} of ${steps}, ${calls}`),
-      x.slice(0, TRACED).map((p, i) => left.line([...past.map(visited => visited[i]), p], "#9a9a9a", 1.5)),
-      left.dots(x, RED, 6), right.frame("the same noise, carried exactly"), right.dots(spec.exact, BLUE, 6));
+    const name = value("sampler"), steps = value("steps"), ways = kept[name + steps] ??= trajectory(name, steps, start);
+    const done = at / made.part.last * steps + 1e-9, whole = Math.floor(done), next = ways[Math.min(whole + 1, steps)];
+    const x = ways[whole].map((p, i) => along(p, done - whole, next[i].map((v, k) => v - p[k])));
+    const said = `step ${whole} of ${steps}, ${whole * SAMPLERS[name][1]} evaluations`;
+    const past = ways.slice(0, whole + 1), traced = x.slice(0, TRACED).map((p, i) => [...past.map(was => was[i]), p]);
+    paint(picture.firstChild, `${x.length} samples of ${name} after ${said} of the velocity, part ${value("part")};`
+      + " beside them the same noise, carried exactly to eight Gaussians.",
+    plane.svg(`${name}: ${said}`, traced.map(way => plane.line(way, PALE, 2)), plane.dots(x, RED, 7)),
+    plane.svg("the same noise, carried exactly", plane.dots(exact, BLUE, 7)));
   }
 
   draw(made.part.index);
 }
 
-// ---- UMAP: one cloud an arm, one colour and one numeral a class
+// ---- training in the page: a network of two hidden layers learns the velocity of a set, with the loss and without
 
-function umap(root, spec) {
-  const picture = element("div", { class: "picture" });
-  const { row, value } = controlRow(spec.controls, spec.start, draw), names = Object.keys(spec.controls);
-  root.append(row, picture);
-  const median = values => [...values].sort((a, b) => a - b)[values.length >> 1];
+const SIZES = [8, 128, 128, 2]; // the point and six cosines of the time, to the velocity
+const ROWS = 64, PARTICLES = 128; // of a batch, and of the batch that is looked at
+const BUDGET_MS = 14; // of training in a frame
+const FLIGHT = 45, REST = 1.4; // steps of a particle from noise to data; and then it rests, as part of them
+
+/** A network as torch begins one, and Adam's state; W (in x out) and b of each layer are views of one array. */
+export function network(random) {
+  const views = all => SIZES.slice(1).map((out, l) => {
+    const at = sum(SIZES.slice(1, l + 1).map((one, k) => (SIZES[k] + 1) * one)), ends = at + SIZES[l] * out;
+    return { W: all.subarray(at, ends), b: all.subarray(ends, ends + out) };
+  });
+  const total = sum(SIZES.slice(1).map((out, l) => (SIZES[l] + 1) * out));
+  const [weights, gradient, first, second] = many(4, () => new Float64Array(total));
+  const layers = views(weights), slopes = views(gradient);
+  layers.forEach(one => Object.values(one).forEach(array => array.forEach((_, i) => {
+    array[i] = (2 * random() - 1) / Math.sqrt(one.W.length / one.b.length);
+  })));
+  return { weights, gradient, first, second, layers, slopes, steps: 0 };
+}
+
+const sigmoid = x => 1 / (1 + Math.exp(-x));
+
+/** Rows x (n x 2) at times t (n): what each layer was given, before and after its SiLU. */
+export function forward(net, x, t) {
+  const n = t.length, input = new Float64Array(n * SIZES[0]);
+  t.forEach((time, i) => {
+    input.set([x[2 * i], x[2 * i + 1]], i * SIZES[0]);
+    for (let k = 1; k < SIZES[0] - 1; k += 1) input[i * SIZES[0] + 1 + k] = Math.cos(Math.PI * k * time);
+  });
+  const before = [], after = [input];
+  net.layers.forEach(({ W, b }, l) => {
+    const out = new Float64Array(n * b.length);
+    for (let i = 0; i < n; i += 1) out.set(b, i * b.length);
+    before.push(multiply(out, after[l], W, n, SIZES[l], b.length));
+    after.push(l === 2 ? out : out.map(v => v * sigmoid(v)));
+  });
+  return { before, after };
+}
+
+/** Points x0 with noise and times: x_t and the velocity that the network shall learn. */
+export function batch(n, draws, random, times = random) {
+  const x = new Float64Array(2 * n), v = new Float64Array(2 * n), t = Float64Array.from({ length: n }, times);
+  t.forEach((time, i) => draws(random).forEach((x0, k) => {
+    const eps = random.normal();
+    x[2 * i + k] = (1 - time) * x0 + time * eps;
+    v[2 * i + k] = eps - x0;
+  }));
+  return { x, v, t };
+}
+
+/** One step of Adam on flow matching, with `weight` times the loss on hidden layer `tap` (1 or 2). */
+export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-3) {
+  const { weights, gradient, first, second, layers, slopes } = net, n = t.length;
+  const { before, after } = forward(net, x, t);
+  let passed = after[3].map((out, i) => (out - v[i]) / n); // the mean is over 2 n numbers
+  gradient.fill(0);
+  for (let l = 2; l >= 0; l -= 1) {
+    const [inputs, outputs] = SIZES.slice(l, l + 2), { W } = layers[l], turned = new Float64Array(W.length);
+    multiply(slopes[l].W, after[l], passed, inputs, n, outputs, 1, inputs);
+    passed.forEach((d, i) => { slopes[l].b[i % outputs] += d; });
+    if (l === 0) break;
+    W.forEach((w, a) => { turned[a % outputs * inputs + Math.floor(a / outputs)] = w; });
+    const back = multiply(new Float64Array(n * inputs), passed, turned, n, outputs, inputs);
+    if (weight && l === tap) dispersive(after[l], inputs, loss).gradient.forEach((g, i) => { back[i] += weight * g; });
+    passed = back.map((d, i) => {
+      const h = before[l - 1][i], s = sigmoid(h);
+      return d * s * (1 + h * (1 - s));
+    });
+  }
+  net.steps += 1;
+  const one = 1 - 0.9 ** net.steps, two = 1 - 0.999 ** net.steps;
+  gradient.forEach((g, i) => { // Adam
+    first[i] += 0.1 * (g - first[i]);
+    second[i] += 0.001 * (g * g - second[i]);
+    weights[i] -= rate * first[i] / one / (Math.sqrt(second[i] / two) + 1e-8);
+  });
+}
+
+/** Rows (n x dim) in the plane in which they vary most, which `axes` (2 x dim) is turned towards. */
+function project(rows, dim, axes) {
+  const n = rows.length / dim, mean = new Float64Array(dim), across = new Float64Array(2 * dim);
+  rows.forEach((v, a) => { mean[a % dim] += v / n; });
+  const centred = rows.map((v, a) => v - mean[a % dim]);
+  axes.forEach((v, a) => { across[a % dim * 2 + Math.floor(a / dim)] = v; });
+  const places = multiply(new Float64Array(2 * n), centred, across, n, dim, 2);
+  axes.set(multiply(new Float64Array(2 * dim), places, centred, 2, n, dim, 1, 2)); // one step of the power method,
+  const [one, other] = [0, 1].map(k => part(axes, k, dim)); // and upright again
+  const shared = dot(one, other) / dot(one, one);
+  other.forEach((v, m) => { other[m] -= shared * one[m]; });
+  for (const axis of [one, other]) axis.set(axis.map((v, _, all) => v / (Math.hypot(...all) || 1)));
+  return points(places);
+}
+
+const DRAWN = "your drawing";
+
+function train(root) {
+  const choices = { data: [...Object.keys(SETS), DRAWN], loss: Object.keys(VARIANTS),
+    weight: [0.01, 0.03, 0.1, 0.3, 1, 3], tau: TAUS, layer: ["first hidden", "second hidden"] };
+  const { made, row, picture, value } = stage(root, choices, [1, 0, 3, 1, 0], restart);
+  const square = panel({ x: [-3, 3], y: [-3, 3], width: 230, height: 230 });
+  const pad = element("figure", { class: "panel pad", style: square.style });
+  const [flights, lines] = many(2, strip);
+  flights.style.flex = "968 1 676px";
+  row.append(...runner(frame, ["50 steps", fifty], { restart }).buttons);
+  picture.append(element("div", { class: "panels", style: "flex-grow: 2" }, pad, flights), lines);
+  let arms, random, probe, shown, flown, extent, drawing = [[0, 0]];
+
+  const draws = r => (value("data") !== DRAWN ? SETS[value("data")](r)
+    : blurred(drawing[Math.floor(r() * drawing.length)], 0.06, r));
+  const options = () => ({ ...VARIANTS[value("loss")][0], tau: value("tau"), tap: made.layer.index + 1 });
+
+  function restart() { // both networks from one start, and later on the same batches
+    const other = generator(1);
+    random = generator(0);
+    arms = ["without", "with"].map((name, k) => ({
+      name, color: COLORS[k], weight: k && value("weight"), net: network(generator(2)), held: [], gap: [], size: [],
+      axes: Float64Array.from({ length: 2 * SIZES[1] }, generator(3).normal),
+    }));
+    shown = many(250, () => draws(other));
+    probe = batch(ROWS, draws, other, (_, i) => (i + 0.5) / ROWS);
+    [flown, extent] = [Infinity, 0];
+    fly();
+    draw();
+  }
+
+  function learn() {
+    const drawn = batch(ROWS, draws, random);
+    arms.forEach(arm => trainStep(arm.net, drawn, { weight: arm.weight, ...options() }));
+  }
+
+  function fly() { // each particle one step from noise to data
+    if (flown > REST * FLIGHT) {
+      const noise = Float64Array.from({ length: 2 * PARTICLES }, generator(4 + arms[0].net.steps).normal);
+      arms.forEach(arm => { [arm.x, arm.was] = [noise, noise]; });
+      flown = -1;
+    }
+    flown += 1;
+    if (flown === 0 || flown > FLIGHT) return;
+    const t = new Float64Array(PARTICLES).fill(1 - (flown - 1) / FLIGHT);
+    arms.forEach(arm => {
+      const v = forward(arm.net, arm.x, t).after[3];
+      [arm.was, arm.x] = [arm.x, arm.x.map((one, i) => one - v[i] / FLIGHT)];
+    });
+  }
+
+  function frame() {
+    const until = performance.now() + BUDGET_MS;
+    do learn(); while (performance.now() < until);
+    fly();
+    draw();
+  }
+
+  function fifty() {
+    many(50, learn);
+    flown = Infinity;
+    many(FLIGHT + 1, fly);
+    draw();
+  }
+
+  function draft(point) {
+    drawing = value("data") === DRAWN ? [...drawing, point] : [point];
+    made.data.index = made.data.last;
+    restart();
+  }
+
+  dragged(pad, square, draft);
 
   function draw() {
-    const setting = names.map(value);
-    const parts = Object.entries(spec.arms).map(([arm, name], side) => {
-      const x = spec.clouds[[arm, ...setting].join("/")];
-      const mean = [0, 1].map(k => x.reduce((sum, p) => sum + p[k], 0) / x.length);
-      const reach = 1.05 * Math.max(...x.flatMap(p => p.map((v, k) => Math.abs(v - mean[k]))));
-      const [across, up] = mean.map(m => [m - reach, m + reach]), axes = panel([LEFT, RIGHT][side], across, up);
-      return axes.frame(name) + spec.colours.map((colour, label) => {
-        const own = x.filter((_, i) => spec.labels[i] === label);
-        const [left, top] = axes.pixel([0, 1].map(k => median(own.map(p => p[k]))));
-        return axes.dots(own, colour, 7) + words(left, Number(top) + 8, label);
-      }).join("");
+    const { tap, ...loss } = options(), low = floor(loss, ROWS, SIZES[1]), steps = arms[0].net.steps;
+    const seen = arms.map(arm => {
+      const { after } = forward(arm.net, probe.x, probe.t), z = after[tap];
+      note(arm.held, steps, apart(after[3], probe.v) / (2 * ROWS));
+      note(arm.gap, steps, dispersive(z, SIZES[1], loss).loss - (low > -Infinity ? low : 0));
+      note(arm.size, steps, rms(z));
+      return project(z, SIZES[1], arm.axes);
     });
-    const said = names.map((name, k) => `${name} ${setting[k]}`).join(", ");
-    const alt = `UMAP of ${spec.labels.length} digits in both runs, ${said}: one cloud each, no class an island.`;
-    picture.innerHTML = svg(alt, parts);
+    const reach = 1.1 * Math.max(...seen.flat(2).map(Math.abs)), time = Math.max(0, 1 - flown / FLIGHT).toFixed(2);
+    extent = extent ? extent + 0.1 * (reach - extent) : reach; // eased, so that the eye can follow
+    const space = panel({ x: [-extent, extent], y: [-extent, extent], width: 230, height: 230 });
+    pad.innerHTML = `<figcaption>data: draw here</figcaption>${square.open}${square.dots(shown, INK)}</svg>`;
+    const last = (arm, key) => shortly(arm[key].at(-1)[1]), gap = low > -Infinity ? "loss − floor" : "loss, no floor";
+    const drawn = key => arms.map(arm => ({ color: arm.color, values: arm[key] }));
+    const said = arms.map(arm => `weight ${arm.weight}: flow matching ${last(arm, "held")}, ${gap} ${last(arm, "gap")},`
+      + ` RMS ${last(arm, "size")}`).join("; ");
+    paint(flights, `Particles at t = ${time}, and features, after ${steps} steps. ${said}.`, arms.map((arm, k) => {
+      const x = points(arm.x), of = c => seen[k].filter((_, i) => Math.floor(i / ROWS * CIVIDIS.length) === c);
+      return square.svg(`${colored(arm.name, arm.color)}, t = ${time}`,
+        square.ways(x.map((p, i) => [part(arm.was, i, 2), p]), arm.color), square.dots(x, arm.color, 7))
+        + space.svg(`features, RMS ${last(arm, "size")}`, CIVIDIS.map((color, c) => space.dots(of(c), color, 7, 0.9)));
+    }));
+    paint(lines, `Lines over the training steps. ${said}.`, traces(`step ${steps}: flow matching`, drawn("held")),
+      traces(gap, drawn("gap"), { low: 0 }), traces("RMS of features", drawn("size"), { low: 0 }));
+  }
+
+  restart();
+}
+
+// ---- maps to click on: what each block knows, and where each patch looks
+
+/** A table of buttons: `pressed(i, j)`; `shade(share, [i, j], name, full)` colours shares up to `full`, marks one. */
+function grid(rows, columns, corner, pressed) {
+  const cells = rows.map((_, i) => columns.map((_, j) => button("", () => pressed(i, j))));
+  const heads = columns.map(name => element("th", { scope: "col" }, name));
+  const node = element("table", {}, element("tr", {}, element("th", {}, corner), ...heads));
+  cells.forEach((line, i) => node.append(element("tr", {}, element("th", { scope: "row" }, rows[i]),
+    ...line.map(one => element("td", {}, one)))));
+  const shade = (share, [row, column], name, full = 1) => cells.forEach((line, i) => line.forEach((cell, j) => {
+    cell.textContent = percent(share(i, j));
+    cell.style.background = `color-mix(in srgb, #fee838 ${100 * share(i, j) / full}%, #00224e)`; // the ends of cividis
+    cell.style.color = share(i, j) / full > 0.5 ? "#000" : "#fff";
+    cell.setAttribute("aria-pressed", i === row && j === column);
+    cell.setAttribute("aria-label", `${name(i, j)}: ${cell.textContent}`);
+  }));
+  return { node, shade };
+}
+
+const percent = share => `${Math.round(100 * share)}%`;
+
+function map(root, spec) {
+  const { made: { arm }, picture } = stage(root, { arm: spec.arms }, [0], draw), { blocks, levels } = spec;
+  const table = grid(levels, blocks, "log-SNR \\ block", (i, j) => { [level, block] = [i, j]; draw(); });
+  let [level, block] = spec.start;
+  root.append(element("div", { class: "beside" }, table.node, picture));
+
+  function draw() {
+    const share = (i, j) => spec.agreement[arm.index][i][j], near = spec.nearest[arm.index][level][block];
+    table.shade(share, [level, block], (i, j) => `block ${blocks[j]}, log-SNR ${levels[i]}`);
+    const where = levels[level] === "clean" ? "no noise" : `log-SNR ${levels[level]}`;
+    const title = `block ${blocks[block]}, ${where}: ${percent(share(level, block))} of the 5 nearest share the class`;
+    const line = (name, tileOf, mark = () => element("span")) => [element("span", {}, name),
+      ...near.flatMap((_, i) => [tileOf(i), mark(i)])];
+    const own = (i, k) => spec.labels[near[i][k]] === spec.labels[i];
+    const mark = (i, k) => element("span", { style: `color: ${own(i, k) ? GREEN : RED}` }, own(i, k) ? "✓" : "✗");
+    const nearest = k => line(k ? "" : "nearest", i => tile(spec.digits, near[i][k]), i => mark(i, k));
+    const tiles = element("div", { class: "tiles", role: "img", "aria-label": `${arm.value}, ${title}. `
+      + "Six digits as the network sees them, and the three nearest others of each." },
+      ...line("seen", i => tile(spec.noisy, 6 * level + i)), ...line("clean", i => tile(spec.digits, i)),
+      ...[0, 1, 2].flatMap(nearest));
+    picture.replaceChildren(element("div", {}, title), tiles);
   }
 
   draw();
 }
 
-// ---- what each block knows: a cell of the map opens six digits and whom the block takes for their neighbours
-
-function map(root, spec) {
-  const { made: { arm }, row } = controlRow({ arm: spec.arms }, [0], draw), { blocks, levels } = spec;
-  let [block, level] = spec.start;
-  const cells = levels.map((_, i) => blocks.map((_, j) => button("", () => {
-    [block, level] = [j, i];
-    draw();
-  })));
-  const head = element("tr", {}, element("th", {}, "log-SNR \\ block"),
-    ...blocks.map(name => element("th", { scope: "col" }, name)));
-  const table = element("table", {}, head, ...cells.map((line, i) => element("tr", {},
-    element("th", { scope: "row" }, levels[i]), ...line.map(one => element("td", {}, one)))));
-  const picture = element("div", { class: "picture" });
-  root.append(row, element("div", { class: "beside" }, table, picture));
+/** Attention[image][t][block][head] and nearest[image][t][block] of an image's patches, `spec.side` in a row. */
+function patch(root, spec) {
+  const { place, picture, value } = stage(root, spec.controls, spec.start, draw), { side, sheet } = spec;
+  const names = many(side, i => i + 1), table = grid(names, names, "row \\ column", (i, j) => { at = [i, j]; draw(); });
+  let at = spec.at;
+  root.append(element("div", { class: "beside" }, table.node, picture));
 
   function draw() {
-    const share = (i, j) => spec.agreement[arm.index][i][j];
-    const percent = value => `${Math.round(100 * value)}%`;
-    cells.forEach((line, i) => line.forEach((cell, j) => {
-      cell.textContent = percent(share(i, j));
-      cell.style.background = `color-mix(in srgb, #fee838 ${100 * share(i, j)}%, #00224e)`; // the ends of cividis
-      cell.style.color = share(i, j) > 0.5 ? "#000" : "#fff";
-      cell.setAttribute("aria-pressed", i === level && j === block);
-      cell.setAttribute("aria-label", `block ${blocks[j]}, log-SNR ${levels[i]}: ${cell.textContent}`);
-    }));
-    const where = levels[level] === "clean" ? "no noise" : `log-SNR ${levels[level]}`;
-    const near = spec.nearest[arm.index][level][block];
-    const title = `block ${blocks[block]}, ${where}: ${percent(share(level, block))} of the 5 nearest share the class`;
-    const line = (name, tileOf, mark = () => "") => [element("span", {}, name),
-      ...near.flatMap((_, i) => [tileOf(i), mark(i)])];
-    const nearest = k => line(k ? "" : "nearest", i => tile(spec.digits, near[i][k]), i => verdict(near[i][k], i));
-    const tiles = element("div", { class: "tiles", role: "img", "aria-label": `${arm.value}, ${title}. `
-      + "Six digits as the network sees them, and the three nearest others of each." },
-      ...line("seen", i => tile(spec.noisy, 6 * level + i), () => element("span")),
-      ...line("clean", i => tile(spec.digits, i), () => element("span")), ...[0, 1, 2].flatMap(nearest));
-    picture.replaceChildren(element("div", {}, title), tiles);
-  }
-
-  function verdict(found, i) {
-    const own = spec.labels[found] === spec.labels[i], mark = element("span", {}, own ? "✓" : "✗");
-    mark.style.color = own ? GREEN : RED;
-    return mark;
+    const [image, t, block, head] = place(), own = at[0] * side + at[1], times = spec.controls.t.length;
+    const weights = spec.attention[image][t][block][head][own], near = spec.nearest[image][t][block][own];
+    table.shade((i, j) => weights[i * side + j], at, (i, j) => `row ${i + 1}, column ${j + 1}`, Math.max(...weights));
+    const chosen = `row ${at[0] + 1}, column ${at[1] + 1}`;
+    const title = `Image ${image}, t = ${value("t")}, block ${block}, head ${head}, ${chosen}`;
+    const shown = [image * side ** 2 + own, ...near].map(found => {
+      const p = found % side ** 2, made = tile(sheet, Math.floor(found / side ** 2) * times + t);
+      made.append(element("div", { class: "mark", style: `left: ${100 / side * (p % side)}%; top: ${
+        100 / side * Math.floor(p / side)}%; width: ${100 / side}%; height: ${100 / side}%` }));
+      return made;
+    });
+    const said = `${title}. Below: this patch, and the six with the nearest features.`;
+    picture.replaceChildren(said, element("div", { class: "near", role: "img", "aria-label": said }, ...shown));
   }
 
   draw();
@@ -573,57 +922,49 @@ function quiz(root, spec) {
 
 /** Two-sided: 2 P(X <= min(a, b)) for a fair coin, at most 1. */
 export function signTest(a, b) {
-  const n = a + b;
-  let term = 0.5 ** n, total = 0;
-  for (let k = 0; k <= Math.min(a, b); k += 1) {
-    total += term;
-    term *= (n - k) / (k + 1);
-  }
-  return Math.min(1, 2 * total);
+  const chosen = k => (k ? chosen(k - 1) * (a + b + 1 - k) / k : 1);
+  return Math.min(1, sum(many(Math.min(a, b) + 1, chosen)) * 2 ** (1 - a - b));
 }
 
 // ---- how long a number takes to the kernel and back, and two sliders to feel the difference
 
 function latency(root, spec, kernel) {
-  const said = element("output", { "aria-live": "polite" }, "waiting for the kernel");
-  const values = Array.from({ length: 101 }, (_, i) => i);
-  const bars = values.slice(0, 2).map(() => element("progress", { max: 100, value: 0 }));
+  const said = element("output", { "aria-live": "polite" }, "waiting for the kernel"), values = many(101, i => i);
+  const bars = many(2, () => element("progress", { max: 100, value: 0 }));
   const here = control("in the browser", values, 0, one => { bars[0].value = one.index; });
   const there = control("through the kernel", values, 0, one => kernel.ask({ slider: one.index }));
-  [here, there].forEach((one, k) => root.append(element("div", { class: "controls" }, one.node, bars[k])));
-  root.append(element("div", { class: "controls" }, said, button("again", start)));
+  const lines = [[here.node, bars[0]], [there.node, bars[1]], [said, button("again", () => ping([]))]];
+  root.append(...lines.map(line => element("div", { class: "controls" }, ...line)));
   let times, sent;
 
-  function start() { times = []; ping(); }
-  function ping() { sent = performance.now(); kernel.ask({ ping: times.length }); }
+  function ping(before) {
+    [times, sent] = [before, performance.now()];
+    kernel.ask({ ping: times.length });
+  }
 
   kernel.hear(({ ping: answered, slider }) => {
     if (slider !== undefined) bars[1].value = slider;
     if (answered !== times.length) return; // not of this measurement
-    times.push(performance.now() - sent);
-    if (times.length <= PINGS) return ping();
-    const counted = times.slice(1).sort((a, b) => a - b); // the first waited for the cell to end
-    const median = counted[counted.length >> 1];
-    said.textContent = `to the kernel and back: median ${median.toFixed(0)} ms, slowest `
-      + `${counted.at(-1).toFixed(0)} ms of ${counted.length}: sliders `
+    const all = [...times, performance.now() - sent], counted = all.slice(1).sort((a, b) => a - b);
+    if (all.length <= PINGS) return ping(all); // the first does not count: it waited for the cell to end
+    const [median, slowest] = [counted[counted.length >> 1], counted.at(-1)].map(ms => ms.toFixed(0));
+    said.textContent = `to the kernel and back: median ${median} ms, slowest ${slowest} ms of ${PINGS}: sliders `
       + (median < 60 ? "feel immediate" : "lag; is the kernel far away, or busy?");
   });
-  start();
+  ping([]);
 }
 
 // ---- the lecture console: every demo in large type, each opened by its button or its number
 
 const DEMOS = {
-  playground: ["Playground", "Drag a point, or choose it with Tab and move it with the arrow keys. Make the points "
-    + "larger (s): why do the arrows die, and what does a larger tau bring back?"],
-  noise: ["Noise and paths", "Play t. At which t do the eight spots melt? Change the path: is it the same t, or the "
-    + "same log-SNR?"],
-  sampler: ["Samplers", "Play part: watch the steps. Then halve the evaluations: which sampler survives?"],
-  training: ["Training", "Same noise in a column. When does colour settle, when shape? Do the two runs part?"],
-  guidance: ["Guidance", "Same noise in each place. Raise the scale: what is gained, and what do all images of a class "
-    + "lose?"],
-  map: ["What each block knows", "Click on a cell: six digits as the network sees them, and whom this block takes for "
-    + "their neighbours."],
+  playground: ["Playground", "Larger s: why do the arrows die, what does tau bring back? Then play: who finds rest?"],
+  train: ["Train", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
+  noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
+  trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler survives?"],
+  training: ["Film", "Same noise in a column. When does colour settle, when shape? Do the two runs part?"],
+  guidance: ["Guidance", "Same noise in each place. Raise the scale: what do the images of a class gain, and lose?"],
+  map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],
+  patch: ["Patches", "Click on a patch: where does each head look from there, and which patches are most like it?"],
   umap: ["UMAP", "Does your impression survive another seed? Areas and distances carry no dispersion meaning."],
   quiz: ["Blind test", "Six digits from each network, from the same noises. The names come after the last round."],
 };
@@ -650,7 +991,7 @@ function lecture(root, spec, kernel) {
 
   const page = root.parentNode === document.body; // in a notebook the digits are the demos' only within
   (page ? document : root).addEventListener("keydown", event => {
-    const chosen = pages[Number(event.key) - 1];
+    const chosen = /^\d$/.test(event.key) && pages[(Number(event.key) + 9) % 10];
     if (chosen && !event.ctrlKey && !event.altKey && !event.metaKey && event.target.tagName !== "SELECT") open(chosen);
   });
   open(pages[0]);

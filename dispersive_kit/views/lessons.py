@@ -8,7 +8,6 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 from dispersive_kit.data.toy import GaussianMixture, eight_gaussians
 from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath, Path, VPPath
-from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, initial_noise, rk4, time_grid
+from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, rk4
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.views.figures import BLUE, GREEN, GREY, RED, forest, heatmaps, pairwise_distances, scatter
+from dispersive_kit.views.figures import BLUE, GREY, RED, forest, heatmaps, pairwise_distances, scatter
 
 Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, 2), t (B,)) -> (B, 2)
 
@@ -58,15 +57,15 @@ def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figur
 
 def cloud(B: int) -> Tensor:
     """The first B points (B, 2), float64, of a sequence that fills a disc of radius 1.3 ever more densely."""
-    radius, turn = (0.5 + torch.arange(B).double()[:, None] * torch.tensor([0.7548776662, 0.5698402910])).frac().T
-    angle = 2 * math.pi * turn  # Roberts' R2 sequence, on the disc
+    steps = torch.tensor([0.7548776662, 0.5698402910], dtype=torch.float64)  # Roberts' R2 sequence, on the disc
+    radius, turn = (0.5 + torch.arange(B)[:, None] * steps).frac().T
+    angle = 2 * math.pi * turn
     return 1.3 * radius.sqrt()[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 # ---- sampling with the exact velocity of eight Gaussians
 
 T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
-POINTS = 300
 SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # with the evaluations of a step
     "Euler": (euler, 1),
     "Heun": (heun, 2),
@@ -86,17 +85,6 @@ def exact_velocity(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return LINEAR.convert(DATA.posterior_mean(x, 1 - t, t), x, t, "x0", "v")
     of_class = torch.stack([c.posterior_mean(x, 1 - t, t) for c in CLASSES])  # (3, B, 2)
     return LINEAR.convert(of_class[y, torch.arange(len(x))], x, t, "x0", "v")
-
-
-@cache
-def trajectory(sampler: str, num_steps: int) -> Tensor:
-    """Where each step of `SAMPLERS[sampler]` leads: (num_steps + 1, POINTS, 2), from the same noise each time."""
-    visited = [initial_noise(range(POINTS), (2,), dtype=torch.float64)]
-    SAMPLERS[sampler][0](
-        exact_velocity, visited[0], time_grid(num_steps, t_min=T_END), seeds=range(POINTS),
-        callback=lambda _i, _t, x: visited.append(x),
-    )  # fmt: skip
-    return torch.stack(visited)
 
 
 # ---- inside a model
@@ -120,39 +108,14 @@ class BlockViews:
         model: without rope and without normalised queries.
         inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
 
-    Attributes, each t -> tensor: attention (depth, B, N, N), mean over heads; gates (depth, 2), the RMS of those of
-    attention and MLP; rms (depth,), of the block's output.
+    Attributes, each t -> tensor: attention (depth, B, heads, N, N); gates (depth, 2), the RMS of those of attention and
+    MLP; features (depth, B, N, D), the block's output.
     """
 
     def __init__(self, model: DiT, inputs: Mapping[float, Tensor], y: Tensor) -> None:
-        self.inputs, self.patch = inputs, model.patch_size
+        self.inputs = inputs
         seen = {t: _look_inside(model, x, torch.full((len(y),), t), y) for t, x in inputs.items()}
-        self.attention, self.gates, self.rms = ({t: one[k] for t, one in seen.items()} for k in range(3))
-
-    def frame(self, block: int, t: float, *, token: int = 5) -> Figure:
-        """One block at one time: the first image, whom the token with the star looks at, the gates over time, and the
-        size of the features along the blocks.
-        """
-        side = int(self.attention[t].shape[-1] ** 0.5)
-        at, down = token % side, token // side
-        figure, panels = plt.subplots(2, 2, figsize=(9.4, 5.4), layout="constrained")
-        (image, shares), (gates, sizes) = panels
-        cut(image, self.inputs[t][0], self.patch, f"input at t = {t:g}")
-        image.plot((at + 0.5) * self.patch, (down + 0.5) * self.patch, "*", color=RED, markersize=14)
-        drawn = shares.imshow(self.attention[t][block, 0, token].view(side, side).numpy(), vmin=0, vmax=0.3)
-        shares.plot(at, down, "*", color=RED, markersize=14)
-        shares.set(xticks=[], yticks=[], title=f"block {block}: the star attends to")
-        figure.colorbar(drawn, ax=shares, extend="max", shrink=0.7)
-        for k, (name, look) in enumerate((("attention", "o-"), ("MLP", "s--"))):
-            own = [float(one[block, k]) for one in self.gates.values()]
-            gates.plot(list(self.gates), own, look, color=(BLUE, GREEN)[k], markersize=4, label=name)
-        gates.axvline(t, color=GREY)
-        gates.set(xlabel="t", ylim=(0, _top(self.gates)), title=f"block {block}: size of its gates")
-        places = range(len(self.rms[t]))
-        sizes.bar(places, self.rms[t].tolist(), 0.6, color=[RED if i == block else BLUE for i in places])
-        sizes.set(xticks=places, xlabel="block", ylim=(0, _top(self.rms)), title="RMS of the features after each block")
-        gates.legend(loc="upper left")
-        return figure
+        self.attention, self.gates, self.features = ({t: one[k] for t, one in seen.items()} for k in range(3))
 
 
 @torch.no_grad()
@@ -164,14 +127,9 @@ def _look_inside(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, .
     for hook in hooks:
         hook.remove()
     q, k, _ = torch.stack(qkv).unflatten(-1, (3, model.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
-    attention = F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).mean(2)
     c = model.condition(t, y, None)
     gates = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, -1))[:, 2::3] for block in blocks])
-    return attention, gates.square().mean((1, 3)).sqrt(), torch.stack(after).square().mean((1, 2, 3)).sqrt()
-
-
-def _top(values: Mapping[float, Tensor]) -> float:
-    return max(1.4 * max(float(one.max()) for one in values.values()), 0.01)
+    return F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1), gates.square().mean((1, 3)).sqrt(), torch.stack(after)
 
 
 def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:

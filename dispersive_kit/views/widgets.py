@@ -68,7 +68,7 @@ def explore(
     def answer(explorer: Explorer, message: Mapping[str, Any], _buffers: Any) -> None:
         place = message["place"]
         try:
-            said = {"html": draw(*place)}
+            said = {"drawn": draw(*place)}
         except Exception:  # shown whole in the page, in place of the picture
             said = {"fault": traceback.format_exc()}
         explorer.send({"place": place, **said})

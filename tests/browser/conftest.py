@@ -59,6 +59,18 @@ def watched(browser: Browser, own: tuple[str, ...], **how: object) -> Page:
     return page
 
 
+@pytest.fixture(scope="session")
+def busy() -> Callable[[Page], Callable[[], float]]:
+    """Of a page: the seconds of processor time it has taken until now, since other tests share the cores."""
+
+    def of(page: Page) -> Callable[[], float]:
+        cdp = page.context.new_cdp_session(page)
+        cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
+        return lambda: {m["name"]: m["value"] for m in cdp.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
+
+    return of
+
+
 class Server:
     """JupyterLab, and Voila beside it, as `dispersive-kit console` starts them, over the copies in `folder`."""
 

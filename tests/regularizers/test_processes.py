@@ -52,11 +52,6 @@ def test_local_processes_average_their_own_losses(two):
     assert relative(two["ddp gather=False"], one_process()) > 1e-3
 
 
-def test_meanflow_under_ddp_has_the_gradient_of_the_whole_batch(two):
-    # mutation: no `_rebuild_buckets` in MeanFlow
-    torch.testing.assert_close(two["meanflow"], worker.meanflow(lambda model: model, slice(None)))
-
-
 def test_the_dispersion_batch_is_logged(two):
     assert (two["batch gather=False"], two["batch gather=True"]) == (3, 6)
 

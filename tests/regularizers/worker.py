@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from nets import T, X, gradient, small_dit
+from nets import T, X, small_dit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dispersive_kit.diffusion.objectives import MeanFlow
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers import Dispersive
 from dispersive_kit.regularizers.gather import all_gather
@@ -41,18 +40,6 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def meanflow(wrap, rows: slice) -> torch.Tensor:
-    """Gradient of the second step: in it DDP lays out its buckets anew, which it cannot within a derivative."""
-    model = small_dit(interval=True).double()
-    objective, network = MeanFlow(), wrap(model)
-    draws = objective.draw(X.double(), torch.Generator().manual_seed(9))[rows]
-    for _ in range(2):
-        model.zero_grad()
-        loss, aux = objective(network, X[rows].double(), draws=draws, taps=(0,))
-        (loss + 0.1 * aux.taps[0].square().mean()).backward()
-    return gradient(model)
-
-
 def refused(call) -> str:
     try:
         call()
@@ -73,7 +60,6 @@ def main(folder: Path) -> None:
         results[f"batch gather={gather}"] = reg.stats.batch_size
     model = DistributedDataParallel(make_model())
     results["ddp attached to the wrapper"] = backward(model, Dispersive(model, **OPTIONS, gather=True), rows)
-    results["meanflow"] = meanflow(DistributedDataParallel, rows)
     model = make_model()
     reg = Dispersive(model, **OPTIONS, gather=True)
     results["fsdp hook before"] = backward(shard(model), reg, rows)

@@ -37,7 +37,7 @@ def test_every_state_of_a_demo_of_images_has_samples_of_its_own_from_both_runs(s
     for name in ("training", "guidance"):
         frames = spec["demos"][name]["frames"].values()
         images = [image for frame in frames for image in frame["rows"].values()]
-        assert len(set(images)) == len(images) == len(c.ARMS) * len(frames)
+        assert len(set(images)) == len(images) == 2 * len(frames)
         assert len({frame["alt"] for frame in frames}) == len(frames)
 
 
@@ -46,26 +46,18 @@ def test_the_page_is_small_has_no_address_and_lets_no_other_script_run(tmp_path)
     page = (tmp_path / "page.html").read_text()
     assert (tmp_path / "page.html").stat().st_size <= 3e6
     assert not re.findall(r"https?://", page)
-    assert page.count("<script") == 2 and "src=" not in re.sub(r"img-src|\.src|src: ", "", page)
+    assert page.count("<script") == 2 and "src=" not in re.sub(r"img-src|\.src|src: |src=.\"data:", "", page)
     assert "</script" not in page.split('id="data">')[1].split("</script>")[0]
+    policy = re.search(r'Policy"\s+content="(.*?)"', page)[1].split("; ")
+    assert {"default-src 'none'", "form-action 'none'", "base-uri 'none'"} < set(policy)
     assert "script-src 'sha256-" in page and "{{" not in page
 
 
-@pytest.mark.parametrize("variant", [name for name in c.VARIANTS if name != "l2, no diagonal"])
-def test_the_loss_stays_inside_its_axis_and_above_its_floor(variant: str) -> None:
-    playground = c.playground().spec
-    low, high = playground["variants"][variant]["limits"]
-    for tau in c.TAUS:
-        for B, z in playground["clouds"].items():
-            options = {"tau": tau, **c.VARIANTS[variant][0]}
-            losses = [dispersive_loss(s * torch.tensor(z).double(), **options).item() for s in c.SCALES]
-            assert low <= min(losses) and max(losses) <= high
-            assert min(losses) >= playground["floors"][f"{variant},{tau:g},{B}"] - 1e-6
-
-
 def test_every_cloud_and_its_arrows_fit_in_the_picture() -> None:
-    extent, arrow = map(float, re.findall(r"EXTENT = ([\d.]+), ARROW = ([\d.]+);", MODULE.read_text())[0])
-    assert c.cloud(c.BATCHES[-1]).abs().max() * c.SCALES[-1] + arrow <= extent
+    code = MODULE.read_text()
+    extent, arrow = map(float, re.findall(r"EXTENT = ([\d.]+), ARROW = ([\d.]+);", code)[0])
+    scales = [float(scale) for scale in re.findall(r"SCALES = \[(.*?)\]", code)[0].split(",")]
+    assert c.cloud(32).abs().max() * max(scales) + arrow <= extent
 
 
 def test_the_still_playground_says_the_loss_of_the_library() -> None:

@@ -51,7 +51,7 @@ def test_the_first_state_is_there_without_a_front_end_and_a_picture_is_drawn_onc
     assert explorer.spec["start"] == [1, 0] and explorer.spec["frames"] == {"1,0": bundle["text/html"]}
     for _ in range(2):
         answer = ask(explorer, {"place": [2, 1]})
-        assert answer["place"] == [2, 1] and 'alt="b at 3"' in answer["html"]
+        assert answer["place"] == [2, 1] and 'alt="b at 3"' in answer["drawn"]
     assert painter.asked == [(2, "a"), (3, "b")]
 
 

@@ -27,7 +27,7 @@ h2 { margin-top: 2.4rem; border-top: 1px solid #ccc; padding-top: 1rem; } figure
 .anchor-link, .prompt { display: none; }
 table { border-collapse: collapse; margin: 1rem 0; } img { max-width: 100%; height: auto; }
 th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .quiet, figcaption { color: #555; font-size: .92rem; }
 .failed { color: #a3000b; font-weight: 600; } .better { color: #00694c; font-weight: 700; }
 .worse { color: #a34700; font-weight: 700; } .equivalent { color: #005a8d; font-weight: 700; }

@@ -254,7 +254,7 @@ def _notes(v: Mapping[str, Any], base: str, means: Mapping[str, float | None]) -
         notes.append(f"the means of the runs that ended differ by a factor of {own / other:.1f}")
     if v["word"] in ("better", "worse") and v["low"] <= 0 <= v["high"]:
         notes.append("the interval includes 1: only the sign-flip test says so")
-    return [*notes, *([f"inactive: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else [])]
+    return [*notes, *([f"inactive at the median step: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else [])]
 
 
 def evidence_page() -> str:

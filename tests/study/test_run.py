@@ -147,7 +147,6 @@ def test_a_smoke_or_failed_run_never_enters_a_mean(tmp_path):
 
 
 PLANTED = {
-    "interact callback": "import ipywidgets as w\nw.interact(lambda x: 1 / {x}, x=w.IntSlider(0, 0, 3));",
     "output context": "import ipywidgets as w\no = w.Output()\ndisplay(o)\nwith o:\n    2 / {x}",
     "observer": (
         "import ipywidgets as w\ns = w.IntSlider()\no = w.Output()\ndisplay(s, o)\n"

@@ -51,22 +51,6 @@ def test_a_source_unpickles_nothing_and_fetches_nothing(file):
     assert FETCHING.isdisjoint(imported(file))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "pickle.load(f)",
-        "torch.hub.load(f, f)",
-        "torch.load(f)",
-        "np.load(f)",
-        "np.load(f, allow_pickle=True)",
-        "yaml.load(f)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(tmp_path, line):
-    (tmp_path / "made.py").write_text(line)
-    assert list(faults(tmp_path / "made.py")) == [line]
-
-
 def test_the_pages_name_no_address():
     pages = [*PACKAGE.rglob("*.j2"), *PACKAGE.rglob("*.html")]
     assert pages and not [page for page in pages if re.search(r"(src|href)=.?https?:|@import|url\(", page.read_text())]

@@ -1,10 +1,6 @@
-"""Demos that compute in the browser, and the lecture console, which is all of them in large type.
+"""Demos that run in the browser, for the last line of a cell, and the lecture console, all of them in large type.
 
-    playground()                         # in a notebook, as the last line of a cell
-    console()
-    write_console(Path("console.html"))  # the same as one file, which fetches nothing
-
-`explore.js` draws; here is what it is given. Samples, neighbours and UMAPs are those of the shipped runs, made before.
+`explore.js` draws and computes; here is what it is given. Samples, neighbours and UMAPs are those of the shipped runs.
 """
 
 import base64
@@ -78,13 +74,6 @@ def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
     Raises:
         ConfigError: not two arms, unequal shapes, or too few images for one round.
     """
-    spec = _quiz(samples, seed)
-    first = spec["rounds"][0][::-1] if spec["swapped"][0] else spec["rounds"][0]
-    images = "".join(f'<img src="{image}" alt="" width="220" hspace="20">' for image in first)
-    return Explorer(spec, f'<figure role="img" aria-label="{spec["alt"]}">{images}</figure>')
-
-
-def _quiz(samples: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
     if len(samples) != 2 or len({images.shape for images in samples.values()}) != 1:
         shapes = {name: tuple(images.shape) for name, images in samples.items()}
         raise ConfigError(f"a quiz compares two arms of equally many images, got {shapes}")
@@ -96,7 +85,10 @@ def _quiz(samples: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
         raise ConfigError(f"a round takes {EACH} images of each arm: give at least so many")
     swapped = torch.randint(2, (len(rounds),), generator=torch.Generator().manual_seed(seed)).bool().tolist()
     alt = f"Left and right, {EACH} images each from the same noises, of one arm each."
-    return {"kind": "quiz", "arms": list(samples), "rounds": rounds, "swapped": swapped, "alt": alt}
+    spec = {"kind": "quiz", "arms": list(samples), "rounds": rounds, "swapped": swapped, "alt": alt}
+    first = rounds[0][::-1] if swapped[0] else rounds[0]
+    images = "".join(f'<img src="{image}" alt="" width="220" hspace="20">' for image in first)
+    return Explorer(spec, f'<figure role="img" aria-label="{alt}">{images}</figure>')
 
 
 def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
@@ -156,7 +148,6 @@ def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
         "arms": list(ARMS.values()),
         "blocks": (1, 2, 3, 4),
         "levels": level_names(LEVELS),
-        "start": (2, 2),
         "agreement": [_short(files[f"agreement/{arm}"], 4) for arm in ARMS],
         "nearest": [files[f"nearest/{arm}"][..., :3].tolist() for arm in ARMS],
         "labels": files["labels"].tolist(),
@@ -172,19 +163,16 @@ def patches(inside: BlockViews) -> Explorer:
     images, times = torch.stack(list(inside.inputs.values()), 1), list(inside.inputs)  # (B, t, C, H, W)
     nearest = torch.stack([torch.stack([_nearest(z) for z in blocks]) for blocks in inside.features.values()], 1)
     first = {f"t = {t:g}": inside.attention[t][0, 0, 0] for t in times}
-    figure = heatmaps(first, fmt="", xlabel="attends to", ylabel="patch")
     spec = {
         "kind": "patch",
         "controls": {"image": [*range(B)], "t": times, "block": [*range(depth)], "head": [*range(heads)]},
-        "start": (0, 0, 0, 0),
-        "at": (1, 1),
         "side": math.isqrt(N),
         "attention": _short(attention.transpose(1, 2)),
         "nearest": nearest.permute(2, 1, 0, 3, 4).tolist(),
         "sheet": {"source": _sheet(to_uint8(images.flatten(0, 1)), len(times)), "columns": len(times), "rows": B},
     }
     alt = f"Attention of head 0 in block 0 between the {N} patches of an image, at each time."
-    return Explorer(spec, still(figure, alt))
+    return Explorer(spec, still(heatmaps(first, fmt="", xlabel="attends to", ylabel="patch"), alt))
 
 
 def _nearest(z: Tensor) -> Tensor:
@@ -208,8 +196,7 @@ def _umap() -> dict[str, Any]:
     for place in itertools.product(*map(range, map(len, knobs.values()))):
         setting = {name: values[i] for (name, values), i in zip(knobs.items(), place, strict=True)}
         clouds = {words: files[picture_name(arm, *setting.values())] for arm, words in ARMS.items()}
-        said = ", ".join(f"{name} {value}" for name, value in setting.items())
-        alt = f"UMAP of 400 digits in both runs, {said}: one cloud each, no class an island."
+        alt = f"UMAP of 400 digits in both runs, {setting}: a cloud each, a colour and a numeral for each class."
         frames[",".join(map(str, place))] = still(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
     return frames_spec(knobs, (1, 1, 0), frames)
 
@@ -238,7 +225,7 @@ def _console(seed: int) -> dict[str, Any]:
         "map": _map(files),
         "patch": _patches(),
         "umap": _umap(),
-        "quiz": _quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed),
+        "quiz": blind_quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
     }
     return {"kind": "console", "demos": demos}
 

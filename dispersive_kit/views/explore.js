@@ -45,7 +45,7 @@ const CSS = `
 .dk.lecture nav button { flex: auto; font-size: .91em; padding: .1em } .dk.lecture button { border-width: 2px }
 .dk.lecture input[type=range] { height: 1.4em } .dk.lecture .rows { max-width: none }
 @media (min-width: 900px) {
-  .dk.lecture { display: flex; flex-direction: column; height: calc(100vh - 16px) }
+  .dk.lecture { display: flex; flex-direction: column; height: calc(100vh - 24px) }
   .dk.lecture :is(section:not([hidden]), .picture) { flex: 1; min-height: 0; display: flex; flex-direction: column }
   .dk.lecture .picture > .panels { flex: 1 1 0; min-height: 0; flex-wrap: nowrap }
   .dk.lecture .panel { display: flex; flex-direction: column }
@@ -718,7 +718,7 @@ function train(root) {
   const [flights, lines] = many(2, strip);
   flights.style.flex = "968 1 676px";
   row.append(...runner(frame, ["50 steps", fifty], { restart }).buttons);
-  picture.append(element("div", { class: "panels", style: "flex-grow: 2" }, pad, flights), lines);
+  picture.append(element("div", { class: "panels", style: "flex-grow: 1.3" }, pad, flights), lines);
   let arms, random, probe, shown, flown, extent, drawing = [[0, 0]];
 
   const draws = r => (value("data") !== DRAWN ? SETS[value("data")](r)
@@ -835,7 +835,7 @@ const percent = share => `${Math.round(100 * share)}%`;
 function map(root, spec) {
   const { made: { arm }, picture } = stage(root, { arm: spec.arms }, [0], draw), { blocks, levels } = spec;
   const table = grid(levels, blocks, "log-SNR \\ block", (i, j) => { [level, block] = [i, j]; draw(); });
-  let [level, block] = spec.start;
+  let [level, block] = [2, 2];
   root.append(element("div", { class: "beside" }, table.node, picture));
 
   function draw() {
@@ -860,9 +860,9 @@ function map(root, spec) {
 
 /** Attention[image][t][block][head] and nearest[image][t][block] of an image's patches, `spec.side` in a row. */
 function patch(root, spec) {
-  const { place, picture, value } = stage(root, spec.controls, spec.start, draw), { side, sheet } = spec;
+  const { place, picture, value } = stage(root, spec.controls, [0, 0, 0, 0], draw), { side, sheet } = spec;
   const names = many(side, i => i + 1), table = grid(names, names, "row \\ column", (i, j) => { at = [i, j]; draw(); });
-  let at = spec.at;
+  let at = [1, 1];
   root.append(element("div", { class: "beside" }, table.node, picture));
 
   function draw() {
@@ -965,7 +965,7 @@ const DEMOS = {
   guidance: ["Guidance", "Same noise in each place. Raise the scale: what do the images of a class gain, and lose?"],
   map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],
   patch: ["Patches", "Click on a patch: where does each head look from there, and which patches are most like it?"],
-  umap: ["UMAP", "Does your impression survive another seed? Areas and distances carry no dispersion meaning."],
+  umap: ["UMAP", "Does your impression survive another seed? Areas and distances say nothing about dispersion."],
   quiz: ["Blind test", "Six digits from each network, from the same noises. The names come after the last round."],
 };
 

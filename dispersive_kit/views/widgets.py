@@ -1,10 +1,7 @@
 """What moves on a page: figures behind sliders, and films.
 
-    explore(noise_frame, {"path": tuple(PATHS), "t": TIMES}, start={"t": 0.5}, alt="... {path} at t = {t} ...")
-    scrub({0: figure, 100: figure}, label="training step", alt="... after {label} steps ...")
-
-Both return a widget for the last line of a cell, which one module, `explore.js`, shows in the browser. Without a front
-end it is a plain figure of the state it begins with.
+A widget, for the last line of a cell, is shown in the browser by one module, `explore.js`. Without a front end it is a
+plain figure of the state it begins with.
 """
 
 import traceback

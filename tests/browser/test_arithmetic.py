@@ -83,8 +83,6 @@ def test_exact_field_and_samplers(kit: Page) -> None:
         expected = sampler(exact_velocity, x, time_grid(steps, t_min=T_END))
         assert len(ways) == steps + 1 and torch.allclose(doubles(ways[-1]), expected, atol=1e-6), name
 
-
-def test_the_sde_takes_the_step_of_the_package_with_the_noise_it_is_given(kit: Page) -> None:
     class Field:
         def __call__(self, x: Tensor, t: float) -> Tensor:
             return exact_velocity(x, torch.full((len(x),), t, dtype=torch.float64))
@@ -92,9 +90,8 @@ def test_the_sde_takes_the_step_of_the_package_with_the_noise_it_is_given(kit: P
         def noise(self, x: Tensor) -> Tensor:
             return drawn
 
-    x = normal(5, 2)
-    drawn = doubles(kit.evaluate("() => { const r = kit.generator(7); return Array.from({ length: 10 }, r.normal); }"))
-    drawn = drawn.view(5, 2)
+    drawn = doubles(kit.evaluate("() => { const r = kit.generator(7); return Array.from({ length: 80 }, r.normal); }"))
+    drawn = drawn.view(40, 2)
     for t, s in pairwise((0.9, 0.5, 0.01)):
         found = kit.evaluate(
             """([x, t, s]) => { const r = kit.generator(7);

@@ -14,9 +14,7 @@ from playwright.sync_api import Locator, Page
 from dispersive_kit.views.console import ARMS, console, write_console
 
 Watch = Callable[..., Page]
-DEMOS = (
-    "playground", "train", "noise", "trajectories", "training", "guidance", "map", "patch", "umap", "quiz"
-)  # fmt: skip
+DEMOS = ["playground", "train", "noise", "trajectories", "training", "guidance", "map", "patch", "umap", "quiz"]
 # The key that moves a control, which may stand at its end.
 TO_A_NEIGHBOUR = """one => one.options ? (one.selectedIndex + 1 < one.options.length ? "ArrowDown" : "ArrowUp")
   : (+one.value < +one.max ? "ArrowRight" : "ArrowLeft")"""
@@ -72,7 +70,7 @@ def test_every_control_is_moved_by_keyboard_and_picture_and_words_follow(page: P
 
 
 @each_demo
-def test_a_demo_fits_on_a_screen_and_its_type_is_large(page: Page, name: str) -> None:
+def test_a_demo_fits_on_a_screen_its_type_is_large_and_tab_reaches_every_control(page: Page, name: str) -> None:
     demo = open_demo(page, name)
     box = demo.bounding_box()
     assert box["y"] + box["height"] <= 721 and box["x"] + box["width"] <= 1280
@@ -80,11 +78,6 @@ def test_a_demo_fits_on_a_screen_and_its_type_is_large(page: Page, name: str) ->
     heights = demo.evaluate("""one => [getComputedStyle(one).fontSize, ...[...one.querySelectorAll("svg text")]
       .map(text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)].map(parseFloat)""")
     assert min(heights) >= 20  # pixels of 720, 1/36 of the wall
-
-
-@each_demo
-def test_tab_alone_reaches_every_control(page: Page, name: str) -> None:
-    demo = open_demo(page, name)
     focused, reached = "input, select, button:enabled, [tabindex]", set()
     wanted = demo.locator(f":is({focused})").count()
     for _ in range(wanted + len(DEMOS)):

@@ -11,6 +11,7 @@ import torch
 
 from dispersive_kit.views import figures
 from dispersive_kit.views.figures import LOOKS, OKABE_ITO, slope_graph, verdict_forest
+from dispersive_kit.views.lessons import block_maps
 
 WORDS = tuple(LOOKS)
 
@@ -19,10 +20,6 @@ WORDS = tuple(LOOKS)
 def no_figure_is_left_open():
     yield
     plt.close("all")
-
-
-def text_of(figure):
-    return " ".join(t.get_text() for t in figure.findobj(plt.Text))
 
 
 def overlapping(texts):
@@ -50,13 +47,13 @@ def test_an_arm_has_one_colour_in_all_panels_its_null_too_and_a_number_is_a_dott
     assert names == ["base", "real", "paper", "paper, Gaussian"]
 
 
-@pytest.mark.parametrize("panels", [1, 4])
-def test_the_legend_lies_on_no_panel(panels):
+def test_the_legend_lies_on_no_panel():
     lines = {f"a long name {k}": ([0, 1], [0, k]) for k in range(4)}
-    figure = figures.curves({f"y {i}": lines for i in range(panels)}, columns=min(panels, 2))
-    figure.canvas.draw()
-    (legend,) = figure.legends
-    assert not any(axis.get_legend() or legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
+    for panels in ({"y": lines}, {f"y {i}": lines for i in range(4)}):
+        figure = figures.curves(panels, columns=min(len(panels), 2))
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        assert not any(axis.get_legend() or legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
 
 
 def test_what_was_logged_is_drawn_and_lines_without_the_key_are_passed_over():
@@ -70,11 +67,12 @@ def test_what_was_logged_is_drawn_and_lines_without_the_key_are_passed_over():
 
 
 def test_tables_share_one_scale_of_colours_and_every_number_stands_in_its_field():
-    figure = figures.heatmaps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, rows="ab", difference=True)
+    figure = block_maps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, (math.inf, -2), "x")
     figure.canvas.draw()
+    assert [axis.get_title() for axis in figure.axes] == ["base", "loss", "loss − base"]
     assert [axis.collections[0].get_clim() for axis in figure.axes] == [(0, 1), (0, 1), (-1, 1)]
     ticks = figure.axes[0].get_yticklabels(), figure.axes[0].get_xticklabels()
-    assert [[tick.get_text() for tick in side] for side in ticks] == [["a", "b"], ["1", "2", "3"]]
+    assert [[tick.get_text() for tick in side] for side in ticks] == [["clean", "-2"], ["1", "2", "3"]]
     table = np.array([[2.0, 3.0], [40.0, 5.0]])
     figure = figures.heatmaps({"base": table}, fmt=".1f", limits=(1.5, 40), log=True)
     assert [t.get_text() for t in figure.axes[0].texts] == ["2.0", "3.0", "40.0", "5.0"]
@@ -100,10 +98,9 @@ def test_panels_of_points_share_their_axes_and_classes_have_colour_and_numeral()
     near, far = figures.scatter({"near": x, "far": 100 * x}, extent=2).axes
     assert near.get_xlim() == far.get_xlim() == (-2, 2) and list(near.lines[0].get_xdata()) == x[:, 0].tolist()
     figure = figures.scatter({"a": x}, labels=torch.arange(30) % 3, notes={"a": "trust 0.9"}, extent=None)
-    assert [t.get_text() for t in figure.axes[0].texts] == ["0", "1", "2"] and figure.axes[
-        0
-    ].get_xlabel() == "trust 0.9"
-    assert len({tuple(c.get_facecolor()[0]) for c in figure.axes[0].collections}) == 3
+    (axis,) = figure.axes
+    assert [t.get_text() for t in axis.texts] == ["0", "1", "2"] and axis.get_xlabel() == "trust 0.9"
+    assert len({tuple(c.get_facecolor()[0]) for c in axis.collections}) == 3
 
 
 def test_distances_are_the_definition_and_size_alone_moves_only_the_raw_ones():
@@ -119,14 +116,13 @@ def test_distances_are_the_definition_and_size_alone_moves_only_the_raw_ones():
 
 def test_a_forest_has_a_panel_a_metric_with_its_level_and_draws_an_interval_that_misses_its_value():
     rows = {"base": (3.0, 4.0, 5.0), "paper": (41.0, 40.0, 50.0)}
-    figure = figures.forest(
-        {"FD": rows, "KID": rows}, levels={"FD": 2.0, "KID": 3.0}, fmt=".1f", columns=2, xscale="log"
-    )
+    levels = {"FD": 2.0, "KID": 3.0}
+    figure = figures.forest(dict.fromkeys(levels, rows), levels=levels, fmt=".1f", columns=2, xscale="log")
     figure.canvas.draw()
     assert [axis.get_xlabel() for axis in figure.axes] == ["FD", "KID"]
-    fd, kid = ([line.get_xdata()[0] for line in axis.lines] for axis in figure.axes)
-    assert 2.0 in fd and 3.0 in kid
-    assert {"base", "paper", "4.0", "40.0"} <= set(text_of(figure).split())
+    for axis, level in zip(figure.axes, levels.values(), strict=True):
+        assert level in [line.get_xdata()[0] for line in axis.lines]
+    assert {"base", "paper", "4.0", "40.0"} <= {text.get_text() for text in figure.findobj(plt.Text)}
 
 
 def study(means, seeds, words):
@@ -161,9 +157,7 @@ def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overl
     figure.canvas.draw()
     names = [label.get_text() for label in above.get_xticklabels()]
     assert names[0] == "base" and names[-1] == "crashed"
-    assert [means[name] for name in names[1:-1]] == sorted(
-        filter(None, [means[name] for name in means if name != "base"])
-    )
+    assert [means[name] for name in names[1:-1]] == sorted(v for name, v in means.items() if v and name != "base")
     assert [label.get_text() for label in below.get_yticklabels()] == names[1:]
     assert len(below.texts) == 12 and not overlapping(below.get_yticklabels()) and not overlapping(below.texts)
     step = np.diff([label.get_window_extent().x1 for label in above.get_xticklabels()])
@@ -171,21 +165,24 @@ def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overl
     assert max(word.get_window_extent().x1 for word in below.texts) <= figure.get_window_extent().x1
 
 
-ROW = {"study": "1", "arm": "paper", "condition": "one", "measure": "frechet", "low": -0.1, "mean": 0.0, "high": 0.2}
-
-
-def test_a_forest_of_verdicts_names_the_condition_where_a_study_has_several_and_measures_in_words():
-    rows = [{**ROW, "word": "better", "measure": "frechet cfg 2"}, {**ROW, "study": "2", "word": "worse"}]
-    rows.append({**ROW, "study": "2", "condition": "two", "word": "worse"})
+def test_a_forest_of_verdicts_fits_one_page_in_words_and_a_filter_keeps_axis_and_height():
+    row = {
+        "study": "1",
+        "arm": "paper",
+        "condition": "one",
+        "measure": "frechet",
+        "low": -0.1,
+        "mean": 0.0,
+        "high": 0.2,
+    }
+    rows = [{**row, "word": "better", "measure": "frechet cfg 2"}, {**row, "study": "2", "word": "worse"}]
+    rows.append({**row, "study": "2", "condition": "two", "word": "worse"})
     assert [label.get_text() for label in verdict_forest(rows).axes[0].get_yticklabels()] == [
         "1: paper, Fréchet distance at CFG scale 2",
-        "2: paper, one, Fréchet distance",
+        "2: paper, one, Fréchet distance",  # named, since the study has several
         "2: paper, two, Fréchet distance",
     ]
-
-
-def test_forty_verdicts_fit_one_page_and_a_filter_keeps_axis_and_height():
-    rows = [{**ROW, "study": str(k // 5), "arm": f"arm {k}", "word": WORDS[k % 4]} for k in range(40)]
+    rows = [{**row, "study": str(k // 5), "arm": f"arm {k}", "word": WORDS[k % 4]} for k in range(40)]
     whole, some = verdict_forest(rows), verdict_forest(rows, show="worse")
     whole.canvas.draw()
     assert not overlapping(whole.axes[0].get_yticklabels()) and whole.get_figheight() < 14

@@ -108,25 +108,16 @@ def test_a_patch_is_told_whom_it_attends_to_and_the_nearest_of_all_images(inside
     assert torch.allclose(shares, inside.attention[0.5][3, 1, 2, 5], atol=0.006)
 
 
-def test_each_tap_is_seen_as_it_is(taps):
-    assert [tuple(z.shape) for z in taps.z.values()] == [(16, 8), (16, 6)] and len(taps.distances["0"]) == 120
-    assert taps.rms["2"] == pytest.approx(float(taps.z["2"].square().mean().sqrt()), rel=1e-5)
-
-
 def test_the_pull_is_the_gradient_along_the_features_and_dies_at_both_ends(taps):
     z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(dispersive_loss(z, tau=0.7), z)
     assert lessons.pull_of(pairwise_distances(z), 7, 0.7) == pytest.approx(-(z * gradient).sum().item())
+    assert [tuple(z.shape) for z in taps.z.values()] == [(16, 8), (16, 6)]
+    assert taps.rms["2"] == pytest.approx(float(taps.z["2"].square().mean().sqrt()), rel=1e-5)
     distances = taps.distances["0"]
+    assert len(distances) == 120
     ends = [lessons.pull_of(distances, 16, tau) for tau in (1e-6, 1e6)]
     assert max(ends) < 1e-3 < lessons.pull_of(distances, 16, float(np.median(distances)))
-
-
-def test_maps_of_blocks_name_the_levels_and_have_the_difference():
-    figure = lessons.block_maps({"base": torch.zeros(2, 3), "loss": torch.ones(2, 3)}, (math.inf, -2), "x")
-    figure.canvas.draw()
-    assert [axis.get_title() for axis in figure.axes] == ["base", "loss", "loss − base"]
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["clean", "-2"]
 
 
 def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():

@@ -7,8 +7,7 @@ const COLORS = [BLUE, RED, GREEN]; // of arms, with DASHES beside them
 const CIVIDIS = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866"]; // without its end, too light on white
 const DASHES = ["", "16 9", "3 7"];
 const FPS = 30, FILM_MS = 4000, FRAME_MS = 500; // what a smooth film takes from end to end, and one of a few frames
-const PINGS = 20; // to the kernel and back
-const PAUSE_MS = 50; // before the kernel draws what was not asked for: the next key press goes first
+const PINGS = 20, PAUSE_MS = 50; // before the kernel draws what was not asked for: the next key press goes first
 
 const CSS = `
 .dk { font: 14px/1.3 sans-serif; color: ${INK}; background: #fff; padding: 2px }
@@ -634,23 +633,21 @@ export function network(random) {
   return { weights, gradient, first, second, layers, slopes, steps: 0 };
 }
 
-const sigmoid = x => 1 / (1 + Math.exp(-x));
-
-/** Rows x (n x 2) at times t (n): what each layer was given, before and after its SiLU. */
+/** Rows x (n x 2) at times t (n): what each layer is given, and the share that its SiLU lets pass. */
 export function forward(net, x, t) {
   const n = t.length, input = new Float64Array(n * SIZES[0]);
   t.forEach((time, i) => {
     input.set([x[2 * i], x[2 * i + 1]], i * SIZES[0]);
     for (let k = 1; k < SIZES[0] - 1; k += 1) input[i * SIZES[0] + 1 + k] = Math.cos(Math.PI * k * time);
   });
-  const before = [], after = [input];
+  const shares = [], after = [input];
   net.layers.forEach(({ W, b }, l) => {
     const out = new Float64Array(n * b.length);
     for (let i = 0; i < n; i += 1) out.set(b, i * b.length);
-    before.push(multiply(out, after[l], W, n, SIZES[l], b.length));
-    after.push(l === 2 ? out : out.map(v => v * sigmoid(v)));
+    shares.push(multiply(out, after[l], W, n, SIZES[l], b.length).map(v => 1 / (1 + Math.exp(-v))));
+    after.push(l === 2 ? out : out.map((v, i) => v * shares[l][i]));
   });
-  return { before, after };
+  return { shares, after };
 }
 
 /** Points x0 with noise and times: x_t and the velocity that the network shall learn. */
@@ -667,7 +664,7 @@ export function batch(n, draws, random, times = random) {
 /** One step of Adam on flow matching, with `weight` times the loss on hidden layer `tap` (1 or 2). */
 export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-3) {
   const { weights, gradient, first, second, layers, slopes } = net, n = t.length;
-  const { before, after } = forward(net, x, t);
+  const { shares, after } = forward(net, x, t);
   let passed = after[3].map((out, i) => (out - v[i]) / n); // the mean is over 2 n numbers
   gradient.fill(0);
   for (let l = 2; l >= 0; l -= 1) {
@@ -679,8 +676,8 @@ export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-
     const back = multiply(new Float64Array(n * inputs), passed, turned, n, outputs, inputs);
     if (weight && l === tap) dispersive(after[l], inputs, loss).gradient.forEach((g, i) => { back[i] += weight * g; });
     passed = back.map((d, i) => {
-      const h = before[l - 1][i], s = sigmoid(h);
-      return d * s * (1 + h * (1 - s));
+      const s = shares[l - 1][i];
+      return d * (s + after[l][i] * (1 - s));
     });
   }
   net.steps += 1;
@@ -785,9 +782,11 @@ function train(root) {
     const { tap, ...loss } = options(), low = floor(loss, ROWS, SIZES[1]), steps = arms[0].net.steps;
     const seen = arms.map(arm => {
       const { after } = forward(arm.net, probe.x, probe.t), z = after[tap];
-      note(arm.held, steps, apart(after[3], probe.v) / (2 * ROWS));
-      note(arm.gap, steps, dispersive(z, SIZES[1], loss).loss - (low > -Infinity ? low : 0));
       note(arm.size, steps, rms(z));
+      if (flown % 3 === 0) { // in each third frame, which is often enough for lines
+        note(arm.held, steps, apart(after[3], probe.v) / (2 * ROWS));
+        note(arm.gap, steps, dispersive(z, SIZES[1], loss).loss - (low > -Infinity ? low : 0));
+      }
       return project(z, SIZES[1], arm.axes);
     });
     const reach = 1.1 * Math.max(...seen.flat(2).map(Math.abs)), time = Math.max(0, 1 - flown / FLIGHT).toFixed(2);
@@ -804,6 +803,7 @@ function train(root) {
         square.ways(x.map((p, i) => [part(arm.was, i, 2), p]), arm.color), square.dots(x, arm.color, 7))
         + space.svg(`features, RMS ${last(arm, "size")}`, CIVIDIS.map((color, c) => space.dots(of(c), color, 7, 0.9)));
     }));
+    if (flown % 3) return;
     paint(lines, `Lines over the training steps. ${said}.`, traces(`step ${steps}: flow matching`, drawn("held")),
       traces(gap, drawn("gap"), { low: 0 }), traces("RMS of features", drawn("size"), { low: 0 }));
   }

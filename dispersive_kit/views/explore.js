@@ -491,10 +491,11 @@ function note(list, step, value) {
 const shortly = v => (Number.isFinite(v) ? v.toPrecision(Math.abs(v) < 1 ? 2 : 3).replace("-", "−") : "none");
 
 /** Lines over the steps, with the last values in the title. `lines`: { color, values: [[step, value], ...], level }. */
-function traces(name, lines, { log = false, low = NaN, high = NaN } = {}) {
+function traces(name, lines, { log = false, low = NaN, high = NaN, least = -Infinity } = {}) {
   const scale = v => (log ? Math.log10(Math.max(v, 1e-4)) : v), levels = lines.map(one => one.level ?? NaN);
   const all = [...lines.flatMap(one => one.values.map(p => p[1])), ...levels, low, high].filter(Number.isFinite);
-  const ends = [Math.min(...all), Math.max(...all)], last = Math.max(1, ...lines.map(one => one.values.at(-1)[0]));
+  const ends = [Math.max(least, Math.min(...all)), Math.max(...all)]; // what falls below `least` runs along the edge
+  const last = Math.max(1, ...lines.map(one => one.values.at(-1)[0]));
   const axes = panel({ x: [0, last], y: ends.map(scale), width: 290, height: 110, left: 80, right: 10, below: 10 });
   const drawn = lines.map(({ color, values }, k) => [
     Number.isFinite(levels[k]) ? axes.line([0, last].map(x => [x, scale(levels[k])]), color, 2, "2 6") : "",
@@ -555,7 +556,7 @@ function playground(root) {
     });
     if (arms.length === 1) curve.innerHTML = everyScale(arms[0]);
     const drawn = (key, level) => arms.map(arm => ({ color: arm.color, values: arm[key], level: level && arm.level }));
-    paint(lines, `Lines over the steps. ${said.join(" ")}`, traces("loss and floor", drawn("loss", true)),
+    paint(lines, `Lines over steps. ${said.join(" ")}`, traces("loss and floor", drawn("loss", true), { least: -6 }),
       traces("RMS", drawn("rms"), { log: true }), traces("effective rank", drawn("rank"), { low: 1, high: 2 }));
   }
 

@@ -2,7 +2,6 @@
 
     classroom   samples and nearest neighbours of the lecture console, 3 minutes on one core
     umap        UMAP pictures of the digits runs, 10 minutes
-    cifar10     the analysis of the CIFAR-10 runs, 15 minutes; cifar10 lies in the data folder
     digits      samples that a person reads, of both long arms: notebooks/figures/digits.png
     evidence    the count of all verdicts in README.md, and their picture, notebooks/figures/verdicts.png
 
@@ -10,9 +9,7 @@ Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written an
 Trained runs are made by the commands in their run.json and `dispersive-kit runs export`.
 """
 
-import dataclasses
 import hashlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,27 +22,16 @@ import torch
 from torch import Tensor
 
 from dispersive_kit.analysis import (
-    LEVELS,
-    candidates,
-    choose_and_test,
-    cka_matrix,
     encoder,
     extract,
     geometry,
-    gradient_pull,
-    mcnemar,
     noisy,
     projection,
-    random_network,
-    raw_pixels,
-    shuffled,
-    sweep,
 )
 from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256, list_folder
-from dispersive_kit.evaluation import balanced_labels, draw_images, generate
-from dispersive_kit.evaluation.panel import describe_set
+from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run, train, train_preset
@@ -53,12 +39,9 @@ from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}
-CIFAR10 = {"base": "cifar10-cpu-base", "with loss": "cifar10-cpu-paper"}
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
-SIZES = {"map": 2000, "kept": 400, "noised": 400, "train": 2000, "validation": 500, "test": 1000}  # images of CIFAR-10
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
-DRAWS = 3  # of noise, in its probes and its signal to noise
 
 
 def model_of(run: str) -> DiT:
@@ -132,66 +115,6 @@ def grid_of(features: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def cifar10() -> Nested:
-    """Everything that notebooks 09 to 11 show of the CIFAR-10 runs; pictures in half, else in single precision."""
-    train_set, test = (load_images("cifar10", split, download=False) for split in ("train", "test"))
-    models = {arm: model_of(run) for arm, run in CIFAR10.items()}
-    models["random weights"] = random_network(models["base"])
-    shown, kept = draw_images(test, SIZES["map"]), SIZES["kept"]
-    sweeps = {arm: sweep(model, shown) for arm, model in models.items()}
-    print("map: done", flush=True)
-    at = LEVELS.index(2.0)  # of the rows that are kept, and of the pictures
-    found: dict[str, Any] = {"labels": shown.labels[:kept], "sweeps": {}}
-    for arm, one in sweeps.items():
-        fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
-        found["sweeps"][arm] = {k: v for k, v in fields.items() if k not in ("protocol", "levels", "labels", "rows")}
-        if arm in CIFAR10:
-            found["sweeps"][arm]["rows"] = one.rows[at, [0, -1], :kept].half()  # of the first and the last block
-    pairs = zip(*(sweeps[arm].rows for arm in CIFAR10), strict=True)
-    found["between"] = torch.stack([cka_matrix(*pair) for pair in pairs])
-    found["signal"] = {arm: signal(models[arm], shown) for arm in CIFAR10}
-    found["pulls"] = {arm: dataclasses.asdict(gradient_pull(models[arm], train_set)) for arm in CIFAR10}
-    found["probes"] = probes(models, train_set, test)
-    found["pictures"] = grid_of({arm: sweeps[arm].rows[at, -1, :kept] for arm in CIFAR10})
-    found["protocol"] = json.dumps({arm: one.protocol for arm, one in sweeps.items()})
-    arrays = {name: np.asarray(value) for name, value in flat(found).items()}
-    halves = {name: np.float16 if name.startswith("pictures") else np.float32 for name in arrays}
-    return {k: v.astype(halves[k]) if v.dtype == np.float64 else v for k, v in arrays.items()}
-
-
-def signal(model: DiT, data: ImageSet) -> Tensor:
-    """Between-image over within-noise variance (levels with noise, blocks)."""
-    features = extract(encoder(model), data.images[: SIZES["noised"]], LEVELS[1:], draws=DRAWS)
-    return torch.stack([torch.stack([geometry.signal_to_noise(z) for z in one.unbind(1)]) for one in features])
-
-
-def probes(models: Mapping[str, DiT], train_set: ImageSet, test: ImageSet) -> Nested:
-    """Validation accuracies (levels, blocks) by probe and arm, and of each arm and control the one test."""
-    n, m = SIZES["train"], SIZES["validation"]
-    drawn = draw_images(train_set, n + m)
-    parts = [drawn.subset(torch.arange(n)), drawn.subset(torch.arange(n, n + m)), draw_images(test, SIZES["test"])]
-    encoders = {arm: encoder(model) for arm, model in models.items()}
-    encoders["raw pixels"] = raw_pixels(models["base"].patch_size)
-    tables: dict[str, dict[str, Tensor]] = {"ridge": {}, "knn": {}}
-    results = {}
-    for name, encode in encoders.items():
-        cells = candidates(encode, parts, draws=DRAWS)
-        for kind in tables if name in CIFAR10 else ("ridge",):
-            result, accuracy = choose_and_test(kind, cells)
-            tables[kind][name] = torch.tensor(list(accuracy.values())).reshape(len(LEVELS), -1)
-            results |= {name: result} if kind == "ridge" else {}
-        if name == "base":
-            at_random = choose_and_test("ridge", {results[name].chosen: shuffled(cells[results[name].chosen])})[0]
-        print(f"probe of {name}: done", flush=True)
-    results["shuffled labels"] = at_random
-    return {
-        "tables": tables,
-        "tested": {name: [r.accuracy, r.low, r.high, *r.chosen] for name, r in results.items()},
-        "mcnemar": mcnemar(*(results[arm].right for arm in CIFAR10)),
-        "sets": json.dumps([describe_set(part) for part in parts]),
-    }
-
-
 def evidence() -> None:
     """Between `BEGIN` and `END` of the README; the picture carries the hash of the page that it belongs to."""
     root, said = Path(__file__).parents[1], evidence_page().splitlines()[0]
@@ -213,14 +136,6 @@ def digits() -> None:
     grid.savefig(Path(__file__).parents[1] / "notebooks" / "figures" / "digits.png")
 
 
-def flat(tree: Nested, above: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}"""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{above}{name}/") if isinstance(value, Mapping) else {above + name: value}
-    return found
-
-
 def files_below(folder: Path) -> Iterator[Path]:
     """At any depth; a folder that cannot be listed is an error, and not empty."""
     for path in list_folder(folder):
@@ -236,8 +151,8 @@ def seal(folder: Path) -> None:
     print(f"{len(files)} files listed in {folder / SUMS}")
 
 
-MAKERS = {"classroom": classroom, "umap": umap, "cifar10": cifar10}
-FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz", "cifar10": "analysis-cifar10.npz"}
+MAKERS = {"classroom": classroom, "umap": umap}
+FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -61,11 +61,12 @@ def test_importing_the_kit_is_light():
     assert set(heavy) == {"[]"}
 
 
-# A change that passes one of these takes something away first, or says here why the kit needs more. Four stand above
-# what is aimed at (9,000 lines in 65 files, 10,500 lines of tests) and only ever go down.
+# A change that passes one of these takes something away first, or says here why the kit needs more. Two stand above
+# what is aimed at (9,000 lines of the package, 10,500 of tests). The second rose once, from 12,700: a fault of files,
+# folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU.
 BUDGET = {
-    "lines of the package": 11_600,
-    "files of the package": 68,
+    "lines of the package": 11_400,
+    "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,
     "flags": 60,
@@ -74,7 +75,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 300,
-    "lines of tests": 12_700,
+    "lines of tests": 13_350,
     "longest line": 120,
 }
 

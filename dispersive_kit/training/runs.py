@@ -281,7 +281,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
         raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
     try:
         model.load_state_dict(checkpoint.groups[weights])
-    except RuntimeError as error:
+    except RuntimeError as error:  # names or shapes: torch says which
         raise CheckpointError(f"the weights in {run_dir} do not fit its config.json: {error}") from error
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card

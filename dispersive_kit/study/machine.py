@@ -91,8 +91,8 @@ def examine() -> list[_Finding]:
     for name, check in checks.items():
         try:
             findings.append(_Finding(name, *check()))
-        except Exception as fault:  # whatever is wrong with a machine, the other checks are still made
-            said = str(fault) if isinstance(fault, KitError) else f"{type(fault).__name__}: {fault}"
+        except Exception as error:  # whatever is wrong with a machine, the other checks are still made
+            said = str(error) if isinstance(error, KitError) else f"{type(error).__name__}: {error}"
             findings.append(_Finding(name, False, said, "put right what the error names, then run doctor again"))
     return findings
 

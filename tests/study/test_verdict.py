@@ -141,7 +141,12 @@ def test_the_readme_counts_the_shipped_verdicts_and_the_figure_is_drawn_from_the
 
 
 @pytest.mark.parametrize(
-    ("task", "prefix"), [("DiT-T/4 (0.7 M), CIFAR-10", "cifar10-cpu"), ("DiT-T/2 (0.7 M), 8x8", "digits")]
+    ("task", "prefix"),
+    [
+        ("DiT-T/4 (0.7 M), CIFAR-10", "cifar10-cpu"),
+        ("DiT-T/2 (0.7 M), 8x8 digits, 600 steps", "digits"),
+        ("DiT-T/2 (0.7 M), 8x8 digits, 6,000 steps", "digits-long"),
+    ],
 )
 def test_the_readme_has_the_held_out_losses_of_the_shipped_runs(task, prefix):
     (row,) = [line for line in README.read_text().splitlines() if line.startswith(f"| {task}")]

@@ -105,10 +105,10 @@ def require_home() -> Path:
     """
     try:
         return Path.home()
-    except RuntimeError as fault:
+    except RuntimeError as error:  # of Path.home and its like, for a user id without a home
         raise ConfigError(
-            f"Jupyter keeps its files in a home folder ({fault}): set HOME, as in HOME=/tmp/me"
-        ) from fault
+            f"Jupyter keeps its files in a home folder ({error}): set HOME, as in HOME=/tmp/me"
+        ) from error
 
 
 def _packages() -> tuple[bool, str, str]:

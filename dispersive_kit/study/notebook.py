@@ -217,8 +217,8 @@ def read_notebook(file: Path) -> Any:
     try:
         document = nbformat.read(file, as_version=4)
         nbformat.validate(document)
-    except Exception as fault:  # nbformat's own, of JSON, or of whatever it met while it read
-        raise DataError(f"{file} is not a notebook: {type(fault).__name__}: {fault!s:.200}") from fault
+    except Exception as error:  # nbformat's own, of JSON, or of whatever it met while it read
+        raise DataError(f"{file} is not a notebook: {type(error).__name__}: {error!s:.200}") from error
     return document
 
 

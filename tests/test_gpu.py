@@ -36,7 +36,7 @@ def test_the_benchmark_runs_to_its_end_at_toy_size(tmp_path):
 
 
 def test_make_gpu_says_that_there_is_none_and_is_content():
-    command = ["make", "gpu", f"PYTHON={sys.executable}", "VENV=none"]
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", "VENV=none"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().startswith("no GPU that PyTorch can use here")

@@ -102,7 +102,7 @@ def generate(
         x = sample_batch(model, y, seeds, guidance=guidance, **how)
         images = decode(x) if decode else x
         if not images.isfinite().all():
-            raise KitError(f"the model drew NaN or infinity, among the images with seeds {seeds[0]} to {seeds[-1]}")
+            raise KitError(f"the decoder gives NaN or infinity among the images with seeds {seeds[0]} to {seeds[-1]}")
         return to_uint8(images).cpu()
 
     return torch.cat(shared_out(draw, len(labels), "drawing samples"))

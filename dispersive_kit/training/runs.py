@@ -309,8 +309,8 @@ def sample_batch(
     x = sampler_of(objective, sampler)[1](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
     if not bool(x.isfinite().all()):
         raise DataError(
-            "the model gives NaN or infinity where it should give samples: its training has diverged, or its weights "
-            "are damaged. Take an earlier checkpoint, or train with a lower learning rate"
+            f"the model gives NaN or infinity among the samples with seeds {seeds[0]} to {seeds[-1]}: its training has "
+            "diverged, or its weights are damaged. Take an earlier checkpoint, or train with a lower learning rate"
         )
     return x
 

@@ -72,7 +72,7 @@ def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
 def test_a_model_that_draws_nan_is_an_error_and_not_a_black_image():
     model, _ = load_run("digits-base")
     next(model.parameters()).data[0, 0] = float("nan")
-    with pytest.raises(KitError, match="drew NaN or infinity, among the images with seeds 4 to 5"):
+    with pytest.raises(KitError, match="NaN or infinity among the samples with seeds 4 to 5"):
         generate(model, torch.arange(2), num_steps=2, first_seed=4)
 
 

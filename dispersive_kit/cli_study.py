@@ -142,13 +142,15 @@ def _study_list() -> None:
 
 
 def _study_table() -> None:
-    """Print all verdicts of the studies that come with the kit, and write them into notebooks/studies/README.md."""
+    """Print all verdicts of the shipped studies; a checkout keeps them in notebooks/studies/README.md."""
     from dispersive_kit.study.plan import studies_folder
     from dispersive_kit.study.verdict import evidence_page
 
     page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n\n"
-    page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
-    print(f"{evidence_page()}\nwritten: {page}")
+    print(evidence_page())
+    if page.is_file():  # in a checkout; an installed kit has no such page
+        page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
+        print(f"written: {page}")
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:

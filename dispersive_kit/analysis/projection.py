@@ -1,7 +1,7 @@
 """Two dimensions of many: PCA, UMAP and how far it may be trusted, and tokens as colours.
 
-UMAP scales each point's neighbourhood to one size, so it is blind to dispersion (UMAP(X) = UMAP(8 X)): it shows who is
-near whom. Dispersion is shown by histograms, spectra and numbers. umap is imported when it is first used (8 to 50 s).
+UMAP scales each point's neighbourhood to one size, so it is blind to dispersion (UMAP(X) = UMAP(8 X)): it shows
+neighbours only. Dispersion is shown by histograms, spectra and numbers. umap is imported at first use (8 to 50 s).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dispersive_kit.analysis.geometry import centred, finite
 
-CAPTION = "Areas and distances carry no dispersion meaning; only who is near whom."
+CAPTION = "Only neighbours can be read: areas and distances say nothing about dispersion."
 Array = NDArray[np.float64]
 
 

@@ -96,7 +96,7 @@ class Autoencoder:
             back = self.network.decode(mean)
             if not isinstance(back, Tensor) or back.shape != x.shape or not back.isfinite().all():
                 raise ValueError(f"decode gave {_form(back)}; image_size may be no multiple of what it divides by")
-        except Exception as error:  # whatever somebody's own network may raise, told as it is
+        except Exception as error:  # whatever somebody's own network may raise; the message shows it
             said = f"autoencoder {self.card.id}, tried on one image {tuple(x.shape)}"
             raise ConfigError(f"{said}: {type(error).__name__}: {error}. {FORM}") from error
         return mean.shape[1], mean.shape[2], mean.shape[3]
@@ -222,7 +222,7 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         network, info = getattr(diffusers, kind).from_pretrained(where, output_loading_info=True, **options)
     except ConfigError:
         raise
-    except Exception as error:  # of files in another form diffusers may raise any, told as it is
+    except Exception as error:  # of files in another form diffusers may raise any; the message shows it
         known = f", a registered name ({', '.join(REGISTERED)})" if REGISTERED else ""
         raise DataError(
             f"autoencoder {where!r} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "

@@ -42,7 +42,7 @@ def build_dit(name: str, **overrides: Any) -> "DiT":
 
 
 class Conditioned(nn.Module):
-    """What a model is told beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class.
+    """What a model is given beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class.
 
     DiT and MLP share it. The table of classes has a null row at `null_label`, where there is one, for guidance.
     """

@@ -1,4 +1,4 @@
-"""What the regulariser saw, and how much each block does, told without making the device wait."""
+"""Statistics of what the regulariser saw, and depth use of each block, without a wait for the device."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, floor
 from dispersive_kit.regularizers.taps import block_list
 
-AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient has all but gone
+AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient is almost zero
 VITALS = 5
 
 
@@ -127,7 +127,7 @@ class Watch:
             if dropped >= record.rows * (record.rows - 1):
                 why = "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
             elif KINDS[record.options.kind].log and mass < AT_FLOOR:
-                why = "the features have grown apart beyond what tau sees, and the gradient is all but zero: "
+                why = "the features have grown apart beyond what tau sees, and the gradient is almost zero: "
                 why += "diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
             if why and not self._warned:
                 self._warned = True

@@ -219,9 +219,8 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
 
 
 # How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
-OBJECTIVES: dict[
-    str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]
-] = {  # the first sampler: default
+# The first sampler is the default.
+OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]] = {
     "flow": (FlowMatching, {"heun": heun, "euler": euler, "dopri5": dopri5, "sde": partial(euler_maruyama, churn=2.0)}),
     "ddpm": (DDPM, {"ddim": ddim, "ddpm": ddpm}),
     "meanflow": (MeanFlow, {"meanflow": meanflow}),

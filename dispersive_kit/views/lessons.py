@@ -1,7 +1,6 @@
-"""What one or two lessons need beside the figures: exact fields, a look inside a model, and frames for their sliders.
+"""Helpers of single notebooks: exact fields, views inside a model, and frames for sliders.
 
-A frame is a function of its state alone and keeps its axes whatever the state, so that a slider moves what is drawn
-and nothing else.
+A frame depends on its state alone. Its axes are the same for every state, so a slider changes only what is drawn.
 """
 
 import inspect
@@ -40,9 +39,9 @@ PATHS: dict[str, Path] = {
 
 @torch.no_grad()
 def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figure:
-    """Two velocity fields at time t as arrows, and how far apart they are, over points x_t (n, 2).
+    """Two velocity fields at time t as arrows over points x_t (n, 2), and the distance between the fields.
 
-    Arrows have one scale in both panels and at every t; the difference |v_1 - v_2| is cut off at 2.
+    Arrows have the same scale in both panels and at every t. The distance |v_1 - v_2| is clipped at 2.
     """
     x, fine = (torch.cartesian_prod(*[torch.linspace(-end, end, n)] * 2) for end, n in ((2.5, 15), (2.8, 57)))
     figure = scatter({**{f"{name}, t = {t:g}": points for name in fields}, "distance between them": points}, size=3.5)
@@ -56,7 +55,7 @@ def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figur
 
 
 def cloud(B: int) -> Tensor:
-    """The first B points (B, 2), float64, of a sequence that fills a disc of radius 1.3 ever more densely."""
+    """The first B points (B, 2), float64, of a sequence that fills a disc of radius 1.3 evenly."""
     steps = torch.tensor([0.7548776662, 0.5698402910], dtype=torch.float64)  # Roberts' R2 sequence, on the disc
     radius, turn = (0.5 + torch.arange(B)[:, None] * steps).frac().T
     angle = 2 * math.pi * turn
@@ -66,7 +65,7 @@ def cloud(B: int) -> Tensor:
 # ---- sampling with the exact velocity of eight Gaussians
 
 T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
-SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # with the evaluations of a step
+SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # and model evaluations per step
     "Euler": (euler, 1),
     "Heun": (heun, 2),
     "RK4": (rk4, 4),
@@ -95,21 +94,20 @@ def level_names(levels: Sequence[float]) -> list[str]:
 
 
 def block_maps(arms: Mapping[str, Any], levels: Sequence[float], label: str, **how: Any) -> Figure:
-    """`heatmaps` (levels, blocks) of one measure, a panel for each arm, and the difference of two."""
+    """`heatmaps` (levels, blocks) of one measure: a panel for each arm, and the difference of two arms."""
     figure = heatmaps(arms, rows=level_names(levels), ylabel="log-SNR", difference=True, **{"fmt": ".3g", **how})
     figure.suptitle(label, fontsize=11)
     return figure
 
 
 class BlockViews:
-    """What goes on in each block of a DiT at several times.
+    """Attention, gates and features of each block of a DiT, at several times.
 
     Args:
-        model: without rope and without normalised queries.
         inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
 
-    Attributes, each t -> tensor: attention (depth, B, heads, N, N); gates (depth, 2), the RMS of those of attention and
-    MLP; features (depth, B, N, D), the block's output.
+    Attributes, each t -> tensor: attention (depth, B, heads, N, N); gates (depth, 2), the RMS of the gates of attention
+    and of the MLP; features (depth, B, N, D), the output of each block.
     """
 
     def __init__(self, model: DiT, inputs: Mapping[float, Tensor], y: Tensor) -> None:
@@ -133,7 +131,7 @@ def _look_inside(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, .
 
 
 def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:
-    """An image (C, H, W) in [-1, 1], cut into patches of p x p pixels."""
+    """Draw an image (C, H, W) in [-1, 1] with the grid of its p x p patches."""
     size = image.shape[-1]
     axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=-1, vmax=1, extent=(0, size, size, 0))
     axis.set(xticks=range(0, size + 1, p), yticks=range(0, size + 1, p), xticklabels=[], yticklabels=[], title=title)
@@ -141,9 +139,9 @@ def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:
 
 
 class TapViews:
-    """What each candidate for a tap sees in one batch: z (B, ...), |z_i - z_j|^2 / dim of the pairs i < j, and RMS.
+    """Features z (B, ...) of one batch at each module that could be tapped, their RMS, and |z_i - z_j|^2 / dim, i < j.
 
-    `call()` runs the model in training mode on that batch, once for all paths.
+    `call()` runs the model in training mode on the batch. It is called once for all paths.
     """
 
     TAUS = np.geomspace(1e-3, 1e2, 61)
@@ -158,7 +156,7 @@ class TapViews:
         self.rms = {path: float(z.double().square().mean().sqrt()) for path, z in self.z.items()}
 
     def frame(self, path: str, tau: float = 0.5) -> Figure:
-        """Size of the features along the model, pairs at this tap against tau, and the pull at every tau."""
+        """RMS at every tap, the pairs at this tap beside tau, and the pull for every tau."""
         figure, (sizes, pairs, pulls) = plt.subplots(1, 3, figsize=(12.4, 3.7), layout="constrained")
         sizes.barh(list(self.z), list(self.rms.values()), color=[RED if one == path else GREY for one in self.z])
         for i, (one, z) in enumerate(self.z.items()):
@@ -178,8 +176,8 @@ class TapViews:
 
 
 def pull_of(distances: Any, B: int, tau: float) -> float:
-    """-sum_i <z_i, dL/dz_i> = (2 / tau) sum_ij p_ij D_ij of the l2 form, the diagonal counted: how much the loss falls
-    when all features grow by a small share. Zero where pairs are too near, or too far, for tau.
+    """-sum_i <z_i, dL/dz_i> = (2 / tau) sum_ij p_ij D_ij of the l2 form, with the diagonal: how fast the loss
+    falls when all features grow by one factor. It is near zero where all pairs are much nearer or farther than tau.
 
     distances: |z_i - z_j|^2 / dim of the pairs i < j of B rows.
     """
@@ -191,7 +189,7 @@ def pull_of(distances: Any, B: int, tau: float) -> float:
 
 
 def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
-    """What each seed alone would have told of an arm: its ratio to the reference, and the interval of all together."""
+    """The ratio of an arm to the reference for each seed alone, and the mean of all seeds with its interval."""
     verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
     runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
     values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
@@ -204,7 +202,7 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
 
 
 def show_source(f: Callable[..., Any]) -> None:
-    """Display the source of a function or method, as it runs here, in colour."""
+    """Display the source code of a function or method, with syntax highlighting."""
     from IPython.display import Code, display
 
     display(Code(textwrap.dedent(inspect.getsource(f)).rstrip(), language="python"))

@@ -4,7 +4,8 @@ OUT/confirmation/ARM/CONDITION/seed=K/{training/, result.json}
 OUT/results.json     all runs and the verdicts, which the report and the notebooks read
 
 A run is skipped where its result carries the plan's hash. Each run computes with one thread, so that its numbers
-do not depend on how many go on at once. It is measured at its last step: never at the best of several checkpoints.
+do not depend on how many go on at once. It is measured at its last step, never at the best of several checkpoints;
+but for the arms that the plan stops early, by images which no measure uses.
 """
 
 import dataclasses
@@ -36,19 +37,22 @@ from dispersive_kit.evaluation import (
     generate,
     load_reference,
     make_extractor,
+    measure_memorisation,
 )
 from dispersive_kit.evaluation.generate import Decode, this_process
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.machine import describe_environment, in_pool
 from dispersive_kit.study.notebook import read_form
-from dispersive_kit.study.plan import Cell, Plan, Sampling
+from dispersive_kit.study.plan import Cell, Plan
 from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
+from dispersive_kit.training.batches import split_share
 from dispersive_kit.training.runs import OBJECTIVES, sampler_of
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
-DESCRIBED = ("feature_rms", "gap", "dispersive")  # of the last step's batch, where they are finite
+# Of the step that is measured, where they are finite; the first three of its batch.
+DESCRIBED = ("feature_rms", "gap", "dispersive", "held_out_t", "depth_use", "validation")
 KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "described", "warnings", "cpu_seconds")
 
 
@@ -106,11 +110,14 @@ def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
         if done := _result(plan, cell, out):
             return done
         torch.set_num_threads(1)
+        full = plan.unstopped(cell)  # the same training, if its settings are the same
+        shared = plan.is_early_stopped(cell) and _result(plan, full, out)
+        training = out / (full if shared else cell).name / "training"
         started, cpu = time.perf_counter(), time.process_time()
         result = {
             "plan_sha256": plan.sha256,
             **dataclasses.asdict(cell),
-            **_train_and_measure(plan, plan.config(cell), folder / "training"),
+            **_train_and_measure(plan, cell, training),
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "environment": _environment(),
@@ -119,14 +126,15 @@ def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
         return result
 
 
-def _train_and_measure(plan: Plan, config: TrainConfig, folder: Path) -> dict[str, Any]:
+def _train_and_measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     """What was measured; of a training that broke down, its error: that is a result too."""
+    config = plan.config(cell)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for _ in train(config, folder, resume=True):
                 pass
-            measured = {"status": "ok", "error": "", **_measure(folder, config, plan.evaluation)}
+            measured = {"status": "ok", "error": "", **_measure(plan, cell, folder)}
         except (DataError, CheckpointError, ConfigError):  # not the fault of the arm
             raise
         except KitError as error:
@@ -138,24 +146,27 @@ def _train_and_measure(plan: Plan, config: TrainConfig, folder: Path) -> dict[st
 _environment = cache(describe_environment)  # once a process
 
 
-def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]:
+def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     """Values by name, numbers that describe without being judged, and the record of how they came about."""
-    model, card = load_run(folder)
-    lines = read_metrics(folder)
+    config, how, lines = plan.config(cell), plan.evaluation, read_metrics(folder)
     last = lines[-1]
+    if plan.is_early_stopped(cell):
+        last = min((line for line in lines if "validation" in line), key=lambda line: line["validation"])
+    model, card = load_run(folder, step=int(last["step"]))
     if "held_out" not in last:
         raise KitError("the held-out loss of the last step is not finite")
     autoencoder = json.dumps(card["data"].get("autoencoder"))
     panel, decode = _panel(config.data, config.data_dir, config.image_size, how.extractor, autoencoder)
     if how.probe and decode:
         raise ConfigError("a probe is of images, and this run has latents: leave it out of the plan")
-    probe = {"probe": _probe_accuracy(model, config)} if how.probe else {}
+    probe = {"probe": _probe_accuracy(model, config, how.probe_pool)} if how.probe else {}
     rank = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
     model = model.to(this_process().device)
     labels = balanced_labels(how.num, model.num_classes)
     interval: dict[str, Any] = {"guidance_low": how.guidance_low, "guidance_high": how.guidance_high}
     interval = interval if (how.guidance_low, how.guidance_high) != (0, 1) else {}  # as in earlier studies' records
-    numbers = {}
+    numbers: dict[str, Any] = {}
+    copies: dict[str, float] = {}
     for name, scale in how.frechets.items():
         drawn = {"sampler": sampler_of(config.objective, how.sampler)[0], "num_steps": how.num_steps,
                  "cfg_scale": scale, **interval}  # fmt: skip
@@ -164,8 +175,13 @@ def _measure(folder: Path, config: TrainConfig, how: Sampling) -> dict[str, Any]
                     "step": card["step"], "first_seed": 0, "labels": "classes in turn",
                     "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
         numbers[name] = panel.measure(images, protocol=protocol)[0]
-    values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **probe}
-    known = {name: last[name] for name in last if name in DESCRIBED or name.startswith("held_out_t")}
+        if how.copies and not copies:
+            trained_on = split_share(panel.real, config.data_share)[0]
+            found = measure_memorisation(images, trained_on, panel.reference, panel.extractor).copies
+            copies = {"copies": (round(found.value * how.num) + 0.5) / (how.num + 1)}  # has a logarithm where none is
+            rank["copies_of_held_out"] = found.floor
+    values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **copies, **probe}
+    known = {name: last[name] for name in last if name.startswith(DESCRIBED)}
     ratio = statistics.median(line["gradient_ratio"] for line in lines if "gradient_ratio" in line)
     first = numbers["frechet"]
     record = {"name": first.name, "floor_value": first.floor, "n_reference": first.n_reference, **first.protocol}
@@ -195,18 +211,15 @@ def _pooled_rank(model: Any, config: TrainConfig) -> float:
     return float(rankme(spectrum(features[0, int(tapped.rpartition(".")[2])])))
 
 
-def _probe_accuracy(model: Any, config: TrainConfig) -> float:
-    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class.
-
-    It reads the mean over tokens, which forgets much of what the tokens know: as in all studies that are shipped.
-    """
+def _probe_accuracy(model: Any, config: TrainConfig, pool: str) -> float:
+    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class."""
     real, held_out = load_reference(config)
     known = draw_images(real, PROBED + VALIDATED)
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
     path = OBJECTIVES[config.objective][0]().path
-    cells = candidates(encoder(model), parts, pool="mean", draws=DRAWS, path=path)
+    cells = candidates(encoder(model), parts, pool=pool, draws=DRAWS, path=path)
     return choose_and_test("ridge", cells)[0].accuracy
 
 

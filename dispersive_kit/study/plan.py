@@ -9,7 +9,7 @@ Two runs that share a seed share initial weights, order of images, times, noise 
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from dispersive_kit.training import TrainConfig, train_preset, with_settings
 from dispersive_kit.training.runs import sampler_of
 
 LEVEL = 0.05
-DIRECTION = {"frechet": -1, "held_out": -1, "probe": 1}  # the sign that a better arm's log-ratio has
+DIRECTION = {"frechet": -1, "held_out": -1, "copies": -1, "probe": 1}  # the sign that a better arm's log-ratio has
 
 _Text = Annotated[str, Field(min_length=1)]
 _Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=20)]  # a test looks at 2^n choices of signs
@@ -34,14 +34,15 @@ class _Form(BaseModel):
 
 
 class Contrast(_Form):
-    """An arm against the reference, in one condition, by one measure."""
+    """An arm against the reference, or another arm, in one condition, by one measure."""
 
     arm: str
+    against: str = ""  # empty: the reference of the plan
     condition: str = ""  # empty: the first of the plan
     measure: str
 
     def __str__(self) -> str:
-        return f"{self.arm}, {self.condition}, {self.measure}"
+        return f"{self.arm} against {self.against}, {self.condition}, {self.measure}"
 
     @property
     def kind(self) -> str:
@@ -51,7 +52,8 @@ class Contrast(_Form):
 
 class Sampling(_Form):
     """How samples are drawn and measured. The first of `cfg_scales` gives the measure "frechet"; each other one, w,
-    a measure "frechet cfg w". probe: also fit linear probes, to the mean over tokens.
+    a measure "frechet cfg w". probe: also fit linear probes, to the mean over tokens or to all of them (`probe_pool`).
+    copies: also count the samples that are nearer to a training image than held-out images are.
     """
 
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]
@@ -62,6 +64,12 @@ class Sampling(_Form):
     guidance_low: float = Field(0.0, ge=0, le=1)
     guidance_high: float = Field(1.0, ge=0, le=1)
     probe: bool = False
+    probe_pool: Literal["mean", "tokens"] = "mean"
+    copies: bool = False
+
+    @property
+    def measures(self) -> list[str]:
+        return [*self.frechets, "held_out", *(name for name in ("copies", "probe") if getattr(self, name))]
 
     @property
     def frechets(self) -> dict[str, float]:
@@ -101,6 +109,7 @@ class Plan(_Form):
     notes: str = ""
     train: _Settings
     arms: dict[Name, _Settings] = Field(min_length=2)
+    early_stopped: list[str] = []  # arms measured where their loss on validation images was lowest, not at the end
     reference: str
     conditions: dict[Name, _Settings] = Field(min_length=1)
     seeds: _Seeds
@@ -108,7 +117,7 @@ class Plan(_Form):
     primary: Contrast
     co_primary: Contrast
     secondaries: list[Contrast]
-    margin: dict[Annotated[str, Field(pattern="^(frechet|held_out|probe)$")], PositiveFloat]
+    margin: dict[Annotated[str, Field(pattern="^(frechet|held_out|copies|probe)$")], PositiveFloat]
     margin_from: _Text
     tuning: _Tuning
     stop_rule: _Text
@@ -144,6 +153,13 @@ class Plan(_Form):
         config = with_settings(train_preset(str(self.train.get("preset", "")), seed=cell.seed), changes)
         return with_settings(config, cell.settings)
 
+    def is_early_stopped(self, cell: Cell) -> bool:
+        return cell.arm.partition(".")[0] in self.early_stopped  # a trial is named after its arm
+
+    def unstopped(self, cell: Cell) -> Cell:
+        """The reference's run that an arm which is stopped early may share its training with."""
+        return replace(cell, arm=".".join([self.reference, *cell.arm.split(".")[1:]]))
+
     def tuning_cells(self) -> list[Cell]:
         """The tuning runs: every trial of every arm, in every condition, on the tuning seeds."""
         return [
@@ -168,6 +184,7 @@ class Plan(_Form):
     def _check(self) -> "Plan":
         for contrast in self.contrasts:
             contrast.condition = contrast.condition or next(iter(self.conditions))
+            contrast.against = contrast.against or self.reference
         self._check_contrasts()
         self._check_seeds()
         for cell in (*self.cells(), *self.tuning_cells()):
@@ -177,15 +194,25 @@ class Plan(_Form):
             sampler_of(config.objective, self.evaluation.sampler)
             if config.data in TOY_SETS or config.model == "MLP":
                 raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
+            kept = (config.eval_every, config.steps // config.eval_every)
+            if self.is_early_stopped(cell) and (
+                config.data_share == 1 or kept != (config.checkpoint_every, config.keep_last)
+            ):
+                raise ConfigError(
+                    f"{cell.arm} is stopped early, which needs validation images (data_share below 1) and every "
+                    f"checkpoint: set checkpoint_every to {kept[0]} and keep_last to {kept[1]}"
+                )
         return self
 
     def _check_contrasts(self) -> None:
-        measures = [*self.evaluation.frechets, "held_out", *(["probe"] if self.evaluation.probe else [])]
-        known = {"arm": {*self.arms} - {self.reference}, "condition": self.conditions, "measure": measures}
+        measures = self.evaluation.measures
+        known = {"against": self.arms, "condition": self.conditions, "measure": measures}
+        if unknown := {*self.early_stopped} - {*self.arms}:
+            raise ConfigError(f"early_stopped names no arm: {', '.join(sorted(unknown))}")
         if self.reference not in self.arms:
             raise ConfigError(f"reference {self.reference!r} is no arm; there are: {', '.join(self.arms)}")
         for contrast in self.contrasts:
-            for part, names in known.items():
+            for part, names in {"arm": {*self.arms} - {contrast.against}, **known}.items():
                 if (given := getattr(contrast, part)) not in names:
                     raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
             if contrast.kind not in self.margin:

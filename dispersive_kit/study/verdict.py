@@ -38,7 +38,7 @@ What the words mean:
 - **crashed**: a run that broke down counts as ten times worse than its pair. **inactive**: at the median step the
   gradient of the loss is under a thousandth of that of denoising.
 """
-_MEASURES = {"held_out": "held-out loss", "probe": "probe accuracy"}
+_MEASURES = {"held_out": "held-out loss", "copies": "share of copies", "probe": "probe accuracy"}
 
 Run = dict[str, Any]
 
@@ -115,7 +115,7 @@ def judge_pairs(
 
 def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
-    sides = [(_values(runs, c, c.arm), _values(runs, c, plan.reference)) for c in plan.contrasts]
+    sides = [(_values(runs, c, c.arm), _values(runs, c, c.against)) for c in plan.contrasts]
     pairs = [_log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
     adjusted = [None, None, *_holm([_sign_flip_p(x) for x in pairs[2:]])]
     roles = ["primary", "co-primary", *["secondary"] * len(plan.secondaries)]
@@ -127,7 +127,8 @@ def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
         pull = statistics.median(run["described"]["gradient_ratio"] for run in ended) if ended else None
         crashes = {"crashes": own.count(None), "reference_crashes": other.count(None)}
         flags = {**crashes, "gradient_ratio": pull, "inactive": pull is not None and pull < _INACTIVE}
-        found.append({"role": role, **dict(c), **judged, **flags})
+        named = c.model_dump(exclude={"against"} if c.against == plan.reference else None)
+        found.append({"role": role, **named, **judged, **flags})
     return found
 
 
@@ -216,25 +217,28 @@ def all_verdicts() -> list[dict[str, Any]]:
     found = []
     for name, results in shipped_results().items():
         for v in results["verdicts"]:
-            both = [_of(results["runs"], arm, v["condition"]) for arm in (results["reference"], v["arm"])]
+            both = [
+                _of(results["runs"], arm, v["condition"]) for arm in (v.get("against", results["reference"]), v["arm"])
+            ]
             found.append({**v, "study": name, "runs": [run["id"] for runs in both for run in runs]})
     return found
 
 
 def verdict_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each verdict, under a header."""
-    base = results["reference"]
-    columns = ("measure", base, "arm's", "ratio [95 %]", "p", "p adjusted", "margin", "verdict", "note")
+    columns = ("measure", results["reference"], "arm's", "ratio [95 %]", "p", "p adjusted", "margin", "verdict", "note")
     rows: list[tuple[str, ...]] = [("role", "arm", "condition", *columns)]
     for v in results["verdicts"]:
         means = {row["arm"]: row["values"].get(v["measure"], {}).get("mean")
                  for row in results["summary"] if row["condition"] == v["condition"]}  # fmt: skip
+        base = v.get("against", results["reference"])
         low, ratio, high = (math.exp(v[end]) for end in ("low", "mean", "high"))
         digits = 3 if high - low < 0.1 else 2
         kind, _, guidance = v["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
         title = results["record"].get("name", "FD") if kind == "frechet" else _MEASURES[kind]
         rows.append((
-            v["role"], v["arm"], v["condition"], f"{title}, {guidance.upper()}" if guidance else title,
+            v["role"], v["arm"] if base == results["reference"] else f"{v['arm']} against {base}", v["condition"],
+            f"{title}, {guidance.upper()}" if guidance else title,
             *(_three_digits(means[arm]) if means[arm] else "crashed" for arm in (base, v["arm"])),
             f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]", f"{v['p']:.3f}", f"{v['p_adjusted']:.3f}",
             f"{v['margin']:g}", v["word"], "; ".join(_notes(v, base, means)),

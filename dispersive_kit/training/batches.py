@@ -152,11 +152,13 @@ class _Source:
     """What a run trains on and holds out, and the card of it in run.json, from which the model can be built again.
 
     `verify` reads all of a store of latents, and raises DataError if anything in it is not as it was written.
+    validation: images that `data_share` leaves out, for early stopping.
     """
 
     train: DeviceSet | LatentSet
     held_out: DeviceSet | LatentSet
     card: dict[str, Any]
+    validation: DeviceSet | None = None
     verify: Callable[[], None] = lambda: None
 
 
@@ -175,6 +177,7 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
         raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
     if config.flip and points:
         raise ConfigError(f"flip is for images, and {name!r} has points")
+    validation = None
     if store:
         parts = open_store(name, flip=config.flip)
         opened, spec = parts[0].store, parts[0].store.spec
@@ -182,7 +185,7 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
         hashes = [spec.sha256, spec.sha256]
         card = _card(opened.path.name, str(opened.path.resolve()), hashes, latents[0], spec.shape, spec.classes)
         card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
-        return _Source(latents[0], latents[1], card, partial(_verify_store, opened))
+        return _Source(latents[0], latents[1], card, verify=partial(_verify_store, opened))
     if points:
         train, held_out = (sample_toy(name, n, seed=seed) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1)))
         source, classes = "dispersive_kit.data.toy", tuple(map(str, range(int(train[1].max()) + 1)))
@@ -190,11 +193,13 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
         images, others = (
             load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
         )
-        images = _share_of(images, config.data_share)
+        images, left_out = split_share(images, config.data_share)
         train, held_out = ((one.images, one.labels) for one in (images, others))
         name, source, classes = images.name, images.source, images.classes
+        validation = DeviceSet.of(left_out, device) if left_out else None
     seen, held = (DeviceSet(*one, device) for one in (train, held_out))
-    return _Source(seen, held, _card(name, source, [seen.sha256, held.sha256], seen, seen.samples.shape[1:], classes))
+    card = _card(name, source, [seen.sha256, held.sha256], seen, seen.samples.shape[1:], classes)
+    return _Source(seen, held, card, validation)
 
 
 def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, classes: Any) -> dict[str, Any]:
@@ -204,13 +209,17 @@ def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, cla
     return card | {"shape": list(shape), "classes": list(classes)}
 
 
-def _share_of(images: ImageSet, share: float) -> ImageSet:
-    """The first images of every class, a share of each, at least one: smaller shares lie within larger ones."""
+def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
+    """The first images of every class, a share of each, at least one, to train on; and of what is left the last ones,
+    `HELD_OUT` at most, to choose a step by. Smaller shares lie within larger ones.
+    """
     if share == 1:
-        return images
+        return images, None
     classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]
-    kept = torch.cat([own[: max(1, round(share * len(own)))] for own in classes])
-    return images.subset(kept.sort().values)
+    cuts = [max(1, round(share * len(own))) for own in classes]
+    kept = torch.cat([own[:cut] for own, cut in zip(classes, cuts, strict=True)])
+    left = torch.cat([own[cut:][-(HELD_OUT // len(classes)) :] for own, cut in zip(classes, cuts, strict=True)])
+    return images.subset(kept.sort().values), images.subset(left.sort().values) if len(left) else None
 
 
 def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:

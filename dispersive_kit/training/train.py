@@ -88,6 +88,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 stops = stop.asked(run.accelerator)
             if last or (step + 1) % config.eval_every == 0:
                 values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
+                if run.validation:
+                    values["validation"] = _held_out_loss(run.ema.model, run.objective, run.validation)["held_out"]
                 logs = True
             if logs:
                 values |= _depth_use(run.ema.model, run.objective, run.frozen)
@@ -253,6 +255,8 @@ class Session:
             if accelerator.is_main_process:
                 _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
             self.frozen = self.source.held_out.frozen_batch(self.objective)
+            left_out = self.source.validation
+            self.validation = left_out.frozen_batch(self.objective) if left_out else None
             self.held = held.pop_all()  # what is let go at the end: hooks, files, the folder
 
     def _restore(self, latest: Checkpoint, optimizer: torch.optim.Optimizer) -> None:

@@ -1,7 +1,9 @@
 """A small study for real: trained, killed, resumed, judged and reported, from the command line."""
 
 import copy
+import dataclasses
 import json
+import math
 import re
 import shutil
 import time
@@ -22,7 +24,7 @@ from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import _run_cell, conclude, run_study
 from dispersive_kit.study.plan import load_plan
 from dispersive_kit.study.verdict import load_results, summary, verdicts
-from dispersive_kit.training import load_run, train
+from dispersive_kit.training import load_run, read_metrics, train
 
 MEASURED = ("values", "described", "status", "settings")
 
@@ -301,3 +303,42 @@ def test_a_study_on_latents_is_decoded_by_its_store_and_comes_to_its_verdict(tmp
     plan = write_plan(tmp_path, small_plan, train=training, evaluation={**small_plan["evaluation"], "probe": True})
     with pytest.raises(ConfigError, match="a probe is of images"):
         _run_cell(plan, plan.cells()[0], out=tmp_path)
+
+
+def test_an_arm_stopped_early_is_the_reference_where_its_validation_loss_was_lowest(tmp_path, small_plan):
+    plan = write_plan(
+        tmp_path, small_plan, early_stopped=["stopped"],
+        train={**small_plan["train"], "data_share": 0.1, "eval_every": 4, "keep_last": 3},
+        conditions={"one": {"learning_rate": 0.1}},
+        arms={"base": {}, "paper": {"regularizer.preset": "paper"}, "stopped": {}},
+        primary={"arm": "paper", "against": "stopped", "measure": "held_out"},
+        co_primary={"arm": "paper", "measure": "copies"},
+        margin={"copies": 0.2, "held_out": 0.05},
+        evaluation={**small_plan["evaluation"], "copies": True},
+    )  # fmt: skip
+    base, _, stopped = plan.cells()[:3]
+    runs = {cell.arm: _run_cell(plan, cell, out=tmp_path) for cell in (base, stopped)}
+    lines = [line for line in read_metrics(tmp_path / base.name / "training") if "validation" in line]
+    best = min(lines, key=lambda line: line["validation"])
+    assert not (tmp_path / stopped.name / "training").exists()
+    assert (runs["base"]["record"]["step"], runs["stopped"]["record"]["step"]) == (12, best["step"])
+    assert [runs[arm]["values"]["held_out"] for arm in runs] == [lines[-1]["held_out"], best["held_out"]]
+    assert len({line["validation"] for line in lines}) == 3 and best["step"] < 12
+    copied = runs["base"]["values"]["copies"] * 41 - 0.5  # of 40 samples
+    assert copied == pytest.approx(round(copied)) and 0 <= runs["base"]["described"]["copies_of_held_out"] < 0.2
+
+    own = dataclasses.replace(stopped, settings={**stopped.settings, "learning_rate": 0.01}, seed=1)
+    assert _run_cell(plan, own, out=tmp_path)["status"] == "ok" and (tmp_path / own.name / "training").exists()
+
+
+def test_arms_are_compared_with_the_arm_that_the_contrast_names(tmp_path, small_plan):
+    plan = write_plan(
+        tmp_path, small_plan, arms={"base": {}, "paper": {"regularizer.preset": "paper"}, "small": {}},
+        co_primary={"arm": "paper", "against": "small", "measure": "held_out"},
+    )  # fmt: skip
+    runs = made_up(plan)
+    for run in runs:
+        run["values"]["held_out"] = {"base": 0.2, "paper": 0.3, "small": 0.6}[run["arm"]]
+    of_base, of_small = verdicts(plan, runs)
+    assert "against" not in of_base and of_small["against"] == "small"
+    assert of_small["mean"] == pytest.approx(math.log(0.5)) and of_small["word"] == "better"

@@ -10,7 +10,7 @@ from dispersive_kit.data import load_images
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import dispersive_loss
 from dispersive_kit.training import RegularizerConfig, TrainConfig, load_run, train, train_preset, with_settings
-from dispersive_kit.training.batches import DeviceSet, _share_of, sample_index, stream
+from dispersive_kit.training.batches import DeviceSet, sample_index, split_share, stream
 from dispersive_kit.training.train import EMA, Session, _gradient_ratio
 
 SMOKE = train_preset("smoke", steps=6)
@@ -50,7 +50,7 @@ def test_both_arms_are_fed_the_same_numbers_at_every_step(tmp_path, monkeypatch)
 
 def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larger_one(tmp_path):
     images = load_images("digits")
-    parts = [_share_of(images, share) for share in (0.1, 0.3, 1.0)]
+    parts = [split_share(images, share)[0] for share in (0.1, 0.3, 1.0)]
     rows = [{row.tobytes() for row in part.images.numpy()} for part in parts]
     assert rows[0] < rows[1] < rows[2]
     for part, share in zip(parts, (0.1, 0.3, 1.0), strict=True):

@@ -47,7 +47,7 @@ def test_what_is_computed_is_what_0_1_computed(golden, tmp_path, family):
 
 def test_the_verdicts_of_all_shipped_studies_follow_from_their_runs():
     plans = {plan.name: plan for plan in map(kit.load_plan, kit.shipped_plans())}
-    assert len(kit.shipped_results()) == 18
+    assert len(kit.shipped_results()) >= 18
     for name, found in kit.shipped_results().items():
         assert rounded(kit.verdicts(plans[name], found["runs"])) == rounded(found["verdicts"]), name
 

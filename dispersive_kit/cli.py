@@ -206,7 +206,6 @@ def encode(
     dtype: Literal["float16", "bfloat16"] = "float16",
     shard_size: int = 4096,
     batch_size: int = 32,
-    strict: bool = False,
     plan_only: bool = False,
 ) -> None:
     """Encode a folder of images once, into a store of latents to train on; given again, it goes on where it was.
@@ -223,7 +222,6 @@ def encode(
         dtype: Number format of the stored posterior mean and std.
         shard_size: Images in a file.
         batch_size: Images through the autoencoder at once.
-        strict: End at a file that cannot be read; otherwise it is left out, and listed in spec.json.
         plan_only: Print the size of the store, and end.
     """
     import torch
@@ -231,7 +229,7 @@ def encode(
     from dispersive_kit.data.encode import Encoder, encode, store_size
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    encoder = Encoder(images, vae, out, image_size, flip, dtype, shard_size, batch_size, strict, device=device)
+    encoder = Encoder(images, vae, out, image_size, flip, dtype, shard_size, batch_size, device)
     number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if number == 0:
         classes = encoder.folder.classes  # a folder too high or too low is seen here, before the night

@@ -39,8 +39,6 @@ def register_autoencoder(name: str) -> Callable[[Factory], Factory]:
     """
 
     def register(factory: Factory) -> Factory:
-        if hasattr(factory, "encode") and not isinstance(factory, type):
-            raise ConfigError(f"autoencoder {name!r}: register its class or a function that makes one, not an instance")
         REGISTERED[name] = factory
         return factory
 
@@ -66,8 +64,6 @@ class Autoencoder:
     """A loaded autoencoder on its device, and its card. What goes in on another device comes back there."""
 
     def __init__(self, name: str, network: Any, device: torch.device | str = "cpu") -> None:
-        if lacks := [part for part in ("encode", "decode", "scale", "shift") if not hasattr(network, part)]:
-            raise ConfigError(f"autoencoder {name}: {type(network).__name__} has no {' and no '.join(lacks)}. {FORM}")
         if hasattr(network, "to"):
             network.to(device)
         self.network, self.device = network, device
@@ -76,6 +72,8 @@ class Autoencoder:
             self.card = AutoencoderCard(name, kind, digest, scale=network.scale, shift=network.shift)
         except ValidationError as error:
             raise form_error(error, f"autoencoder {name}") from error
+        except AttributeError as error:
+            raise ConfigError(f"autoencoder {name}: {error}. {FORM}") from error
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -87,64 +85,40 @@ class Autoencoder:
         """Latents as the diffusion model has them (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
         return self.network.decode((x / self.card.scale + self.card.shift).to(self.device)).to(x.device)
 
-    @torch.no_grad()
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(C, h, w) for images of so many pixels; ConfigError if one image does not go there and back as it should."""
-        x = torch.linspace(-1, 1, 3 * size * size, device=self.device).reshape(1, 3, size, size)
+        x = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
         try:
-            mean = _checked(self.network.encode(x))
-            back = self.network.decode(mean)
-            if not isinstance(back, Tensor) or back.shape != x.shape or not back.isfinite().all():
-                raise ValueError(f"decode gave {_form(back)}; image_size may be no multiple of what it divides by")
+            mean, std = self.posterior(x).unbind(1)
+            _, C, h, w = mean.shape
+            if not (mean.isfinite() & (std >= 0) & std.isfinite()).all():
+                raise ValueError(f"encode gave NaN, infinity or a std below 0 (the least is {float(std.min()):.3g})")
+            back = self.images(self.card.to_model(mean))
+            if back.shape != x.shape or not back.isfinite().all():
+                raise ValueError(f"decode gave {tuple(back.shape)} or values that are not finite; image_size may be no "
+                                 "multiple of what it divides by")  # fmt: skip
         except Exception as error:  # whatever somebody's own network may raise; the message shows it
             said = f"autoencoder {self.card.id}, tried on one image {tuple(x.shape)}"
             raise ConfigError(f"{said}: {type(error).__name__}: {error}. {FORM}") from error
-        return mean.shape[1], mean.shape[2], mean.shape[3]
-
-
-def _checked(posterior: Any) -> Tensor:
-    """The mean, if mean and std are as they should be; ValueError says what they are."""
-    parts = posterior if isinstance(posterior, tuple | list) else [posterior]
-    if len(parts) != 2 or _form(parts[0]) != _form(parts[1]) or getattr(parts[0], "ndim", 0) != 4:
-        raise ValueError(f"encode gave {', '.join(map(_form, parts))}")
-    if not torch.stack(list(parts)).isfinite().all():
-        raise ValueError("encode gave NaN or infinity")
-    if parts[1].min() < 0:
-        raise ValueError(f"encode gave a negative std ({float(parts[1].min()):.3g}): is it the logarithm of one?")
-    return parts[0]
-
-
-def _form(value: Any) -> str:
-    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        return C, h, w
 
 
 class _Diffusers:
-    """An autoencoder of diffusers in this form; where it has `latents_mean` and `latents_std` they are taken out."""
+    """An autoencoder of diffusers in this form."""
 
     def __init__(self, network: Any) -> None:
         self.of_diffusers, config = network.eval().requires_grad_(False), network.config
         self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
-        given = {name: config.get(name) for name in ("latents_mean", "latents_std")}
-        self.by_channel = {name: torch.tensor(x).reshape(1, -1, 1, 1) for name, x in given.items() if x}
+        self.to, self.state_dict = network.to, network.state_dict
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = self.of_diffusers.encode(x)
         if not hasattr(out, "latent_dist"):  # AutoencoderTiny: a point, not a distribution
             return out.latents, torch.zeros_like(out.latents)
-        return (out.latent_dist.mean - self.mean) / self.std, out.latent_dist.std / self.std
+        return out.latent_dist.mean, out.latent_dist.std
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.of_diffusers.decode(z * self.std + self.mean).sample
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.of_diffusers.state_dict() | self.by_channel
-
-    def to(self, device: torch.device | str) -> None:
-        self.of_diffusers.to(device)
-        self.mean, self.std = (
-            self.by_channel.get(name, torch.tensor(unset)).to(device)
-            for name, unset in (("latents_mean", 0.0), ("latents_std", 1.0))
-        )
+        return self.of_diffusers.decode(z).sample
 
 
 def load_autoencoder(
@@ -197,13 +171,13 @@ def _registered(name: str) -> Any:
     if colon and not Path(name).exists():
         try:
             importlib.import_module(module)
+            if last not in REGISTERED:
+                raise ImportError(f"it registers no autoencoder {last!r}, but {', '.join(REGISTERED)}")
         except (ImportError, ValueError, TypeError) as error:  # the latter two of an empty or a relative name
             raise DataError(
-                f"autoencoder {name!r}: module {module!r} cannot be imported ({error}); give its dotted name, as in "
+                f"autoencoder {name!r} cannot be imported from {module!r} ({error}); give a dotted name, as in "
                 "my.package:mine, with the folder that holds it in PYTHONPATH"
             ) from error
-        if last not in REGISTERED:
-            raise DataError(f"{module} registers no autoencoder {last!r}; registered are: {', '.join(REGISTERED)}")
     return REGISTERED[last]() if last in REGISTERED else None
 
 
@@ -212,21 +186,18 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         import diffusers
     except ImportError as error:
         raise DataError(f"autoencoder {where!r} needs diffusers: pip install 'dispersive-kit[latents]'") from error
-    if (Path(where) / "model_index.json").is_file():
-        raise DataError(f"{where} is a whole pipeline of diffusers; its autoencoder is a folder in it: {where}/vae")
     options: dict[str, Any] = {"local_files_only": not download}
     try:
-        kind = diffusers.AutoencoderKL.load_config(where, **options).get("_class_name")
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ConfigError(f"{where} is a {kind}; the kit reads AutoencoderKL and AutoencoderTiny")
+        config = diffusers.AutoencoderKL.load_config(where, **options)
+        kind = config.get("_class_name")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny") or config.get("latents_mean"):
+            raise ValueError(f"it is a {kind}; the kit reads AutoencoderKL and AutoencoderTiny, without latents_mean")
         network, info = getattr(diffusers, kind).from_pretrained(where, output_loading_info=True, **options)
-    except ConfigError:
-        raise
     except Exception as error:  # of files in another form diffusers may raise any; the message shows it
-        known = f", a registered name ({', '.join(REGISTERED)})" if REGISTERED else ""
         raise DataError(
             f"autoencoder {where!r} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            f"Give the folder of a diffusers autoencoder (config.json and weights), a hub id{known} or module:name"
+            "Give the folder of a diffusers autoencoder (config.json and weights; the folder vae of a whole pipeline), "
+            f"a hub id, module:name{''.join(f', {name}' for name in REGISTERED)}"
         ) from error
     # diffusers only warns, and leaves at random, what the file does not have
     if faults := [f"{len(info[k])} {k.replace('_', ' ')}" for k in ("missing_keys", "unexpected_keys") if info[k]]:

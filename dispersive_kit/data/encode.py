@@ -25,18 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import Autoencoder, load_autoencoder
-from dispersive_kit.data.files import PARTIAL, atomic_write, list_folder, lock, read_form, read_json, write_json
+from dispersive_kit.data.files import PARTIAL, atomic_write, list_folder, lock, read_form, write_json
 from dispersive_kit.data.folder import ON_WHITE, ImageFile, ImageFolder, list_images, read_image
 from dispersive_kit.data.images import to_float
-from dispersive_kit.data.latents import (
-    PLAN,
-    RECORDS,
-    REPAIR,
-    SPEC,
-    LatentStore,
-    ShardCard,
-    Spec,
-)  # fmt: skip
+from dispersive_kit.data.latents import PLAN, RECORDS, REPAIR, SPEC, LatentStore, ShardCard, Spec
 from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
@@ -46,7 +38,7 @@ Progress = Callable[[int, int], None]  # of images done by all processes, and of
 
 @checked(frozen=True)
 class _Moments:
-    """Of a shard: how many values there are, and by channel the sums of mean and of mean^2 + std^2."""
+    """Of a shard: how many values a channel has, and the sums by channel of mean and of mean^2 + std^2."""
 
     count: int
     total: list[float]
@@ -66,11 +58,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What is encoded, with what, into which store. All but `strict` and the place decide the bytes of the store.
-
-    Raises:
-        ConfigError: a setting that it cannot take. DataError: no images, or the autoencoder is not there.
-    """
+    """What is encoded, with what, into which store; ConfigError of a setting that it cannot take."""
 
     images: Path
     autoencoder: str
@@ -80,7 +68,6 @@ class Encoder:
     dtype: str = "float16"  # or bfloat16
     shard_size: int = 4096  # images
     batch_size: int = 32  # images through the autoencoder at once
-    strict: bool = False  # a file that cannot be read ends the command, and is not left out
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -116,7 +103,6 @@ class Encoder:
         return [shard for shard in self.shards if {shard, f"{shard}.json"} <= there]
 
     def done(self) -> int:
-        """Images in the shards that are finished."""
         return sum(len(self.files_of(shard)) for shard in self.finished())
 
     @property
@@ -136,13 +122,13 @@ class Encoder:
 
     def begin(self) -> None:
         """Write the plan, or compare it with that of the process that was first."""
-        store, file, plan = self.store, self.store / RECORDS / PLAN, self.plan
+        store, file, plan = self.store, self.store / RECORDS / PLAN, self.plan | {"transparency": ON_WHITE}
         if list_folder(store) not in ([], [file.parent]) and file not in list_folder(file.parent):
             raise ConfigError(f"{store} is not empty and holds no store that was begun; choose another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         with lock(file.with_name("plan.lock")):
             if not file.exists():  # of two that begin at once, one writes
-                write_json(file, plan | {"transparency": ON_WHITE})
+                write_json(file, plan)
         begun = read_form(file, dict[str, Any], "Choose another folder")
         if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in plan.items() if begun.get(k) != v]:
             said = f"{store} was begun with other settings or images:\n  " + "\n  ".join(changed)
@@ -156,16 +142,11 @@ class Encoder:
         def readable() -> Iterator[Tensor]:
             for image in self._read_ahead(pool, self.files_of(shard)):
                 if image.pixels is None:
-                    left_out.append(self._leave_out(image.file, image.fault))
-                    continue
-                if ON_WHITE in image.oddities and "transparency" not in read_json(self.store / RECORDS / PLAN):
-                    raise DataError(
-                        f"{self.images / image.file} is transparent, and {self.store} was begun by a version that did "
-                        "not put such images on white: choose another folder"
-                    )
-                odd.update(image.oddities)
-                labels.append(self.folder.label(image.file))
-                yield image.pixels
+                    left_out.append({"file": image.file, "fault": image.fault})
+                else:
+                    odd.update(image.oddities)
+                    labels.append(self.folder.label(image.file))
+                    yield image.pixels
 
         images, dtype = readable(), getattr(torch, self.dtype)
         parts = [torch.empty(0, 1 + self.flip, 2, *self.shape, dtype=dtype)]
@@ -190,14 +171,6 @@ class Encoder:
                 yield pending.popleft().result()
         yield from (one.result() for one in pending)
 
-    def _leave_out(self, file: str, fault: str) -> dict[str, str]:
-        if self.strict:
-            raise DataError(
-                f"{self.images / file} cannot be read ({fault}); repair or remove it, "
-                "or go on without --strict, which leaves it out and lists it"
-            )
-        return {"file": file, "fault": fault}
-
     def _encode(self, pixels: Tensor, shard: str) -> Tensor:
         """Posteriors (n, flips, 2, C, h, w) on the CPU, in the type of the store."""
         x = to_float(pixels).to(self.device)
@@ -212,13 +185,13 @@ class Encoder:
     def finish(self) -> None:
         """Write spec.json from the records of all shards, unless it says just that already."""
         records = [read_form(self.store / RECORDS / f"{shard}.json", _Record, REPAIR) for shard in self.shards]
-        left_out = [self._leave_out(**photo) for record in records for photo in record.left_out]
         if not any(record.card.rows for record in records):
             raise DataError(f"not one of the {len(self.folder.files)} files below {self.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
         mean, std = _mean_and_std([record.moments for record in records])
         fields = self.plan | {"channel_mean": mean, "channel_std": std, "shards": [record.card for record in records]}
+        left_out = [photo for record in records for photo in record.left_out]
         fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         fields["class_counts"] = [counts[name] for name in self.folder.classes]
         text, file = TypeAdapter(Spec).validate_python(fields).to_json(), self.store / SPEC
@@ -237,8 +210,8 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
         progress: called after each batch of this process, and while it waits for others; a bar if not given.
 
     Raises:
-        ConfigError: the store was begun with other settings. DataError: a damaged image with `strict`; no readable
-            image at all; latents that are not finite; a full disk.
+        ConfigError: the store was begun with other settings. DataError: no images, or none that can be read; latents
+            that are not finite; a full disk, or one that cannot be read; the autoencoder is not there.
     """
     encoder.begin()
     (number, calls), total = part, len(encoder.folder.files)

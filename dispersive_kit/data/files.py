@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,12 +42,12 @@ def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(what: Path) -> Iterator[None]:
+def reading(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
     """Turn a disk that cannot be read into the error that names the file or folder: it does not mean nothing there."""
     try:
         yield
     except OSError as fault:
-        raise DataError(f"{what} cannot be read ({fault.strerror}): see to the disk and to who may read it") from fault
+        raise error(f"{what} cannot be read ({fault.strerror}): see to the disk and to who may read it") from fault
 
 
 @contextlib.contextmanager
@@ -121,25 +120,21 @@ def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> Non
         partial.write_text(json.dumps(value, indent=2))
 
 
-def read_json(file: Path, *, default: Any = None, error: type[KitError] = DataError) -> Any:
-    """The content of a JSON file; `default` if it is missing or damaged, or without one `error`."""
+def read_json(file: Path, cure: str = "", error: type[KitError] = DataError) -> Any:
+    """The content of a JSON file; `error` if it is missing or damaged."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as fault:
-        if default is not None:
-            return default
-        raise error(f"{file} cannot be read: {fault}") from fault
+        with reading(file, error):
+            return json.loads(file.read_text())
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{file} is damaged: {fault}. {cure}") from fault
 
 
 def read_form(file: Path, form: type[Form], cure: str) -> Form:
     """A JSON file in a form that pydantic knows; DataError names the field that does not fit, and the cure."""
     try:
-        with reading(file):
-            return TypeAdapter(form).validate_python(json.loads(file.read_text()))
+        return TypeAdapter(form).validate_python(read_json(file, cure))
     except ValidationError as fault:
         raise DataError(f"{form_error(fault, f'{file} is damaged')}. {cure}") from fault
-    except (ValueError, RecursionError) as fault:
-        raise DataError(f"{file} is damaged: {fault}. {cure}") from fault
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -177,24 +172,14 @@ def versions() -> dict[str, str | None]:
 
 def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
     """A shipped file, or a shipped folder; DataError unless all of it is there as it was listed."""
-    cure = "install the package again, or make the file anew with data/make_artefacts.py of a checkout"
-    try:
+    with reading(folder / SUMS):
         listed = [line.partition("  ") for line in (folder / SUMS).read_text().splitlines()]
-        own = [(digest, file) for digest, _, file in listed if f"{file}/".startswith(f"{name}/")]
-        for digest, file in own:
-            state = (folder / file).stat()
-            if ".." in Path(file).parts or _sha256(folder / file, state.st_mtime_ns, state.st_size) != digest:
-                raise DataError(f"{folder / file} is not the file that {SUMS} lists: {cure}")
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or folder} is missing or cannot be read ({error.strerror}): {cure}"
-        ) from error
+    own = [(digest, folder / file) for digest, _, file in listed if f"{file}/".startswith(f"{name}/")]
     if not own:
         raise DataError(f"no artefact {name!r} is listed in {folder / SUMS}")
+    if wrong := [file for digest, file in own if not file.is_file() or file_sha256(file) != digest]:
+        raise DataError(
+            f"{wrong[0]} is missing, or not the file that {SUMS} lists: install the package again, or make the file "
+            "anew with data/make_artefacts.py of a checkout"
+        )
     return folder / name
-
-
-@cache
-def _sha256(file: Path, _changed: int, _size: int) -> str:
-    """Of a file as it is, read once."""
-    return file_sha256(file)

@@ -1,12 +1,10 @@
 """A folder of images of every kind, read one by one: listing, repair of the known oddities, ADM's crop."""
 
-import errno
 import hashlib
 import io
 import os
 import re
 import stat
-import time
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from torch import Tensor
 from dispersive_kit.data.files import reading
 from dispersive_kit.errors import ConfigError, DataError
 
-WAITS_S = (1, 10, 60)  # before a disk that failed is asked again: a network folder may be away for a while
 HELD_OUT_PARTS = ("test", "val", "valid", "validation")
 PARTS = ("train", *HELD_OUT_PARTS)  # names of folders that are no classes, in small or capital letters
 ON_WHITE = "transparent, put on white"
@@ -49,8 +46,7 @@ def list_images(root: Path) -> ImageFolder:
     Hidden names, names that programs make, and what is no regular file are skipped; a warning says how many.
 
     Raises:
-        DataError: there is no such folder, or no image in it; its folders are train/, test/ and the like; a folder
-            below it cannot be listed.
+        DataError: no such folder, no image in it, or a folder that cannot be listed; train/, test/ and the like.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -78,19 +74,16 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
     while real or links:
         name = (real or links).popleft()
         path, is_image = root / name, name.lower().endswith(endings)
-        try:
+        with reading(path):
+            if path.is_symlink() and not path.exists():  # a link that leads nowhere: its reader says so
+                files += [name] * is_image
+                continue
             found = path.stat()
             below = sorted(os.scandir(path), key=lambda entry: entry.name) if stat.S_ISDIR(found.st_mode) else []
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ELOOP) or not path.is_symlink():
-                with reading(path):
-                    raise
-            files += [name] if is_image else []  # a link that leads nowhere: its reader says so
-            continue
         if (found.st_dev, found.st_ino) in seen:
             skipped["links to what is listed already"] += 1
         elif stat.S_ISREG(found.st_mode):
-            files += [name] if is_image else []
+            files += [name] * is_image
         elif not stat.S_ISDIR(found.st_mode):
             skipped["names like images of what is no regular file"] += is_image
         else:
@@ -124,37 +117,23 @@ def read_image(root: Path, file: str, size: int) -> ImageFile:
     """Read, turn upright (EXIF), convert to RGB (transparency on white) and crop. A damaged file has a `fault`.
 
     Raises:
-        DataError: the disk is at fault and not the file, also when asked again after a while. ConfigError: no size.
+        DataError: the disk is at fault and not the file, which is not left out. ConfigError: no size.
     """
     if size < 1:
         raise ConfigError(f"image_size must be above 0, got {size}")
     path = root / file
-    if path.is_symlink() and not path.exists():
-        return ImageFile(file, None, fault="link to a file that is not there")
-    content = _read_patiently(path)
-    if not content:
-        return ImageFile(file, None, fault="empty file")
+    with reading(path):
+        if path.is_symlink() and not path.exists():
+            return ImageFile(file, None, fault="link to a file that is not there")
+        content = path.read_bytes()
     try:
         image, odd = _upright_rgb(content)
     except MemoryError:
         raise
     except Exception as error:  # PIL documents OSError; damaged files raise SyntaxError, struct.error and more
         said = re.sub(r" <_io.*?>", "", str(error))  # an address in memory is another one each time
-        return ImageFile(file, None, fault=f"{type(error).__name__}: {said}")
+        return ImageFile(file, None, fault=f"{type(error).__name__}: {said}" if content else "empty file")
     return ImageFile(file, _adm_crop(image, size), odd)
-
-
-def _read_patiently(path: Path) -> bytes:
-    for wait in (0, *WAITS_S):
-        time.sleep(wait)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            failure = error
-    raise DataError(
-        f"{path} could not be read: {failure.strerror}. That says nothing of the image, so it was not left out. "
-        "What is finished stays: see to the disk, and give the command again"
-    ) from failure
 
 
 def _upright_rgb(content: bytes) -> tuple[Any, tuple[str, ...]]:

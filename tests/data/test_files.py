@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from encode_jobs import CLEAN, hold
@@ -58,14 +59,6 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch):
         pass
 
 
-def test_json_that_is_damaged_or_missing_is_named_or_given_its_default(tmp_path):
-    (tmp_path / "cut.json").write_text('{"a": ')
-    for name in ("cut.json", "none.json"):
-        assert read_json(tmp_path / name, default={}) == {}
-        with pytest.raises(DataError, match=rf"{name} cannot be read"):
-            read_json(tmp_path / name)
-
-
 def test_versions_name_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(files, "LIBRARIES", ["torch", "no-such-library"])
     found = versions()
@@ -94,19 +87,11 @@ def folder(tmp_path):
 
 def test_a_sound_file_or_folder_is_given_and_a_changed_or_missing_one_named(folder):
     assert artefact("run", folder) == folder / "run"
-    (folder / "run" / "b").write_bytes(b"rUn/b")
-    with pytest.raises(DataError, match=r"run/b is not the file that SHA256SUMS lists.*make_artefacts"):
-        artefact("run", folder)
-    (folder / "run" / "b").write_bytes(b"run/b")
     assert artefact("one.npz", folder).read_bytes() == b"one.npz"
-    (folder / "secret").write_bytes(b"never read")
-    with (folder / SUMS).open("a") as sums:
-        sums.write(f"{files.file_sha256(folder / 'secret')}  run/../secret\n")
-    with pytest.raises(DataError, match=r"secret is not the file that SHA256SUMS lists"):
-        artefact("run", folder)
-    (folder / "run" / "a").unlink()
-    with pytest.raises(DataError, match=r"run/a is missing"):
-        artefact("run", folder)
+    for name, spoil in (("b", lambda f: f.write_bytes(b"rUn/b")), ("a", Path.unlink)):
+        spoil(folder / "run" / name)
+        with pytest.raises(DataError, match=rf"run/{name} is missing, or not the file that SHA256SUMS lists.*make_art"):
+            artefact("run", folder)
     for name in ("new", "ru"):
         with pytest.raises(DataError, match=f"no artefact '{name}' is listed"):
             artefact(name, folder)

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from encode_jobs import SMALL, make, write_photos
 from PIL import Image
 
-from dispersive_kit.data import folder, load_images
+from dispersive_kit.data import load_images
 from dispersive_kit.data.encode import Encoder, encode
 from dispersive_kit.data.files import artefact
 from dispersive_kit.data.folder import ON_WHITE, _adm_crop, list_images, read_image
@@ -46,9 +45,6 @@ def test_every_kind_of_image_is_read_or_listed(tmp_path):
     upright = read_image(root, "n02/deeper/still/turned.jpg", 16).pixels
     lying = _adm_crop(Image.open(deep / "turned.jpg").convert("RGB"), 16)
     assert (upright.int() - lying.rot90(-1, (1, 2)).int()).abs().max() <= 2  # resized in another order
-    for store in ("strict", "store"):  # a new one, and one that left images out before
-        with pytest.raises(DataError, match=r"empty\.JPEG cannot be read .*--strict"):
-            make(root, tmp_path / store, strict=True)
 
 
 # ---- walking
@@ -230,26 +226,15 @@ def test_sixteen_bits_keep_their_shades_and_thirty_two_are_listed(tmp_path):
     assert float32.pixels is None and "32 bits" in float32.fault
 
 
-def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "WAITS_S", (0.0, 0.0))
+def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path):
     root = write_photos(tmp_path / "photos", ["a"], 12)
     encoder = Encoder(root, "patches", tmp_path / "store", **SMALL)
     assert len(encoder.folder.files) == 12
     away = root.rename(tmp_path / "elsewhere")  # as a network folder may be
-    with pytest.raises(DataError, match=r"No such file or directory\. That says nothing of the image"):
+    with pytest.raises(DataError, match=r"png cannot be read \(No such file or directory\): see to the disk"):
         encode(encoder)
     away.rename(root)
     assert make(root, tmp_path / "store").spec.images["left_out"] == []
-
-
-def test_a_disk_that_comes_back_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "WAITS_S", (0.1, 0.3, 3.0))
-    root = write_photos(tmp_path / "photos", ["a"], 1)
-    away = root.rename(tmp_path / "elsewhere")
-    comes_back = threading.Timer(0.2, os.rename, (away, root))
-    comes_back.start()
-    assert read_image(root, "a/0000.png", 16).pixels is not None
-    comes_back.join()
 
 
 @pytest.mark.parametrize("size", [(500, 375), (64, 64), (31, 90), (129, 257)])
@@ -300,9 +285,7 @@ def test_what_is_transparent_is_put_on_white_and_counted(tmp_path, make_picture,
     assert store.spec.images["odd"][ON_WHITE] == 1
     plan = store.path / "records" / "plan.json"  # as a version left it that dropped transparency
     plan.write_text(json.dumps({k: v for k, v in json.loads(plan.read_text()).items() if k != "transparency"}))
-    assert make(tmp_path / "photos", store.path)  # nothing is left to make
-    (store.path / "shard-00000.safetensors").unlink()
-    with pytest.raises(DataError, match=r"clear\.png is transparent, and .*store was begun by a version"):
+    with pytest.raises(ConfigError, match=r"transparency: None -> 'transparent, put on white'"):
         make(tmp_path / "photos", store.path)
 
 

@@ -19,15 +19,7 @@ from scipy.stats import chisquare
 
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
 from dispersive_kit.data.encode import _mean_and_std, _moments
-from dispersive_kit.data.latents import (
-    LatentStore,
-    Selection,
-    _key,
-    _map_shard,
-    _mix,
-    _shuffled,
-    is_store,
-)  # fmt: skip
+from dispersive_kit.data.latents import LatentStore, Selection, _key, _map_shard, _mix, _shuffled, is_store
 from dispersive_kit.errors import DataError
 
 HELD_OUT = [1910, 3447, 3851, 773, 703, 596, 1919, 1103]  # the first rows held out of 5,000, since version 0.1
@@ -62,7 +54,7 @@ def test_moments_are_those_of_draws_from_the_posterior():
 
 
 def test_a_whole_store_passes_its_check_and_shows_its_images(store):
-    assert [line.split(":")[0] for line in store.check()] == ["checksums of 5 shards", "counts"]
+    assert [*store.check()] == ["checksums of 5 shards", "30 rows of 3 classes, 0 files left out"]
     grid = store.decoded_grid(load_autoencoder("patches"))
     assert grid.shape == (16, 3, 16, 16) and grid.dtype == torch.uint8
     assert grid.float().std() > 1  # patches of noise, averaged: not all grey
@@ -71,11 +63,11 @@ def test_a_whole_store_passes_its_check_and_shows_its_images(store):
 # ---- faults
 
 
-@pytest.mark.parametrize(("place", "bits"), [(-100, 1), (-1, 1)])
-def test_a_changed_bit_of_a_shard_is_refused_by_name(copied, place, bits):
+@pytest.mark.parametrize("place", [-100, -1])
+def test_a_changed_bit_of_a_shard_is_refused_by_name(copied, place):
     file = copied / "shard-00004.safetensors"
     content = bytearray(file.read_bytes())
-    content[place] ^= bits
+    content[place] ^= 1
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"shard-00004\.safetensors.* damaged"):
         LatentStore(copied).verify()
@@ -161,10 +153,7 @@ def test_what_is_no_store_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("replacement", "said"),
-    [
-        ("slow patches", "kind is 'SlowPatches', not 'Patches'"),
-        ("rescaled", "scale is 0.6, not 0.5"),
-    ],
+    [("slow patches", "kind is 'SlowPatches', not 'Patches'"), ("rescaled", "scale is 0.6, not 0.5")],
 )
 def test_another_autoencoder_is_refused_with_the_difference(store, replacement, said):
     @register_autoencoder("rescaled")
@@ -177,17 +166,6 @@ def test_another_autoencoder_is_refused_with_the_difference(store, replacement, 
         load_named(moved)
     with pytest.raises(DataError, match=said):
         load_named(store.spec.autoencoder, path=replacement)
-
-
-def test_counts_that_do_not_fit_the_shards_are_found(store):
-    for change, said in (
-        ({"class_counts": (9, 11, 10)}, r"rows by class is \[10, 10, 10\], and spec.json says \(9, 11, 10\)"),
-        ({"images": {**store.spec.images, "files": 31}}, "number of files is 30, and spec.json says 31"),
-    ):
-        opened = LatentStore(store.path)
-        opened.spec = dataclasses.replace(store.spec, **change)
-        with pytest.raises(DataError, match=said):
-            list(opened.check())
 
 
 # ---- memory

@@ -6,7 +6,7 @@
     evidence    the count of all verdicts in README.md, and their picture, notebooks/figures/verdicts.png
 
 Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written anew. Without a name it only does that.
-Trained runs are made by the commands in their run.json and `dispersive-kit runs export`.
+Trained runs are made by the commands in their run.json and `dispersive-kit export`.
 """
 
 import hashlib

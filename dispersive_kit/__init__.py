@@ -14,7 +14,8 @@ torch alone, and not before it is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for those who check types; names as in _HOMES
+    # ruff: noqa: F401
     from dispersive_kit.diffusion.guidance import ClassifierFree
     from dispersive_kit.diffusion.objectives import FlowMatching
     from dispersive_kit.diffusion.samplers import euler, heun, initial_noise, time_grid
@@ -25,35 +26,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "MLP",
-    "ClassifierFree",
-    "DiT",
-    "Dispersive",
-    "FlowMatching",
-    "KitError",
-    "build_dit",
-    "dispersive_loss",
-    "euler",
-    "heun",
-    "initial_noise",
-    "time_grid",
-]
-
 _HOMES = {
-    "diffusion.guidance": ("ClassifierFree",),
-    "diffusion.objectives": ("FlowMatching",),
-    "diffusion.samplers": ("euler", "heun", "initial_noise", "time_grid"),
-    "errors": ("KitError",),
-    "models.dit": ("DiT", "build_dit"),
-    "models.mlp": ("MLP",),
-    "regularizers": ("Dispersive", "dispersive_loss"),
+    "MLP": "models.mlp",
+    "ClassifierFree": "diffusion.guidance",
+    "DiT": "models.dit",
+    "Dispersive": "regularizers",
+    "FlowMatching": "diffusion.objectives",
+    "KitError": "errors",
+    "build_dit": "models.dit",
+    "dispersive_loss": "regularizers",
+    "euler": "diffusion.samplers",
+    "heun": "diffusion.samplers",
+    "initial_noise": "diffusion.samplers",
+    "time_grid": "diffusion.samplers",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `dispersive-kit --help` needs no PyTorch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"dispersive_kit.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dispersive_kit.{_HOMES[name]}"), name)

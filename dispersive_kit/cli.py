@@ -1,6 +1,7 @@
-"""The command line: dispersive-kit train | sample | evaluate | encode | check | run | runs | study | lab | console ...
+"""The command line: dispersive-kit train | sample | evaluate | encode | check | run | export | study | lab | ...
 
-Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143.
+Errors of the kit are printed without a traceback and end with status 2; Ctrl-C ends with 130, SIGTERM with 143, and a
+closed pipe, as of `| head`, with 141.
 """
 
 import json
@@ -227,47 +228,27 @@ def encode(
     import torch
 
     from dispersive_kit.data.encode import Encoder, encode, store_size
+    from dispersive_kit.data.files import free_bytes
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(images, vae, out, image_size, flip, dtype, shard_size, batch_size, device)
     number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if number == 0:
-        classes = encoder.folder.classes  # a folder too high or too low is seen here, before the night
-        first = f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
+    if number == 0:  # a folder too high or too low, and a disk too small, are seen here, before the night
+        classes = encoder.folder.classes
         total, size = store_size(len(encoder.folder.files), encoder.shape, flip=flip, shard_size=shard_size)
-        print(f"{size}\n{len(classes):,} classes, the first folders below it: {first}")
-        print(f"{calls} processes, each at a shard of its own; {_room(encoder, total)}", flush=True)
-    if plan_only:
+        missing = (total - sum((out / shard).stat().st_size for shard in encoder.finished())) / 1e6
+        free = free_bytes(out) / 1e6
+        print(f"{size}, of {len(classes):,} classes: {', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}")
+        print(f"{calls} processes, each at a shard of its own; {free:,.1f} MB free on the disk of {out}", flush=True)
+        if missing > free:
+            cure = "make room, choose another disk, or store half with --no-flip"
+            raise DataError(f"{out} needs {missing:,.1f} MB more, and its disk has {free:,.1f} MB free: {cure}")
+    if plan_only or not (store := encode(encoder, part=(number, calls))):
         return
-    try:
-        store = encode(encoder, part=(number, calls))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the shards that are finished", file=sys.stderr)
-        raise SystemExit(130) from None
-    if not store:
-        return
+    left_out = store.spec.images["left_out"]
     print(f"done: {store.path}: {len(store):,} images of {len(store.spec.classes)} classes")
-    for kind, count in store.spec.images["odd"].items():
-        print(f"  {count:,} {kind}: put right")
-    for photo in (left_out := store.spec.images["left_out"])[:10]:
-        print(f"  left out: {photo['file']!r} ({photo['fault']})")
-    if len(left_out) > 10:
-        print(f"  and {len(left_out) - 10:,} more left out, listed in spec.json")
-
-
-def _room(encoder: Any, wanted: int) -> str:
-    """What is free where the store will lie, of which it may already have used some."""
-    from dispersive_kit.data.files import free_bytes
-
-    out = encoder.store
-    used = sum((out / shard).stat().st_size for shard in encoder.finished())
-    free = free_bytes(out)
-    if wanted > free + used:
-        raise DataError(
-            f"the store needs {(wanted - used) / 1e6:,.1f} MB more, and the disk of {out} has {free / 1e6:,.1f} "
-            "MB free: make room, choose another disk, or store half with --no-flip"
-        )
-    return f"{free / 1e6:,.1f} MB free on the disk of {out}"
+    for kind, count in {**store.spec.images["odd"], "left out": len(left_out)}.items():
+        print(f"  {count:,} {kind}; see spec.json")
 
 
 def check(store: Folder, vae: str | None = None) -> None:
@@ -298,36 +279,38 @@ def check(store: Folder, vae: str | None = None) -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "encode": encode,
-    "check": check,
+    **{command.__name__: command for command in (train, sample, evaluate, encode, check)},
     **STUDY_COMMANDS,
 }
-
 DESCRIPTION = "Learn, test and plug in Dispersive Loss. -V, --version: print the version."
-
-
-def _part_from_the_others() -> None:
-    """Leave the processes of a launcher in order: threads of the group that still run as Python ends abort it."""
-    group = sys.modules.get("torch.distributed")
-    if group and group.is_available() and group.is_initialized():
-        group.destroy_process_group()
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `dispersive-kit`."""
-    if list(sys.argv[1:] if args is None else args) in (["--version"], ["-V"]):
+    try:
+        try:
+            _run(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what read it has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _run(args: list[str]) -> None:
+    if args in (["--version"], ["-V"]):
         print(f"dispersive-kit {__version__}")
         return
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dispersive-kit", description=DESCRIPTION, args=args)
-        _part_from_the_others()
+        group = sys.modules.get("torch.distributed")
+        if group and group.is_available() and group.is_initialized():  # its threads may abort Python as it ends
+            group.destroy_process_group()
     except KitError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:  # a folder that is a file, that may not be written, a full disk
+        sys.stdout.flush()  # which fails again where the fault was that of stdout
         print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -1,14 +1,13 @@
-"""The commands around notebooks, studies and a class: dispersive-kit run | runs | study | lab | console | doctor."""
+"""The commands around notebooks, studies and a class: dispersive-kit run | study | lab | console | doctor."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from dispersive_kit.errors import DataError, KitError, printable
+from dispersive_kit.errors import ConfigError, KitError, printable
 
 Name = Annotated[str, tyro.conf.Positional]
 
@@ -19,13 +18,13 @@ def run(
     mode: Literal["smoke", "class", "full"] | None = None,
     param: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=("-p",))] = (),
     resume: bool = False,
-    executor: Literal["pool", "slurm", "local"] | None = None,
     workers: int | None = None,
 ) -> None:
     """Run one notebook ("06", or a path) or a pipeline ("demo", or a YAML file) headlessly, and write a report.
 
     `run demo` is the main job: it trains a small DiT on digits without and with Dispersive Loss, samples both and
-    measures them; about five minutes on two CPU cores, no download.
+    measures them; about five minutes on two CPU cores, no download. Jobs of a cluster that are given the same command
+    share a sweep: `sbatch --array=1-6 --gpus=1 --wrap "dispersive-kit run digits --out runs/digits --resume"`.
 
     Args:
         notebook: Start of a notebook's name, a path, the name of a shipped pipeline, or the path of its YAML file.
@@ -33,22 +32,14 @@ def run(
         mode: smoke (seconds), class (minutes on a laptop) or full (a GPU); a pipeline's own, or class, if not given.
         param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
         resume: Go on in a folder that holds this run already; what is unchanged is not run again.
-        executor: Where a pipeline runs: processes here (pool), Slurm jobs, or a trial of such jobs here (local).
-        workers: At most so many runs of a sweep at once; one per GPU if not given, and all of them on a cluster.
+        workers: At most so many runs of a sweep at once; one per GPU if not given.
     """
     from dispersive_kit.study.run import run as run_headlessly
 
-    run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, executor=executor, workers=workers)
+    run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, workers=workers)
 
 
-def _list_runs() -> None:
-    """List the runs of notebooks and pipelines in the runs folder ($DISPERSIVE_KIT_RUNS, else runs/)."""
-    from dispersive_kit.study.report import runs_table
-
-    print(runs_table())
-
-
-def _export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
+def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
     """Write a run's averaged weights in half precision, with its curves and card: small enough to share.
 
     Args:
@@ -61,55 +52,63 @@ def _export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | N
     print(f"exported: {export_run(run, out, step=step)}")
 
 
-def _study_run(plan: Name, out: Path | None = None, workers: int = 1) -> None:
-    """Run what is not done yet of a study; give the same command again after a stop or kill.
+def study(
+    task: Annotated[Literal["run", "report", "table"], tyro.conf.Positional],
+    plan: Name = "",
+    out: Path | None = None,
+    workers: int = 1,
+) -> None:
+    """Run a pre-registered study, report one, or print a table of all verdicts that come with the kit.
+
+    run does what is not done yet; give the same command again after a stop or kill. report writes the page of a study
+    and prints its verdicts: of the runs made here, else of the results that come along. table is of all shipped
+    studies, with what each asked; a checkout keeps it in notebooks/studies/README.md.
 
     Args:
+        task: What to do.
         plan: Name of a shipped plan (1-noise-floor), or the path of a YAML file.
-        out: Folder of the runs; runs/studies/NAME-HASH if not given.
+        out: Folder of the runs and of report.html; runs/studies/NAME-HASH if not given.
         workers: Runs at once, each on one thread.
     """
-    from dispersive_kit.study.experiment import conclude, run_study
-    from dispersive_kit.study.plan import load_plan
+    from dispersive_kit.study.plan import load_plan, shipped_plans
 
-    opened = load_plan(plan)
-    folder = out or opened.folder
-    total = len(opened.tuning_cells()) + len(opened.cells())
-    print(printable(f"{opened.title}\nplan {opened.name}, sha256 {opened.sha256[:16]}; runs in {folder}"))
-    print(f"{total} runs, {workers} at once; the plan states {opened.cpu_hours:g} CPU hours", flush=True)
-    started, done, here = time.monotonic(), 0, 0
-    for cell, result, skipped in run_study(opened, folder, workers=workers):
-        done, here = done + 1, here + (not skipped)
+    if task == "table":
+        _evidence()
+    elif not plan:
+        raise ConfigError(f"study {task} needs a plan; shipped are: {', '.join(shipped_plans())}")
+    else:
+        opened = load_plan(plan)
+        if task == "run":
+            _run_study(opened, out or opened.folder, workers)
+        _report_study(opened, out)
+
+
+def _run_study(plan: Any, folder: Path, workers: int) -> None:
+    from dispersive_kit.study.experiment import conclude, run_study
+
+    total = len(plan.tuning_cells()) + len(plan.cells())
+    print(printable(f"{plan.title}\nplan {plan.name}, sha256 {plan.sha256[:16]}; runs in {folder}"))
+    print(f"{total} runs, {workers} at once; the plan states {plan.cpu_hours:g} CPU hours", flush=True)
+    for done, (cell, result, skipped) in enumerate(run_study(plan, folder, workers=workers), 1):
         said = result["error"] or ", ".join(f"{name} {value:.4g}" for name, value in result["values"].items())
         how = "skipped, done before" if skipped else f"{result['cpu_seconds']:.0f} CPU s"
-        left = f"; about {(time.monotonic() - started) / here * (total - done) / 60:.0f} min left" if here else ""
-        print(f"[{done}/{total}] {cell.name}: {said} ({how}){left}", flush=True)
-    conclude(opened, folder)
-    _study_report(plan, folder)
+        print(f"[{done}/{total}] {cell.name}: {said} ({how})", flush=True)
+    conclude(plan, folder)
 
 
-def _study_report(plan: Name, out: Path | None = None) -> None:
-    """Write the page of a study and print its verdicts: of the runs made here, else of the results that come along.
-
-    Args:
-        plan: Name of a shipped plan, or the path of a YAML file.
-        out: Folder of the runs, as for run, which report.html is written into. If it is not given,
-            runs/studies/NAME-HASH, or else the results that come with the kit.
-    """
-    from dispersive_kit.study.plan import load_plan
+def _report_study(plan: Any, out: Path | None) -> None:
     from dispersive_kit.study.report import as_table, write_study_page
     from dispersive_kit.study.verdict import load_results, verdict_rows
 
-    opened = load_plan(plan)
-    results, folder = load_results(opened, out), out or opened.folder
+    results, folder = load_results(plan, out), out or plan.folder
     folder.mkdir(parents=True, exist_ok=True)
-    page = write_study_page(opened, results, _study_figures(results, folder), folder / "report.html")
+    page = write_study_page(plan, results, _slope_graphs(results), folder / "report.html")
     used = results["cpu_hours"]["used"]
     print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
 
 
-def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
-    """A slope graph for each measure that has a verdict, as HTML elements and as FOLDER/MEASURE.png."""
+def _slope_graphs(results: dict[str, Any]) -> list[str]:
+    """One for each measure that has a verdict, as HTML elements."""
     from dispersive_kit.views.figures import figure_html, slope_graph, style
 
     style()
@@ -117,32 +116,12 @@ def _study_figures(results: dict[str, Any], folder: Path) -> list[str]:
     for measure in dict.fromkeys(v["measure"] for v in results["verdicts"]):
         found = [v for v in results["verdicts"] if v["measure"] == measure]
         said = "; ".join(f"{v['arm']} in {v['condition']}: {math.exp(v['mean']):.2f} times, {v['word']}" for v in found)
-        figure = slope_graph(results, measure)
-        figure.savefig(folder / f"{measure.replace(' ', '-')}.png")
         alt = f"Slope graph of {measure} over arms, a line a seed; ratio to {results['reference']}: {said}."
-        elements.append(figure_html(figure, alt=alt))
+        elements.append(figure_html(slope_graph(results, measure), alt=alt))
     return elements
 
 
-def _study_list() -> None:
-    """List the plans that come with the kit, and what they found."""
-    from dispersive_kit.study.plan import load_plan, shipped_plans
-    from dispersive_kit.study.report import as_table
-    from dispersive_kit.study.verdict import load_results
-
-    rows = [["plan", "runs", "CPU hours", "primary", "title"]]
-    for opened in map(load_plan, shipped_plans()):
-        try:
-            word = load_results(opened)["verdicts"][0]["word"]
-        except DataError:
-            word = "not run"
-        total = len(opened.tuning_cells()) + len(opened.cells())
-        rows.append([opened.name, str(total), f"{opened.cpu_hours:g}", word, opened.title])
-    print(as_table(rows))
-
-
-def _study_table() -> None:
-    """Print all verdicts of the shipped studies; a checkout keeps them in notebooks/studies/README.md."""
+def _evidence() -> None:
     from dispersive_kit.study.plan import studies_folder
     from dispersive_kit.study.verdict import evidence_page
 
@@ -173,54 +152,27 @@ def console(out: Path | None = None, port: int = 8889, browser: bool = True) -> 
         port: The port to listen on.
         browser: Open a browser; otherwise the address is printed.
     """
-    if out is not None:
+    if out is None:
+        from dispersive_kit.study.lab import CONSOLE, serve_lab
+
+        serve_lab(port, browser=browser, page=CONSOLE)
+    else:
         from dispersive_kit.views.console import write_console
 
         print(f"{out}: {write_console(out) / 1e6:.1f} MB, open it in any browser")
-        return
-    from dispersive_kit.study.lab import CONSOLE, serve_lab
-
-    serve_lab(port, browser=browser, page=CONSOLE)
 
 
 def doctor() -> None:
-    """Look at versions, devices, memory, folders and data, and say what to do about each fault."""
+    """Look at packages, device, memory and folders, and say what to do about each fault."""
     from dispersive_kit.study.machine import examine
 
     findings = examine()
-    for finding in findings:
-        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<20} {finding.detail}")
-        if not finding.ok:
-            print(f"      fix: {finding.fix}")
-    if faults := sum(not f.ok for f in findings):
+    for name, fine, found in findings:
+        print(f"{'ok  ' if fine else 'FAIL'}  {name:<12} {found}")
+    if faults := sum(not fine for _, fine, _ in findings):
         raise KitError(f"{faults} of {len(findings)} need attention")
 
 
-def _tasks(doc: str, **tasks: Callable[..., None]) -> Callable[..., None]:
-    """One command of several tasks, such as `study run` and `study report`."""
-    choices = [
-        Annotated[Any, tyro.conf.subcommand(name, constructor=f, prefix_name=False)] for name, f in tasks.items()
-    ]
-
-    def command(task: Any) -> None: ...
-
-    command.__doc__, command.__annotations__["task"] = doc, Annotated[Union[*choices], tyro.conf.OmitArgPrefixes]
-    return command
-
-
 STUDY_COMMANDS: dict[str, Callable[..., Any]] = {
-    "run": run,
-    "runs": _tasks(
-        "List the runs of notebooks and pipelines, or export one of a training.", list=_list_runs, export=_export
-    ),
-    "study": _tasks(
-        "Run a pre-registered study, report one, list those that come with the kit, or show all their verdicts.",
-        run=_study_run,
-        report=_study_report,
-        list=_study_list,
-        table=_study_table,
-    ),
-    "lab": lab,
-    "console": console,
-    "doctor": doctor,
+    command.__name__: command for command in (run, export, study, lab, console, doctor)
 }

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -155,7 +156,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, "evaluate", trained, "--num", "40", "--out", tmp_path / "file" / "x")
     assert "file" in refused(capsys, *TRAIN, "--out", tmp_path / "file")
-    assert "file" in refused(capsys, "runs", "export", trained, "--out", tmp_path / "file")
+    assert "file" in refused(capsys, "export", trained, "--out", tmp_path / "file")
     assert "--num must be at least 1" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "0")
 
 
@@ -169,8 +170,7 @@ def test_options_that_would_change_nothing_are_refused(trained, tmp_path, capsys
     assert "image_size is for folders" in refused(capsys, *TRAIN, "--out", tmp_path / "u", "--set", "image_size=16")
     missing = [*TRAIN, "--out", tmp_path / "u", "--data", "/no/such", "--set", "image_size=16"]
     assert "unknown data set '/no/such'" in refused(capsys, *missing)
-    for option in (["--executor", "local"], ["--workers", "2"]):
-        assert "a notebook runs here" in refused(capsys, "run", "01", "--out", tmp_path / "v", *option)
+    assert "a notebook runs alone" in refused(capsys, "run", "01", "--out", tmp_path / "v", "--workers", "2")
 
 
 def test_what_is_out_of_reach_is_named(trained, tmp_path, capsys):
@@ -201,8 +201,35 @@ def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
 def test_a_command_leaves_the_group_of_its_processes_as_it_ends():
     """mutation: without it, threads of the group may abort a process that had ended well"""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    main(["study", "list"])
+    main(["study", "table"])
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["study table", "doctor", "--help", "--version", "sample --help", "study run nowhere", "train", "evaluate x"],
+)
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(monkeypatch, capfd, words):
+    """Such as `| head`; mutation: what is left to be written is written as Python ends, which then complains"""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:  # noqa: PTH123 (of a descriptor)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            print("said already")
+            main(words.split())
+    assert ended.value.code == 141 and "Broken pipe" not in capfd.readouterr().err
+
+
+def test_a_broken_pipe_to_another_process_is_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr("dispersive_kit.study.machine.examine", lambda: os.write(open_pipe_without_reader(), b"x"))
+    assert "Broken pipe" in refused(capsys, "doctor")
+
+
+def open_pipe_without_reader():
+    read, write = os.pipe()
+    os.close(read)
+    return write
 
 
 def test_published_checkpoints_are_sampled(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The machine: what it is, whether it is ready, a pool of processes on it, and the cluster that it belongs to."""
+"""The machine: what it is, whether it is ready, and a pool of processes on it."""
 
 import contextlib
 import functools
@@ -7,19 +7,16 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
-import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from itertools import islice
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from packaging.requirements import Requirement
 
@@ -30,10 +27,7 @@ from dispersive_kit.study.notebook import PACKAGE, runs_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
-_REQUEST = {"timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "tasks_per_node": 1, "nodes": 1}
-_POLL_S = 0.5
 _MEMORY_GIB, _DISK_GIB = 3.0, 1.0
-_DOWNLOADED = {"mnist": ("mnist.npz", "MNIST/raw/*"), "cifar10": ("cifar10.npz", "cifar-10-batches-py/*")}
 
 
 def describe_environment() -> dict[str, Any]:
@@ -66,43 +60,28 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-class _Finding(NamedTuple):
-    """One thing looked at. `fix` says what to do when it is not `ok`."""
-
-    name: str
-    ok: bool
-    detail: str
-    fix: str = ""
-
-
-def examine() -> list[_Finding]:
-    """Look at packages, kernel, device, memory, folders and data; takes a few seconds and changes nothing."""
-    checks: dict[str, Callable[[], tuple[bool, str, str]]] = {
+def examine() -> list[tuple[str, bool, str]]:
+    """Name, whether all is well, and what was found or what to do: of packages, device, memory and folders."""
+    checks = {
         "packages": _packages,
-        "home folder": lambda: (True, str(require_home()), ""),
-        "notebook kernel": _kernel,
+        "home folder": require_home,
         "device": _device,
         "memory": _memory,
-        "runs folder": lambda: _writable(runs_folder(), "DISPERSIVE_KIT_RUNS"),
-        "data folder": lambda: _writable(data_folder(), "DISPERSIVE_KIT_DATA"),
-        "data sets": _data_sets,
+        "runs folder": lambda: _room(runs_folder(), "DISPERSIVE_KIT_RUNS"),
+        "data folder": lambda: _room(data_folder(), "DISPERSIVE_KIT_DATA"),
     }
     findings = []
     for name, check in checks.items():
         try:
-            findings.append(_Finding(name, *check()))
+            findings.append((name, True, str(check())))
         except Exception as error:  # whatever is wrong with a machine, the other checks are still made
             said = str(error) if isinstance(error, KitError) else f"{type(error).__name__}: {error}"
-            findings.append(_Finding(name, False, said, "put right what the error names, then run doctor again"))
+            findings.append((name, False, said))
     return findings
 
 
 def require_home() -> Path:
-    """The home folder, where Jupyter keeps its files.
-
-    Raises:
-        ConfigError: there is none, as for a user id that the system does not know.
-    """
+    """The home folder, where Jupyter keeps its files; ConfigError for a user id that has none."""
     try:
         return Path.home()
     except RuntimeError as error:  # of Path.home and its like, for a user id without a home
@@ -111,73 +90,46 @@ def require_home() -> Path:
         ) from error
 
 
-def _packages() -> tuple[bool, str, str]:
+def _packages() -> str:
     """Python and all that pyproject.toml asks for, notebooks included."""
     wanted = map(Requirement, importlib.metadata.requires("dispersive-kit") or [])
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
-    faults = []
     for one in needed:
-        try:
-            version = importlib.metadata.version(one.name)
-        except importlib.metadata.PackageNotFoundError:
-            faults.append(f"{one.name} is missing")
-            continue
-        if not one.specifier.contains(version, prereleases=True):
-            faults.append(f"{one.name}{one.specifier} wanted, found {version}")
-    detail = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
-    fix = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
-    return not faults, "; ".join(faults) or detail, fix
+        found = next((d.version for d in importlib.metadata.distributions(name=one.name)), "none")
+        if found == "none" or not one.specifier.contains(found, prereleases=True):
+            cure = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
+            raise KitError(f"{one.name}{one.specifier} wanted, found {found}: {cure}")
+    return f"Python {platform.python_version()}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
 
 
-def _kernel() -> tuple[bool, str, str]:
-    """The kernel that runs the notebooks must be of this Python: another one has other packages."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
-    try:
-        spec = KernelSpecManager().get_kernel_spec("python3")
-    except NoSuchKernel:
-        return False, "no kernel named python3", fix
-    program = spec.argv[0]
-    # A bare "python" is replaced by this interpreter when the kernel is started.
-    own = Path(program).name == program or Path(program).absolute() == Path(sys.executable).absolute()
-    return own, f"python3 is {sys.executable if own else program}", f"{fix}, or remove {spec.resource_dir}"
-
-
-def _device() -> tuple[bool, str, str]:
+def _device() -> str:
     if gpus := range(torch.cuda.device_count()):
         free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in gpus]
-        return True, ", ".join(f"{torch.cuda.get_device_name(i)}, {free[i]:.0f} GiB free" for i in gpus), ""
-    blind = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    cpu = f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
-    detail = f"{cpu}; there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU" if blind else cpu
-    return not blind, detail, "install the PyTorch build for this driver (pytorch.org, Get started), or update it"
+        return ", ".join(f"{torch.cuda.get_device_name(i)}, {free[i]:.0f} GiB free" for i in gpus)
+    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES", "all"):  # not hidden on purpose
+        cure = "install the PyTorch build for this driver (pytorch.org, Get started), or update it"
+        raise KitError(f"there is an NVIDIA driver, but PyTorch {torch.__version__} sees no GPU: {cure}")
+    return f"CPU, {torch.get_num_threads()} threads (enough for class mode)"
 
 
-def _memory() -> tuple[bool, str, str]:
-    try:
-        text = Path("/proc/meminfo").read_text()  # Linux; what could be had, the page cache included
-    except FileNotFoundError:
-        return True, "this system does not tell", ""
-    gib = int(re.findall(r"MemAvailable:\s+(\d+) kB", text)[0]) / 2**20
-    fix = f"close other programs: a notebook in class mode may take {_MEMORY_GIB:g} GiB"
-    return gib >= _MEMORY_GIB, f"{gib:.1f} GiB available", fix
+def _memory() -> str:
+    gib = psutil.virtual_memory().available / 2**30
+    if gib < _MEMORY_GIB:
+        raise KitError(f"{gib:.1f} GiB left, and a notebook in class mode may take {_MEMORY_GIB}: close other programs")
+    return f"{gib:.1f} GiB available"
 
 
-def _writable(folder: Path, variable: str) -> tuple[bool, str, str]:
-    fix = f"make {folder} writable, free some disk, or set {variable} to another folder"
+def _room(folder: Path, variable: str) -> str:
+    """That something can be written into `folder`, or where it will be made."""
+    cure = f"make {folder} writable, free some disk, or set {variable} to another folder"
     try:
         with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
             free = free_bytes(folder) / 2**30
     except OSError as error:
-        return False, f"{folder}: {error.strerror}", fix
-    return free >= _DISK_GIB, f"{folder}, {free:.0f} GiB free", fix
-
-
-def _data_sets() -> tuple[bool, str, str]:
-    """A folder alone is no data: a download that failed leaves one."""
-    here = [name for name, places in _DOWNLOADED.items() if any(any(data_folder().glob(p)) for p in places)]
-    return True, f"{', '.join(['digits', *here])} here; others are downloaded when first asked for", ""
+        raise KitError(f"{folder}: {error.strerror}: {cure}") from error
+    if free < _DISK_GIB:
+        raise KitError(f"{folder} has {free:.1f} GiB free: {cure}")
+    return f"{folder}, {free:.0f} GiB free"
 
 
 def _visible_gpus() -> tuple[str, ...]:
@@ -191,7 +143,7 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
     A worker has a GPU for good, where there are some; workers: one for each GPU, or one, if not given. They end with
-    this process, also when it is killed. Where the caller stops early, what runs now ends and nothing more begins.
+    this process, also when it is killed. Where the caller stops early, what runs now ends, and at most one more.
 
     Raises:
         ConfigError: no worker, or more workers than GPUs.
@@ -204,26 +156,15 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
         raise ConfigError(f"{workers} workers for {len(gpus)} GPUs: each worker needs one of its own")
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     free = spawn.SimpleQueue()
-    for gpu in gpus[:workers] or [None] * workers:
+    for gpu in gpus[:workers] or [""] * workers:
         free.put(gpu)
-    waiting, running = iter(items), dict[Future[R], T]()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(free,)) as pool:
-        while True:
-            for item in islice(waiting, workers - len(running)):
-                running[_submit(pool, call, item)] = item
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future
-
-
-def _submit(pool: ProcessPoolExecutor, call: Callable[[T], R], item: T) -> Future[R]:
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(free,))
     try:
-        return pool.submit(call, item)
-    except BrokenExecutor as fault:  # a worker was killed, and the others with it
-        broken: Future[R] = Future()
-        broken.set_exception(fault)
-        return broken
+        futures = {pool.submit(call, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures[future], future
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(free_gpus: Any) -> None:
@@ -236,32 +177,3 @@ def _start_worker(free_gpus: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def on_cluster(
-    call: Callable[[T], Any], items: Iterable[T], workers: int | None, out: Path, cluster: str, request: dict[str, Any]
-) -> Iterator[tuple[T, str]]:
-    """call(item) for each item as a job of its own; item and the last words of its job, as they end.
-
-    submitit hands a job over as a pickle of our own making in OUT/.submitit; what it gives back is not read.
-
-    Raises:
-        ConfigError: the request holds what submitit does not know, or a value of the wrong type.
-    """
-    import submitit
-
-    submitter = submitit.AutoExecutor(folder=out / ".submitit", cluster=cluster)
-    try:
-        submitter.update_parameters(name=out.name, **{**_REQUEST, **request})
-    except (NameError, AssertionError) as fault:
-        raise ConfigError(f"cluster: {fault}") from fault
-    waiting, running = iter(items), dict[Any, T]()
-    while True:
-        room = sys.maxsize if workers is None else workers - len(running)
-        running |= {submitter.submit(call, item): item for item in islice(waiting, room)}
-        if not running:
-            return
-        for job in [job for job in running if job.done()]:
-            said = (job.stderr() or "nothing on its stderr").strip().splitlines()[-1]
-            yield running.pop(job), f"job {job.job_id} ended without a result: {said}; see {job.paths.stderr}"
-        time.sleep(_POLL_S)

@@ -8,9 +8,9 @@
 `finish` writes result.json, which pipelines and their report read.
 """
 
+import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import time
@@ -29,14 +29,12 @@ from dispersive_kit.errors import ConfigError, DataError, KitError, form_error
 PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 Mode = Literal["smoke", "class", "full"]
-
-
-_MOST_VALUES = 100_000  # in a plan or a pipeline
+_MOST_PARTS = 200_000  # in a plan or a pipeline, as JSON: some two to a value
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]  # of a folder: it leads nowhere else
 F = TypeVar("F", bound=BaseModel)
 
 
-class _Number(BaseModel, extra="forbid"):
+class Number(BaseModel, extra="forbid"):
     """A measured number. record: how it was measured, with `low`, `high` and `floor` where it has them."""
 
     name: str
@@ -53,7 +51,7 @@ class Result(BaseModel, extra="forbid"):
     seconds: float = Field(0.0, ge=0)
     peak_gib: PositiveFloat | None = None
     checks: list[dict[str, str]] = []
-    numbers: list[_Number] = []
+    numbers: list[Number] = []
     sentences: list[str] = []
 
 
@@ -76,7 +74,7 @@ class NotebookRun(Result):
 
     def record(self, name: str, value: float, *, note: str = "", record: dict[str, Any] | None = None) -> None:
         """Keep a measured number for the report, with the record of how it was measured."""
-        self.numbers.append(_Number(name=name, value=float(value), note=note, record=record))
+        self.numbers.append(Number(name=name, value=float(value), note=note, record=record))
 
     def in_mode(self, **numbers: tuple[Any, Any, Any]) -> SimpleNamespace:
         """Of each (smoke, class, full) the one of this run's mode, as attributes."""
@@ -139,21 +137,6 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     return run
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Counts values with aliases written out: eight lines of nested ones are a billion, and a list may hold itself."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        is_alias = self.check_event(yaml.AliasEvent)
-        node: Any = super().compose_node(parent, index)
-        if not is_alias:
-            kind = type(node)
-            inside = itertools.chain(*node.value) if kind is yaml.MappingNode else node.value
-            node.size = 1 if kind is yaml.ScalarNode else 1 + sum(one.size for one in inside)
-        if getattr(node, "size", math.inf) > _MOST_VALUES:
-            raise yaml.YAMLError(f"it holds itself, or more than {_MOST_VALUES:,} values with its aliases written out")
-        return node
-
-
 def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigError) -> Any:
     """The content of a YAML or JSON file.
 
@@ -162,10 +145,15 @@ def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigErro
     """
     try:
         text = file.read_text(encoding="utf-8")
-        return json.loads(text) if file.suffix == ".json" else _PlainLoader(text).get_single_data()
+        if file.suffix == ".json":
+            return json.loads(text)
+        parts = list(itertools.islice(json.JSONEncoder().iterencode(yaml.safe_load(text)), _MOST_PARTS))
+        if len(parts) == _MOST_PARTS:  # eight lines of nested aliases are a billion values
+            raise ValueError("with its aliases written out it is too long")
+        return json.loads("".join(parts))
     except OSError as fault:
         raise error(f"{missing or file} ({fault.strerror})") from fault
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as fault:
         raise error(f"{file} is not {file.suffix[1:].upper()} of plain values: {fault}") from fault
 
 
@@ -241,10 +229,7 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
 
 def _peak_memory_gib() -> float | None:
     """The most memory this process has held so far; None where the system does not tell."""
-    try:
-        # Not getrusage: its ru_maxrss is inherited from the process that started this one.
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    kib = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return round(int(kib[1]) / 2**20, 2) if kib else None
+    with contextlib.suppress(OSError):  # not getrusage: its ru_maxrss is inherited from the process that started this
+        kib = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return round(int(kib[0]) / 2**20, 2)
+    return None

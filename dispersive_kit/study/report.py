@@ -1,40 +1,25 @@
 """Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
 
-import contextlib
-import html
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
-from dispersive_kit.data.files import lock
-from dispersive_kit.errors import DataError, KitError, printable
-from dispersive_kit.study.notebook import Result, read_form, read_notebook, read_result, runs_folder
+from dispersive_kit.errors import DataError, printable
+from dispersive_kit.study.notebook import Number, read_form, read_notebook, read_result
 from dispersive_kit.study.plan import Plan
 from dispersive_kit.study.verdict import WORDS, verdict_rows
 
-# A browser that shows a page fetches nothing and runs nothing, whatever a cell put into its output.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
-_STYLE = """
-body { font: 17px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; color: #1b1b1b; }
-h2 { margin-top: 2.4rem; border-top: 1px solid #ccc; padding-top: 1rem; } figure { margin: 1.3rem 0 !important; }
-.anchor-link, .prompt { display: none; }
-table { border-collapse: collapse; margin: 1rem 0; } img { max-width: 100%; height: auto; }
-th, td { text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.quiet, figcaption { color: #555; font-size: .92rem; }
-.failed { color: #a3000b; font-weight: 600; } .better { color: #00694c; font-weight: 700; }
-.worse { color: #a34700; font-weight: 700; } .equivalent { color: #005a8d; font-weight: 700; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } details { margin: .6rem 0; }
-"""
 _NUMBERS = ("measured", "value", "95 % interval", "floor", "")
-Row = Sequence[Any]  # of a table: text, or numbers, or (address, text) for a link; the first row is the header
+_PAGES = Environment(loader=FileSystemLoader(Path(__file__).with_name("pages")), autoescape=True)
+_PAGES.filters["indented"] = partial(json.dumps, indent=1)
 
 
 class NotebookTask(BaseModel):
@@ -55,9 +40,6 @@ class NotebookTask(BaseModel):
     traceback: str = ""
     environment: dict[str, Any] = {}
 
-    def failed(self, error: str) -> "NotebookTask":
-        return self.model_copy(update={"status": "failed", "error": error})
-
 
 def read_task(folder: Path) -> NotebookTask | None:
     """The run in `folder`, if there is one.
@@ -70,81 +52,17 @@ def read_task(folder: Path) -> NotebookTask | None:
     return read_form(file, NotebookTask, str(file), DataError, folder=folder)
 
 
-def _result(task: NotebookTask) -> Result | None:
-    """What it measured; None where it failed before that, which its error says."""
-    with contextlib.suppress(DataError):
-        return read_result(task.folder)
-    return None
-
-
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text in columns, without what a terminal would obey."""
-    cells = [[printable(str(cell)).replace("\n", " ") for cell in row] for row in rows]
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
+    return "\n".join(map(str.rstrip, lines))
 
 
-def runs_table() -> str:
-    """All runs of notebooks in the runs folder. The folders are the registry: it is never out of date."""
-    place, rows = runs_folder(), [["run", "status", "mode", "time", "started", "code", "device"]]
-    walked = os.walk(place, onerror=_unlisted) if place.exists() else ()
-    for folder in sorted(Path(at) for at, _, files in walked if "stage.json" in files):
-        name = folder.relative_to(place).as_posix()
-        try:
-            task = read_task(folder)
-        except DataError as damaged:
-            rows.append([name, str(damaged), *[""] * 5])
-            continue
-        assert task
-        status: str = task.status
-        if status == "running":
-            with contextlib.suppress(KitError), lock(folder.with_name(f".{folder.name}.lock"), busy="held"):
-                status = "killed"
-        seconds, started = f"{task.seconds:.0f} s" if task.seconds else "", task.started[:16].replace("T", " ")
-        code, device = (str(task.environment.get(name) or "") for name in ("commit", "device"))
-        rows.append([name, status, str(task.parameters.get("mode", "")), seconds, started, code[:9], device])
-    return as_table(rows) if len(rows) > 1 else f"no runs in {place}"
-
-
-def _unlisted(fault: OSError) -> None:
-    raise DataError(f"{fault.filename} cannot be listed ({fault.strerror}), so runs in it would be left out")
-
-
-def _html_table(rows: Sequence[Row]) -> str:
-    """Rows as HTML: numbers stand right, a column in which nothing stands is left out, a word is its own class."""
-    head, *body = rows
-    shown = [i for i in range(len(head)) if any(row[i] not in ("", None) for row in body)]
-    lines = ["".join(f"<th>{html.escape(str(head[i]))}</th>" for i in shown)]
-    lines += ["".join(_cell(row[i]) for i in shown) for row in body]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _cell(content: Any) -> str:
-    address, text = content if isinstance(content, tuple) else ("", "" if content is None else str(content))
-    kind = "number" if text[:1].isdigit() else text if text.isalpha() else ""
-    text = html.escape(text)
-    return f'<td class="{kind}">' + (f'<a href="{html.escape(address)}">{text}</a>' if address else text) + "</td>"
-
-
-def _folded(summary: str, content: str) -> str:
-    """A part of a page that is folded away; content: HTML, and without any there is no part."""
-    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>" if content else ""
-
-
-def _quoted(text: str, kind: str = "pre") -> str:
-    """Plain text as an element of HTML."""
-    tag, _, style = kind.partition(".")
-    return f'<{tag} class="{style}">{html.escape(text)}</{tag}>' if text else ""
-
-
-def _write_page(file: Path, title: str, *parts: str) -> Path:
-    """Write a page of parts, which are HTML; returns `file`."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{html.escape(title)}</title>'
-    head += f"<style>{_STYLE}</style>"
-    body = "\n".join([_quoted(title, "h1"), *filter(None, parts)])
-    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', "utf-8")
+def _write_page(file: Path, template: str, **content: Any) -> Path:
+    """Write a page from pages/TEMPLATE.html.j2; text in it is text, not HTML. Returns `file`."""
+    file.write_text(_PAGES.get_template(f"{template}.html.j2").render(content), encoding="utf-8")
     return file
 
 
@@ -159,112 +77,61 @@ def write_notebook_page(notebook: Path) -> None:
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
-    _write_page(notebook.with_suffix(".html"), notebook.parent.name, body)
+    _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=body)
 
 
-def write_report(results: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, list[Row]]:
+def write_report(tasks: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, str]:
     """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers."""
-    overview: list[Row] = [("stage", "status", "time", "")]
-    parts, told = [], list[Row]([_NUMBERS])
-    for name, group in groupby(results, lambda run: run.name.partition("/")[0]):
-        runs = sorted(group, key=lambda run: run.name)
-        status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
-        link = _link(runs[0], out, "executed notebook") if len(runs) == 1 else ""
-        took = f"{sum(run.seconds for run in runs):.0f} s"
-        overview.append(((f"#{name}", name), runs[0].status if link else status, took, link))
-        parts.append(f'<h2 id="{name}">{name}</h2>')
-        for run in (run for run in runs if run.error):
-            parts += [_quoted(f"{run.name}: {run.error}", "p.failed"), _folded("traceback", _quoted(run.traceback))]
-        shown, rows = _of_grid(runs, out) if "/" in runs[0].name else _of_one_run(runs[0])
-        parts += shown
-        told += rows
-    if found := results[0].environment if results else {}:
-        names = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "dispersive-kit"))
-        parts.append(_quoted(f"{found['commit'] or 'an installed package'}; {names}; {found['device']}", "p.quiet"))
-    return _write_page(out / "report.html", title, _quoted(subtitle, "p.quiet"), _html_table(overview), *parts), told
+    stages = [_stage(name, list(runs)) for name, runs in groupby(tasks, lambda run: run.name.partition("/")[0])]
+    numbers = [(", ".join(filter(None, (row[0], point))), *row[1:])
+               for stage in stages for point, rows in stage["points"].items() for row in rows[1:]]  # fmt: skip
+    content = {"title": title, "subtitle": subtitle, "stages": stages, "found": tasks[0].environment if tasks else {}}
+    return _write_page(out / "report.html", "report", **content), as_table([_NUMBERS, *numbers])
 
 
-def _of_one_run(run: NotebookTask) -> tuple[list[str], list[Row]]:
-    """Parts of the page, and the numbers."""
-    if not (result := _result(run)):
-        return [], []
-    smoke = "Smoke mode: it shows that everything runs. Its numbers mean nothing." if result.mode == "smoke" else ""
-    cells = read_notebook(run.folder / "notebook.ipynb").cells
-    pages = [o["data"]["text/html"] for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    checks = "\n".join(f"{check['promise']}  {check['detail']}" for check in result.checks)
-    records = [number.record for number in result.numbers if number.record]
-    rows = [_number_row(number.name, number.value, number.record or {}, number.note) for number in result.numbers]
-    parts = [
-        *(_quoted(sentence, "p") for sentence in result.sentences),
-        _quoted(smoke, "p.quiet"),
-        _html_table([_NUMBERS, *rows]),
-        *(figure for page in pages for figure in re.findall("<figure.*?</figure>", "".join(page), re.DOTALL)),
-        _folded(f"{len(result.checks)} checks passed", _quoted(checks)),
-        _folded("records: how each number was measured", _quoted(json.dumps(records, indent=1) if records else "")),
-    ]
-    return parts, rows
+def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
+    """What the report says of a stage: of one run all that it left, of several the means over seeds.
 
-
-def _of_grid(runs: Sequence[NotebookTask], out: Path) -> tuple[list[str], list[Row]]:
-    """Parts of the page, and the numbers: means over seeds for each point of the grid.
-
-    Failed runs and runs in smoke mode are left out, and named with the reason.
+    Failed runs enter no mean, nor do those in smoke mode; each is named with the reason.
     """
     varied = [name for name in runs[0].parameters if len({repr(run.parameters.get(name)) for run in runs}) > 1]
-    points, parts, told = dict[str, dict[str, list[float]]](), list[str](), list[Row]()
+    left_out, points, alone = dict[str, str](), dict[str, dict[str, list[Number]]](), dict[str, Any]()
     for run in runs:
-        result = _result(run)
-        if run.error or result is None or result.mode == "smoke":  # the mode it ran in, forced or not
-            parts.append(_quoted(f"left out: {run.name}: {f'failed: {run.error}' if run.error else 'smoke mode'}", "p"))
+        result = None if run.error else read_result(run.folder)
+        if not result or (result.mode == "smoke" and len(runs) > 1):  # the mode it ran in, forced or not
+            left_out[run.name] = run.error or "smoke mode"
             continue
         point = ", ".join(f"{name} = {run.parameters[name]}" for name in varied if name != "seed")
         for number in result.numbers:
-            points.setdefault(point, {}).setdefault(number.name, []).append(number.value)
-    for point, values in points.items():
-        rows = [_number_row(name, *_mean(x), f"mean of {len(x)}") for name, x in values.items()]
-        parts += [_quoted(point, "h3"), _html_table([_NUMBERS, *rows])]
-        told += [(", ".join(filter(None, (row[0], point))), *row[1:]) for row in rows]
-    table = [("run", "status", "time"), *((_link(r, out, r.name), r.status, f"{r.seconds:.0f} s") for r in runs)]
-    return [*parts, _folded(f"the {len(runs)} runs; intervals: Student's t, over seeds", _html_table(table))], told
+            points.setdefault(point, {}).setdefault(number.name, []).append(number)
+        if len(runs) == 1:
+            alone = {"result": result, "figures": _figures(run)}
+    tables = {point: [_NUMBERS, *(_row(*one) for one in numbers.items())] for point, numbers in points.items()}
+    status = " ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items()).removeprefix("1 ")
+    return {"name": name, "runs": runs, "status": status, "left_out": left_out, "points": tables, **alone}
 
 
-def _mean(x: list[float]) -> tuple[float, dict[str, float]]:
-    """The mean, and the ends of its 95 % t-interval: one value has none."""
+def _figures(run: NotebookTask) -> list[str]:
+    outputs = (o for cell in read_notebook(run.folder / "notebook.ipynb").cells for o in cell.get("outputs", []))
+    pages = ("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    return [figure for page in pages for figure in re.findall("<figure.*?</figure>", page, re.DOTALL)]
+
+
+def _row(name: str, numbers: Sequence[Number]) -> tuple[str, ...]:
+    """One number with its interval and floor; several as their mean, with the 95 % t-interval."""
     from scipy import stats
 
-    mean = sum(x) / len(x)
-    if len(x) == 1:
-        return mean, {}
-    low, high = stats.t.interval(0.95, len(x) - 1, mean, stats.sem(x))
-    return mean, {"low": low, "high": high}
-
-
-def _number_row(name: str, value: float, record: dict[str, Any], note: str) -> Row:
+    values = [number.value for number in numbers]
+    mean, record, note = sum(values) / len(values), numbers[0].record or {}, numbers[0].note
+    if len(values) > 1:
+        low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+        record, note = {"low": low, "high": high}, f"mean of {len(values)}"
     interval = f"{record['low']:.2f} to {record['high']:.2f}" if record.get("low") is not None else ""
-    floor = f"{record['floor']:.2f}" if "floor" in record else ""
-    return name, f"{value:.3g}", interval, floor, html.unescape(note)
-
-
-def _link(run: NotebookTask, out: Path, text: str) -> tuple[str, str]:
-    return f"{os.path.relpath(run.folder, out)}/notebook.html", text
+    return name, f"{mean:.3g}", interval, f"{record['floor']:.2f}" if "floor" in record else "", note
 
 
 def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
     """Write the page of a study; figures are HTML. Returns `file`."""
-    hours = results["cpu_hours"]
-    of = (
-        f"Plan {plan.name}, sha256 {plan.sha256[:16]}. {len(results['runs'])} runs and {len(results['tuning'])} "
-        f"for tuning; {hours['used']:.2f} CPU hours, {hours['planned']:.2f} planned. Margin: {plan.margin_from}"
-    )
-    details = {"how it was measured": "record", "numbers that describe each arm": "summary",
-               "code and machine": "environments", f"{len(results['runs'])} runs": "runs"}  # fmt: skip
-    return _write_page(
-        file,
-        results["title"],
-        _quoted(results["question"], "p") + _quoted(of, "p.quiet"),
-        _html_table(verdict_rows(results)),
-        *figures,
-        _folded("what the words mean", _quoted(WORDS.replace("*", ""))),
-        _folded("the plan", _quoted(plan.file.read_text(encoding="utf-8"))),
-        *(_folded(title, _quoted(json.dumps(results[part], indent=1))) for title, part in details.items()),
-    )
+    text, words = plan.file.read_text(encoding="utf-8"), WORDS.replace("*", "")
+    content = {"plan": plan, "text": text, "words": words, "figures": figures, "rows": verdict_rows(results)}
+    return _write_page(file, "study", title=results["title"], results=results, **content)

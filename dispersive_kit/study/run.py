@@ -5,7 +5,7 @@ What ended well and is unchanged is not run again; what was killed goes on in it
 resumes from its checkpoint.
 """
 
-import ast
+import builtins
 import hashlib
 import itertools
 import json
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +25,8 @@ from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import ConfigError, DataError, KitError, printable
 from dispersive_kit.study import notebook as nb
-from dispersive_kit.study.machine import describe_environment, in_pool, on_cluster, package_hash, require_home
-from dispersive_kit.study.report import NotebookTask, as_table, read_task, write_notebook_page, write_report
+from dispersive_kit.study.machine import describe_environment, in_pool, package_hash, require_home
+from dispersive_kit.study.report import NotebookTask, read_task, write_notebook_page, write_report
 
 _SHIPPED = {file.stem: file for file in sorted((nb.PACKAGE / "study" / "pipelines").glob("*.yaml"))}
 _CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
@@ -44,19 +45,15 @@ class _Stage(BaseModel, extra="forbid", frozen=True):
 
 
 class _Pipeline(BaseModel, extra="forbid", frozen=True):
-    """Stages in order, read from the YAML `file`.
-
-    executor: a pool of processes here, Slurm jobs, or a trial of such jobs here (local). workers: runs of a stage at
-    once; None: one for each GPU, or one, in a pool, and all on a cluster. cluster: what to ask it for.
-    """
+    """Stages in order, read from the YAML `file`. workers: runs of a stage at once; None: one for each GPU, or one."""
 
     title: Annotated[str, Field(min_length=1)]
     stages: Annotated[tuple[_Stage, ...], Field(min_length=1)]
     mode: nb.Mode = "class"
-    executor: Literal["pool", "slurm", "local"] = "pool"
     workers: PositiveInt | None = None
-    cluster: dict[str, Any] = {}
     file: Path = Path()
+    executor: Literal["pool"] = "pool"  # of earlier versions, like what to ask a cluster for
+    cluster: Any = None
 
 
 def run(
@@ -80,7 +77,7 @@ def run(
         print(printable(f"[{len(ended)}/{total}] {task.name}: {task.status} ({task.seconds:.0f} s)"), flush=True)
     subtitle = f"dispersive-kit run {name}, {pipeline.mode} mode: {len(ended)} of {total} runs"
     page, numbers = write_report(ended, folder, title=pipeline.title, subtitle=subtitle)
-    print(f"\n{as_table(numbers)}\n\nreport: {page}")
+    print(f"\n{numbers}\n\nreport: {page}")
     if failed := [task for task in ended if task.status == "failed"]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise KitError(f"{failed[0].name} failed at {failed[0].error}; see {failed[0].folder}/log.txt{more}")
@@ -90,20 +87,16 @@ def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> _Pip
     if name in _SHIPPED or Path(name).suffix in (".yaml", ".yml"):
         if parameters:
             raise ConfigError("parameters go to a notebook; a pipeline has its own")
-        return _load_pipeline(name, **changes)
-    if changes.keys() - {"mode"}:
-        raise ConfigError("a notebook runs here, alone: --executor and --workers are for pipelines")
+        file, missing = _SHIPPED.get(name, Path(name)), f"no pipeline {name!r}; shipped are: {', '.join(_SHIPPED)}"
+        return nb.read_form(file, _Pipeline, missing, file=file, **changes)
+    if "workers" in changes:
+        raise ConfigError("a notebook runs alone: --workers is for pipelines")
     notebook = nb.find_notebook(name).absolute()
     if wrong := next((text for text in parameters if "=" not in text), ""):
         raise ConfigError(f"{wrong!r} is not NAME=VALUE")
     typed = _check_parameters(notebook, dict(text.split("=", 1) for text in parameters), typed=True)
     stage = _Stage(notebook=str(notebook), parameters=typed)
     return _Pipeline(title=notebook.stem, stages=(stage,), file=notebook, **changes)
-
-
-def _load_pipeline(name: str, **changes: Any) -> _Pipeline:
-    file, missing = _SHIPPED.get(name, Path(name)), f"no pipeline {name!r}; shipped are: {', '.join(_SHIPPED)}"
-    return nb.read_form(file, _Pipeline, missing, file=file, **changes)
 
 
 def _plan(pipeline: _Pipeline, out: Path = Path()) -> list[list[NotebookTask]]:
@@ -139,18 +132,15 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
     import papermill
 
     nb.read_notebook(notebook)  # papermill ends in errors of its own
-    declared = {name: one["default"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
+    declared = {name: one["inferred_type_name"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
     declared.pop("out", None)
     checked = {}
     for name, value in given.items():
         if name not in declared:
             known = ", ".join(declared)
             raise ConfigError(f"{notebook.stem} has no parameter {name!r}; it has: {known}. --out names its folder")
-        try:
-            kind: Any = type(ast.literal_eval(declared[name]))
-        except (ValueError, SyntaxError):  # computed
-            kind = Any
-        form = TypeAdapter(kind)
+        kind = getattr(builtins, declared[name], object)
+        form = TypeAdapter[Any](kind)
         read = form.validate_json if typed and kind is not str else form.validate_python
         try:
             checked[name] = read(value, strict=True)
@@ -165,37 +155,36 @@ def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> It
 
     Raises:
         KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown, a
-            value has the wrong type, a name is used twice; or the workers or the request to the cluster cannot be.
+            value has the wrong type, a name is used twice; or there cannot be so many workers.
     """
     planned = _plan(pipeline, out)
     if out.exists() and any(out.iterdir()) and not resume:
         raise KitError(f"{out} is not empty: go on with --resume, or name another folder with --out")
     for tasks in planned:
-        failed = False
-        for task in _run_tasks(pipeline, tasks, out.resolve()):
-            failed = failed or task.status == "failed"
+        ended = []
+        for task in _run_tasks(tasks, pipeline.workers):
+            ended.append(task.status)
             yield task
-        if failed:
+        if "failed" in ended:
             return
 
 
-def _run_tasks(pipeline: _Pipeline, tasks: list[NotebookTask], out: Path) -> Iterator[NotebookTask]:
-    workers, executor = pipeline.workers, pipeline.executor
-    if executor == "pool" and len(tasks) == 1:
-        yield _run_task(tasks[0])
-    elif executor == "pool":
-        for task, future in in_pool(_run_task, tasks, workers):
-            try:
-                yield future.result()
-            except BrokenExecutor:
-                yield task.failed("a worker was killed (by the system, for memory?); --resume runs what is not done")
-    else:
-        done = {task.name: ended for task in tasks if (ended := _done(task))}
-        yield from done.values()
-        waiting = [task for task in tasks if task.name not in done]
-        for task, last_words in on_cluster(_run_task, waiting, workers, out, executor, pipeline.cluster):
-            known = (ended := read_task(task.folder)) and ended.key == _key(task) and ended.status != "running"
-            yield ended if ended and known else task.failed(last_words)
+class _ElsewhereError(KitError):
+    """Another process is at this run."""
+
+
+def _run_tasks(tasks: list[NotebookTask], workers: int | None) -> Iterator[NotebookTask]:
+    """Each once. What another process is at comes last: so the jobs of a cluster share a sweep."""
+    last = tasks if len(tasks) == 1 else []
+    for task, future in in_pool(partial(_run_task, busy="elsewhere"), tasks, workers) if len(tasks) > 1 else ():
+        try:
+            yield future.result()
+        except _ElsewhereError:
+            last.append(task)
+        except BrokenExecutor:
+            error = "a worker was killed (by the system, for memory?); --resume runs what is not done"
+            yield task.model_copy(update={"status": "failed", "error": error})
+    yield from map(_run_task, last)
 
 
 def _key(task: NotebookTask) -> str:
@@ -211,14 +200,17 @@ def _done(task: NotebookTask) -> NotebookTask | None:
     return ended.model_copy(update={"status": "skipped"}) if ended and same else None
 
 
-def _run_task(task: NotebookTask) -> NotebookTask:
+def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
     """Execute one notebook into its folder, unless that is done.
 
-    Files of a run from other inputs are moved to FOLDER.earlier-1. Where another process runs, this one waits.
+    Files of a run from other inputs are moved to FOLDER.earlier-1. Where another process is at it, this one waits, or,
+    if told what to say, raises _ElsewhereError.
     """
     folder = task.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock(folder.with_name(f".{folder.name}.lock")):  # beside the folder, since that may be moved
+    folder.parent.mkdir(parents=True, exist_ok=True)  # the lock lies there, since the folder may be moved
+    with lock(
+        folder.with_name(f".{folder.name}.lock"), busy, _ElsewhereError
+    ):  # beside the folder, since that may be moved
         if done := _done(task):
             return done
         earlier = read_task(folder)

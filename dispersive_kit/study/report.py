@@ -95,7 +95,8 @@ def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
     Failed runs enter no mean, nor do those in smoke mode; each is named with the reason.
     """
     varied = [name for name in runs[0].parameters if len({repr(run.parameters.get(name)) for run in runs}) > 1]
-    left_out, points, alone = dict[str, str](), dict[str, dict[str, list[Number]]](), dict[str, Any]()
+    left_out, points = dict[str, str](), dict[str, dict[str, list[Number]]]()
+    alone: dict[str, Any] = {"result": None, "figures": []}
     for run in runs:
         result = None if run.error else read_result(run.folder)
         if not result or (result.mode == "smoke" and len(runs) > 1):  # the mode it ran in, forced or not

@@ -108,7 +108,8 @@ def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
         if len(runs) == 1:
             alone = {"result": result, "figures": _figures(run)}
     tables = {point: [_NUMBERS, *(_row(*one) for one in numbers.items())] for point, numbers in points.items()}
-    status = " ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items()).removeprefix("1 ")
+    status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
+    status = status if len(runs) > 1 else runs[0].status
     return {"name": name, "runs": runs, "status": status, "left_out": left_out, "points": tables, **alone}
 
 

@@ -100,7 +100,7 @@ def test_the_report_shows_everything_in_one_offline_file(ended):
     assert "A &amp; B" in page and "It is so." in page and 'alt="a dot"' in page and "1 checks passed" in page
     assert "half" in page and "1.5" in page and "2.50 to 3.50" in page and "torch 2" in page
     assert '<td class="failed">failed</td>' in page and "one is not enough" in page and "2 ok, 1 failed" in page
-    assert "mean of 2" in page and "left out: seeds/seed=1: failed" in page
+    assert "mean of 2" in page and "left out: seeds/seed=1: cell 3" in page
     assert page.count("floor</th>") == 1 < page.count("95 % interval</th>")  # no column in which nothing stands
     assert "://" not in page and "<script" not in page and "<link" not in page
     assert "default-src 'none'" in page.partition("<body>")[0]
@@ -133,7 +133,7 @@ def test_a_smoke_or_failed_run_never_enters_a_mean(tmp_path):
     interval = f"{5 - half:.2f} to {5 + half:.2f}"
     told = [" ".join(line.split()) for line in numbers.splitlines()]
     assert told[1:] == [f"FD, at = a 5 {interval} mean of 3", "FD, at = b 7"]  # one run has no interval
-    assert "sweep/broken: failed: it broke" in page.read_text() and "sweep/smoke: smoke mode" in page.read_text()
+    assert "sweep/broken: it broke" in page.read_text() and "sweep/smoke: smoke mode" in page.read_text()
 
 
 # ---- what fails a run without stopping a cell

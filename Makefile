@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | gpu | site | clean;  `make help` says what each does.
+# make demo | test | lab | bench | gpu | course | site | clean;  `make help` says what each does.
 PYTHON ?= python3
 VENV   ?= .venv
 # Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
@@ -12,7 +12,7 @@ endif
 HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab bench gpu site lint clean
+.PHONY: help demo test test-long lab bench gpu course site lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -43,6 +43,9 @@ gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/
 	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu; tests=$$?; \
 	$(GPU_PYTHON) tests/benchmarks/bench_gpu.py && exit $$tests
 
+course: $(VENV)/.course  ## the exercises as a course for nbgrader in build/course, and a sample of it graded
+	"$(RUN)"/python data/make_course.py build/course
+
 site: $(VENV)/.notebooks  ## all notebooks as executed in class mode, as static pages in runs/site (half an hour)
 	$(RUN)/dispersive-kit run quick --mode class --out runs/class --resume
 	$(RUN)/python data/make_site.py runs/class runs/site
@@ -72,6 +75,10 @@ $(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
 	"$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" -e '.[notebooks,latents]'
 	@mkdir -p "$(VENV)"/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > "$(VENV)"/share/jupyter/lab/settings/overrides.json
+	@touch "$@"
+
+$(VENV)/.course: $(VENV)/.notebooks
+	"$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" -e '.[course]'
 	@touch "$@"
 
 $(VENV)/.test: $(VENV)/.notebooks

@@ -21,13 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispersive_kit.analysis import (
-    encoder,
-    extract,
-    geometry,
-    noisy,
-    projection,
-)
+from dispersive_kit.analysis import encoder, extract, geometry, noisy, projection
 from dispersive_kit.analysis.projection import picture_name
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256, list_folder

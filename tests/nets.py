@@ -29,14 +29,23 @@ def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def seen(reg, *inputs):
+    """Output of the regulariser's model, while it is armed."""
+    with reg:
+        return reg.model(*(inputs or (X, T)))
+
+
+def backward(model, out, loss):
+    (out.square().mean() + loss).backward()
+    return loss.detach(), gradient(model)
+
+
 def step(model, reg, call=None, **labels):
     """Loss and gradient of one step with the regulariser; `call` is the model as it is called."""
     model.zero_grad()
     with reg:
         out = (model if call is None else call)(X, T)
-    loss = reg.loss(**labels)
-    (out.square().mean() + loss).backward()
-    return loss.detach(), gradient(model)
+    return backward(model, out, reg.loss(**labels))
 
 
 def features(*shape, seed=0, dtype=torch.float64, scale=1.0):

@@ -89,7 +89,7 @@ class Kit:
         for block in model.blocks if compiled else ():
             block.compile(backend="inductor" if device.type == "cuda" else "eager")
 
-    def step(self, x0: Tensor, y: Tensor, lap: object) -> None:
+    def step(self, x0: Tensor, y: Tensor) -> None:
         with self.reg if self.weight else contextlib.nullcontext():
             loss, aux = FlowMatching()(self.model, x0, y, generator=self.generator)
         (loss + self.reg.loss(t=aux.t, y=y) if self.weight else loss).backward()
@@ -124,7 +124,7 @@ def bench_training(name: str, peak: float, sizes: Sizes, device: torch.device) -
     def steps(arm: str, disperse: bool) -> None:
         arms[arm].weight = 0.5 * disperse
         for _ in range(sizes.steps):
-            arms[arm].step(x0, y, lambda part: None)
+            arms[arm].step(x0, y)
 
     calls = {(arm, d): lambda arm=arm, d=d: steps(arm, d) for arm in arms for d in (False, True)}
     taken, rows = in_turns(calls, sizes.seconds, device), []

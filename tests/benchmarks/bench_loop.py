@@ -6,7 +6,6 @@ optimizer. What the loop does beside that is drawing the batch, clipping, the av
 Both take turns in one run, five steps each. Checkpoints and previews are left out: their share is a setting.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timing import is_quick, row
 
 from dispersive_kit.training import RegularizerConfig, TrainConfig, train, train_preset
 from dispersive_kit.training.runs import attach_regularizer
@@ -63,21 +63,12 @@ def one_round(loop: Callable[[], object], bare: Callable[[], None]) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    args = parser.parse_args()
-    rounds = 1 if args.quick else 9
+    rounds = 1 if is_quick(__doc__) else 9
+    never = {"preview_images": 0, "eval_every": 10**6, "checkpoint_every": 10**6}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_cifar(folder)
-        config = train_preset(
-            "cifar10-cpu",
-            data_dir=name,
-            regularizer=RegularizerConfig(preset="paper"),
-            preview_images=0,
-            eval_every=10**6,
-            checkpoint_every=10**6,
-        )
+        config = train_preset("cifar10-cpu", data_dir=name, regularizer=RegularizerConfig(preset="paper"), **never)
         assert config.log_every == TURNS * BLOCK
         records, bare = train(config, folder / "loop"), bare_steps(config, folder / "bare")
         times = [one_round(lambda: next(records), bare) for _ in range(rounds + 1)][1:]  # the first one warms up
@@ -85,10 +76,9 @@ def main() -> None:
     ratios = sorted(b / a for a, b in times)  # of a round's own two: what slows the machine for a while slows both
     threads = torch.get_num_threads()
     print(f"preset cifar10-cpu, batch {config.batch_size}, torch {torch.__version__}, {threads} threads")
-    print(
-        f"bare step / step of the loop   {1e3 * step:.1f} ms / {1e3 * loop:.1f} ms, median of {len(ratios)} rounds "
-        f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})   at least 0.97"
-    )
+    got = f"{1e3 * step:.1f} ms / {1e3 * loop:.1f} ms = {statistics.median(ratios):.3f}"
+    row("bare step / step of the loop", got, "at least 0.97")
+    row(f"  of single rounds, of which there are {len(ratios)}", f"{ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":

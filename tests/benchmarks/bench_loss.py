@@ -1,18 +1,16 @@
 """Speed and memory of Dispersive Loss: `python tests/benchmarks/bench_loss.py [--quick]`.
 
 The alternative is the released code's form (pdist, squared over dim, both orders, B zeros, log-mean-exp), timed in
-the same run, in turns. Memory is the process's peak (Linux), above the features and their gradient.
+turns. Memory is the process's peak (Linux), above the features and their gradient.
 """
 
-import argparse
 import ctypes
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import in_turns, is_quick, row
 from torch import Tensor
 
 from dispersive_kit.diffusion.objectives import FlowMatching
@@ -24,20 +22,6 @@ def released(z: Tensor, tau: float = 0.5) -> Tensor:
     z = z.reshape(len(z), -1)
     d = F.pdist(z).pow(2) / z.shape[1]
     return torch.exp(-torch.cat([d, d, torch.zeros(len(z))]) / tau).mean().log()
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that other load meets all alike."""
-    for call in calls:
-        call()
-    rounds = [[seconds(call) for call in calls] for _ in range(repeats)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def memory(name: str) -> int:
@@ -55,19 +39,17 @@ def peak_above(z: Tensor) -> int:
     return memory("VmHWM") - before - z.numel() * z.element_size()
 
 
-def row(what: str, got: str, wanted: str = "") -> None:
-    print(f"{what:58s} {got:>34s}   {wanted}")
-
-
-def bench_speed(shape: tuple[int, ...], repeats: int) -> None:
+def bench_speed(shape: tuple[int, ...], rounds: int) -> None:
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    theirs, ours = interleaved([lambda f=f: torch.autograd.grad(f(z), z) for f in (released, dispersive_loss)], repeats)
+    forms = {"released": released, "kit": dispersive_loss}
+    took = in_turns({name: lambda f=f: torch.autograd.grad(f(z), z) for name, f in forms.items()}, rounds)
+    theirs, ours = took["released"], took["kit"]
     above = peak_above(z) / (z.numel() * z.element_size())
     row(f"forward + backward {shape}", f"{theirs:.3f} s / {ours:.4f} s = {theirs / ours:.1f} x", "at least 7 x")
     row("  peak memory above z and its gradient", f"{above:.2f} x z", "at most 1.5 x")
 
 
-def bench_share(repeats: int) -> None:
+def bench_share(rounds: int) -> None:
     """The loss with its own backward, statistics and checks, against the whole step of DiT-S/4 at batch 32."""
     model = build_dit("DiT-S/4").train()
     reg = Dispersive.from_preset(model, "paper")
@@ -83,12 +65,10 @@ def bench_share(repeats: int) -> None:
         (loss + reg.loss(t=aux.t)).backward()
         optimizer.step()
 
-    whole, part = interleaved([step, lambda: reg.loss(taps=[leaf]).backward()], repeats)
-    row(
-        "share of a DiT-S/4 step, batch 32, 4x32x32",
-        f"{1e3 * part:.2f} ms / {whole:.3f} s = {100 * part / whole:.2f} %",
-        "at most 0.5 %",
-    )
+    took = in_turns({"step": step, "loss": lambda: reg.loss(taps=[leaf]).backward()}, rounds)
+    part, whole = took["loss"], took["step"]
+    share = f"{1e3 * part:.2f} ms / {whole:.3f} s = {100 * part / whole:.2f} %"
+    row("share of a DiT-S/4 step, batch 32, 4x32x32", share, "at most 0.5 %")
 
 
 def bench_large(B: int, D: int) -> None:
@@ -100,11 +80,9 @@ def bench_large(B: int, D: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller sizes")
-    quick = parser.parse_args().quick
+    quick = is_quick(__doc__)
     print(f"Dispersive Loss, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for shape in [(256, 64, 384)] if quick else [(256, 64, 384), (256, 256, 768)]:
+    for shape in [(256, 64, 384), (256, 256, 768)][: 1 if quick else 2]:
         bench_speed(shape, 3 if quick else 9)
     bench_share(2 if quick else 9)
     bench_large(*((6_000, 512) if quick else (16_384, 4096)))

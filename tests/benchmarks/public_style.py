@@ -132,7 +132,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
 
 
 class PublicStyle:
-    """One training step, at the tap and weight that `bench_training_step.Ours` has."""
+    """One training step."""
 
     def __init__(self, model: nn.Module, tap: int, weight: float) -> None:
         self.model, self.weight = model.train(), weight
@@ -147,12 +147,10 @@ class PublicStyle:
         loss = error.mean(dim=[1, 2, 3]).mean()
         return loss + self.weight * dispersive(self.tapped) if self.weight else loss
 
-    def step(self, x1: Tensor, y: Tensor, lap) -> None:
+    def step(self, x1: Tensor, y: Tensor) -> None:
         loss = self.loss(x1, y)
         self.optimizer.zero_grad()
-        lap("outside")
         loss.backward()
-        lap("model")
         self.optimizer.step()
         update_ema(self.ema, self.model)
         self.running += loss.item()

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from nets import T, X, gradient, small_dit, step
+from nets import T, X, backward, gradient, seen, small_dit, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,17 +14,19 @@ from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.regularizers import Dispersive, LayerSync, dispersive_loss
 
+HALVES = slice(0, 3), slice(3, 6)
 
-def expected(at=1, **options):
+
+def attached(at="blocks.1", *, of=None, **options):
+    model = small_dit() if of is None else of
+    return model, Dispersive(model, at, **options)
+
+
+def expected(path="blocks.1", **options):
     """The same by hand: the block's output caught without Dispersive."""
-    model, seen = small_dit(), []
-    model.get_submodule(f"blocks.{at}" if isinstance(at, int) else at).register_forward_hook(
-        lambda module, args, output: seen.append(output)
-    )
-    out = model(X, T)
-    loss = 0.5 * dispersive_loss(seen[0], **options)
-    (out.square().mean() + loss).backward()
-    return loss.detach(), gradient(model)
+    model, caught = small_dit(), []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: caught.append(output))
+    return backward(model, model(X, T), 0.5 * dispersive_loss(caught[0], **options))
 
 
 def assert_same(got, want, rtol=1e-5):
@@ -41,8 +43,7 @@ def fresh_compiler():
 
 def test_loss_and_gradient_are_those_of_the_blocks_output():
     # mutation: `self.output = output.detach()`
-    model = small_dit()
-    assert_same(step(model, Dispersive(model, "blocks.1")), expected())
+    assert_same(step(*attached()), expected())
 
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def compiled(model):
 
 
 def test_compile_of_the_whole_model_attached_before_the_first_call():
-    model = small_dit()
-    reg, call = Dispersive(model, "blocks.1"), compiled(model)
+    model, reg = attached()
+    call = compiled(model)
     for _ in range(2):
         assert_same(step(model, reg, call), expected())
 
@@ -63,10 +64,10 @@ def test_compile_of_the_whole_model_attached_before_the_first_call():
 def test_compile_of_the_whole_model_attached_after_the_first_call_raises_with_the_cure(in_place):
     # mutation: `_checked` returns a zero where nothing was captured
     model = small_dit()
-    call = None if in_place else compiled(model)
     if in_place:
         model.compile(backend="eager")
-    (model if in_place else call)(X, T)
+    call = model if in_place else compiled(model)
+    call(X, T)
     reg = Dispersive(model, "blocks.1")
     with pytest.raises(DispersiveError, match=r"blocks\.1.*torch\.compile.*reset\(\)"):
         step(model, reg, call)
@@ -88,16 +89,13 @@ def test_compile_block_by_block_works_in_either_order(attach_first):
 
 def test_fullgraph_with_checkpointing_works_through_taps():
     # The untreated row: with the hook, Dynamo refuses the side effect inside the checkpoint.
-    model = small_dit(checkpointing=True)
-    reg = Dispersive(model, "blocks.1")
+    model, reg = attached(of=small_dit(checkpointing=True))
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
         step(model, reg, call)
     model.zero_grad()
     out, taps = call(X, T, taps=(1,))
-    loss = reg.loss(taps=taps)
-    (out.square().mean() + loss).backward()
-    assert_same((loss.detach(), gradient(model)), expected())
+    assert_same(backward(model, out, reg.loss(taps=taps)), expected())
 
 
 # ---- checkpointing -----------------------------------------------------------------------------------------
@@ -105,33 +103,23 @@ def test_fullgraph_with_checkpointing_works_through_taps():
 
 @pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
 def test_non_reentrant_checkpointing_with_backward_inside_the_with_block(path):
-    # mutation: no check of the graph task in `Tap.__call__`: the recomputation fills the slot of the next step
-    model = small_dit(checkpointing=True)
-    reg = Dispersive(model, path)
+    # mutation: no check of the graph task in `_Tap.__call__`: the recomputation fills the slot of the next step
+    model, reg = attached(path, of=small_dit(checkpointing=True))
     with reg:
         for _ in range(2):
             model.zero_grad()
-            out = model(X, T)
-            loss = reg.loss()
-            (out.square().mean() + loss).backward()
+            got = backward(model, model(X, T), reg.loss())
             assert not reg.captured
-            got = loss.detach(), gradient(model)
             with torch.no_grad():
                 next(model.parameters()).add_(0)
-    assert_same(got, expected(1 if path == "blocks.1" else path))
+    assert_same(got, expected(path))
 
 
 def test_a_stale_recomputation_is_never_taken_for_the_next_batch():
     # mutation: as above; the second loss is then that of the first batch
-    model = small_dit(checkpointing=True)
-    reg = Dispersive(model, "blocks.1.attn")
-    losses = []
+    model, reg = attached("blocks.1.attn", of=small_dit(checkpointing=True))
     with reg:
-        for scale in (1.0, 3.0):
-            out = model(scale * X, T)
-            loss = reg.loss()
-            (out.square().mean() + loss).backward()
-            losses.append(loss.item())
+        losses = [backward(model, model(scale * X, T), reg.loss())[0] for scale in (1.0, 3.0)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -147,12 +135,11 @@ class Reentrant(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("path", ["net", "net.1"])
 def test_a_tap_inside_a_reentrant_checkpoint_raises_and_one_at_it_is_right(path, reentrant):
-    # mutation: no check of `requires_grad` in `_checked`; no check of the graph task in `Tap.__call__`
+    # mutation: no check of `requires_grad` in `_checked`; no check of the graph task in `_Tap.__call__`
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
     x = torch.randn(4, 5, requires_grad=True)
-    model = Reentrant(net, reentrant).train()
-    reg = Dispersive(model, path)
+    model, reg = attached(path, of=Reentrant(net, reentrant).train())
     with reg:
         model(x)
         if path == "net.1" and reentrant:
@@ -169,27 +156,33 @@ def test_a_tap_inside_a_reentrant_checkpoint_raises_and_one_at_it_is_right(path,
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_loss_under_no_grad_raises(context):
-    model = small_dit()
-    reg = Dispersive(model, "blocks.0")
-    with context(), reg:
-        model(X, T)
+    _, reg = attached("blocks.0")
+    with context():
+        seen(reg)
     with pytest.raises(DispersiveError, match=r"blocks\.0.*no gradient.*no_grad"):
         reg.loss()
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_loss_called_under_no_grad_raises_though_the_features_have_a_gradient(context):
-    model = small_dit()
+    model, measuring = attached("blocks.0", weight=0)
     for reg in (Dispersive(model, "blocks.0"), LayerSync(model, "blocks.0", "blocks.1")):
-        with reg:
-            model(X, T)
+        seen(reg)
         with context(), pytest.raises(DispersiveError, match=r"blocks\.0.*under no_grad.*weight=0"):
             reg.loss()
         reg.remove()
-    measuring = Dispersive(model, "blocks.0", weight=0)
-    with context(), measuring:
-        model(X, T)
+    with context():
+        seen(measuring)
         assert measuring.loss().item() == 0 and measuring.stats.gap > 0
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"h": self.linear(x), "cache": torch.zeros(1)}
 
 
 class Overwriting(nn.Module):
@@ -205,30 +198,17 @@ class Overwriting(nn.Module):
         return out["h"]
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return {"h": self.linear(x), "cache": torch.zeros(1)}
-
-
 @pytest.mark.parametrize("select", ["h", lambda out: out["h"][:, :2], lambda out: out["h"] + 1])
 def test_an_output_inside_a_container_that_is_overwritten_is_noticed(select):
-    model = Overwriting("h").train()
-    reg = Dispersive(model, "block", select=select)
-    with reg:
-        model(torch.randn(6, 4))
+    _, reg = attached("block", of=Overwriting("h"), select=select)
+    seen(reg, torch.randn(6, 4))
     with pytest.raises(DispersiveError, match="overwritten"):
         reg.loss()
 
 
 def test_what_else_is_in_the_container_may_be_overwritten():
-    model = Overwriting("cache").train()
-    reg = Dispersive(model, "block", select="h")
-    with reg:
-        model(torch.randn(6, 4))
+    _, reg = attached("block", of=Overwriting("cache"), select="h")
+    seen(reg, torch.randn(6, 4))
     assert reg.loss().requires_grad
 
 
@@ -237,11 +217,9 @@ def test_what_else_is_in_the_container_may_be_overwritten():
 
 def test_autocast_captures_bf16_and_computes_in_float32():
     # mutation: `full_precision` leaves autocast on; the products are then bf16
-    model = nn.Sequential(nn.Linear(32, 4096), nn.Linear(4096, 4)).train()
-    reg = Dispersive(model, "0")
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16), reg:
-        model(x)
+    _, reg = attached("0", of=nn.Sequential(nn.Linear(32, 4096), nn.Linear(4096, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen(reg, torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
         z = reg.captured[0].detach()
         got = reg.loss()
     assert z.dtype == torch.bfloat16 and got.dtype == torch.float32
@@ -252,25 +230,19 @@ def test_autocast_captures_bf16_and_computes_in_float32():
 
 
 def test_ema_by_deepcopy_does_not_overwrite_the_capture():
-    # mutation: no `module is not self.module` in `Tap.__call__`
-    model = small_dit()
-    reg = Dispersive(model, "blocks.1")
+    # mutation: no `module is not self.module` in `_Tap.__call__`
+    model, reg = attached()
     ema = copy.deepcopy(model)
-    model.zero_grad()
     with reg:
         ema(5 * X, T)
         out = model(X, T)
-    loss = reg.loss()
-    (out.square().mean() + loss).backward()
-    assert_same((loss.detach(), gradient(model)), expected())
+    assert_same(backward(model, out, reg.loss()), expected())
 
 
 def test_eval_captures_nothing_and_the_loss_is_zero():
     # mutation: armed without `self.model.training`
-    model = small_dit().eval()
-    reg = Dispersive(model, "blocks.1")
-    with reg:
-        model(X, T)
+    model, reg = attached(of=small_dit().eval())
+    seen(reg)
     with pytest.warns(UserWarning, match=r"blocks\.1 is 0 in eval mode.*model\.train"):
         assert not reg.captured and reg.loss().item() == 0
     with warnings.catch_warnings():
@@ -302,9 +274,8 @@ def test_state_dict_is_unchanged_and_remove_leaves_no_hook():
 
 
 def test_the_hook_costs_nothing_unarmed_and_only_the_first_call_is_captured():
-    # mutation: no `self.output is not None` in `Tap.__call__`
-    model = small_dit()
-    reg = Dispersive(model, "blocks.1")
+    # mutation: no `self.output is not None` in `_Tap.__call__`
+    model, reg = attached()
     model(X, T)
     assert not reg.captured
     with reg:
@@ -315,8 +286,7 @@ def test_the_hook_costs_nothing_unarmed_and_only_the_first_call_is_captured():
 
 
 def test_features_are_let_go_after_the_loss():
-    model = small_dit()
-    reg = Dispersive(model, "blocks.1")
+    model, reg = attached()
     step(model, reg)
     assert not reg.captured
     with pytest.raises(DispersiveError, match=r"blocks\.1.*nothing since the last loss"):
@@ -324,37 +294,26 @@ def test_features_are_let_go_after_the_loss():
 
 
 def test_gradient_accumulation_sums_the_losses_of_the_micro_batches():
-    model = small_dit()
-    reg = Dispersive(model, "blocks.1")
-    model.zero_grad()
-    for rows in (slice(0, 3), slice(3, 6)):
-        with reg:
-            out = model(X[rows], T[rows])
+    (model, reg), by_hand = attached(), small_dit()
+    for rows in HALVES:
+        out = seen(reg, X[rows], T[rows])
         (reg.loss() + 0 * out.sum()).backward()
-    got, want = gradient(model), 0
-    for rows in (slice(0, 3), slice(3, 6)):
-        other = small_dit()
-        _, (z,) = other(X[rows], T[rows], taps=(1,))
-        (0.5 * dispersive_loss(z)).backward()
-        filled = [p.grad if p.grad is not None else torch.zeros_like(p) for p in other.parameters() if p.requires_grad]
-        want = want + torch.cat([g.flatten() for g in filled])
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+        out, (z,) = by_hand(X[rows], T[rows], taps=(1,))
+        (0.5 * dispersive_loss(z) + 0 * out.sum()).backward()
+    torch.testing.assert_close(gradient(model), gradient(by_hand), rtol=1e-4, atol=1e-7)
 
 
 def test_memory_makes_the_last_micro_batch_see_the_whole_batch():
     # mutation: `_kept` never filled; never cleared
-    model = small_dit()
-    reg = Dispersive(model, "blocks.1", memory=64)
+    model, reg = attached(memory=64)
     whole = Dispersive(model, "blocks.1")
-    with whole:
-        model(X, T)
+    seen(whole)
     want = whole.loss()
     for number in range(2):
-        for rows in (slice(0, 3), slice(3, 6)):
-            with reg:
-                model(X[rows], T[rows])
+        for rows, batch in zip(HALVES, (3, 6), strict=True):
+            seen(reg, X[rows], T[rows])
             loss = reg.loss(step=number)
-            assert reg.stats.batch_size == (3 if rows.start == 0 else 6)
+            assert reg.stats.batch_size == batch
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     with pytest.raises(DispersiveError, match="step is None"):
         step(model, reg)
@@ -365,8 +324,7 @@ def test_memory_makes_the_last_micro_batch_see_the_whole_batch():
 
 def test_a_hook_inside_jvp_raises_and_names_has_aux():
     # mutation: no `is_functorch_wrapped_tensor`
-    model = MLP(hidden_size=8).train()
-    reg = Dispersive(model, "blocks.1")
+    model, reg = attached(of=MLP(hidden_size=8))
     x, t = torch.randn(6, 2), torch.rand(6)
     with reg:
         torch.func.jvp(lambda x: model(x, t), (x,), (torch.ones_like(x),))
@@ -375,11 +333,9 @@ def test_a_hook_inside_jvp_raises_and_names_has_aux():
 
 
 def test_meanflow_gives_its_taps_through_has_aux():
-    model = build_dit("DiT-T/4", input_size=8, depth=2, num_classes=0, interval=True).train()
-    reg = Dispersive(model, "blocks.1")
+    model, reg = attached(of=build_dit("DiT-T/4", input_size=8, depth=2, num_classes=0, interval=True))
     with reg:
         _, aux = MeanFlow()(model, X, generator=torch.Generator().manual_seed(0), taps=(1,))
-    total = reg.loss(t=aux.t, taps=aux.taps)
-    total.backward()
+    reg.loss(t=aux.t, taps=aux.taps).backward()
     assert model.x_embedder.proj.weight.grad.norm() > 0
     assert not reg.captured

@@ -1,4 +1,4 @@
-"""Where it attaches, what it reads, how it is weighed. A `mutation` was tried and fails the test."""
+"""Where it attaches, what it reads, how it is weighed."""
 
 import copy
 import math
@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from nets import T, X, gradient, small_dit, step
+from nets import T, X, gradient, seen, small_dit, step
 from torch import nn
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP
-from dispersive_kit.regularizers import PRESETS, Dispersive, Schedule, dispersive_loss
+from dispersive_kit.regularizers import Dispersive, Schedule, dispersive_loss
 from dispersive_kit.regularizers.pairwise import Pairs
 
 # ---- outputs -----------------------------------------------------------------------------------------------
@@ -30,16 +30,12 @@ class Wrapped(nn.Module):
         return self.form(self.lin(x))
 
 
-def deep(output):
-    return output["deep"][0]
-
-
 READ = [
     (lambda h: (h, None), None),
     (lambda h: (h, (h, h)), None),
     (lambda h: (h * 0, h), 1),
     (lambda h: {"sample": h}, "sample"),
-    (lambda h: {"deep": [h]}, deep),
+    (lambda h: {"deep": [h]}, lambda out: out["deep"][0]),
     (lambda h: h.view(4, 5, 1, 1), None),
     (lambda h: h.view(4, 1, 1, 5, 1), None),
 ]
@@ -57,10 +53,8 @@ AMBIGUOUS = [
 @pytest.mark.parametrize(("form", "select", "right"), [*((*c, 1) for c in READ), *((*c, 0) for c in AMBIGUOUS)])
 def test_tuples_dicts_and_maps_are_read_and_an_ambiguous_output_asks_for_select(form, select, right):
     block, x = Wrapped(form), torch.randn(4, 5)
-    model = nn.Sequential(block).train()
-    reg = Dispersive(model, "0", select=select)
-    with reg:
-        model(x)
+    reg = Dispersive(nn.Sequential(block), "0", select=select)
+    seen(reg, x)
     if right:
         torch.testing.assert_close(reg.loss(), 0.5 * dispersive_loss(block.lin(x)))
     else:
@@ -82,33 +76,29 @@ def test_several_taps_give_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("depth", "blocks", "path"),
-    [
-        (1 / 4, 12, "blocks.2"),
-        (1 / 4, 28, "blocks.6"),
-        (1 / 4, 4, "blocks.0"),
-        (1 / 4, 2, "blocks.0"),
-        (1, 5, "blocks.4"),
-    ],
+    ("depth", "blocks", "number"), [(1 / 4, 12, 2), (1 / 4, 28, 6), (1 / 4, 4, 0), (1 / 4, 2, 0), (1, 5, 4)]
 )
-def test_depth_picks_the_published_block(depth, blocks, path):
-    assert Dispersive(MLP(depth=blocks, hidden_size=4), depth=depth).paths == [path]
+def test_depth_picks_the_published_block(depth, blocks, number):
+    assert Dispersive(MLP(depth=blocks, hidden_size=4), depth=depth).paths == [f"blocks.{number}"]
 
 
 def test_a_module_or_a_wrapped_name_is_found():
     model = small_dit()
-    assert Dispersive(model, model.blocks[1]).paths == ["blocks.1"]
-    assert Dispersive(model, "module._orig_mod.blocks.1").paths == ["blocks.1"]
-    assert Dispersive(torch.compile(model, backend="eager"), "blocks.1").paths == ["blocks.1"]
-    assert Dispersive(model, ["blocks.1", model.blocks[1]]).paths == ["blocks.1"]
+    whole = torch.compile(model, backend="eager")
+    for of, at in (
+        (model, model.blocks[1]),
+        (model, "module._orig_mod.blocks.1"),
+        (whole, "blocks.1"),
+        (model, ["blocks.1", model.blocks[1]]),
+    ):
+        assert Dispersive(of, at).paths == ["blocks.1"]
 
 
 def test_presets_attach_where_published():
     model = MLP(depth=12, hidden_size=4)
-    assert Dispersive.from_preset(model, "paper").paths == ["blocks.2"]
-    assert Dispersive.from_preset(model, "official-pytorch").paths == ["blocks.11"]
-    assert (PRESETS["paper"]["weight"], PRESETS["paper"]["tau"]) == (0.5, 0.5)
-    assert (PRESETS["official-pytorch"]["weight"], PRESETS["official-pytorch"]["tau"]) == (0.25, 1.0)
+    for name, block, numbers in (("paper", 2, (0.5, 0.5)), ("official-pytorch", 11, (0.25, 1.0))):
+        reg = Dispersive.from_preset(model, name)
+        assert reg.paths == [f"blocks.{block}"] and (reg.weight, reg.options.tau) == numbers
     small = Dispersive.from_preset(model, "small", kind="hinge", weight=0.1)
     assert (small.options.kind, small.options.scale, small.weight) == ("hinge", 1.0, 0.1)
 
@@ -121,24 +111,19 @@ def test_presets_attach_where_published():
     ("x", "words"), [(X * math.nan, "NaN"), (X * math.inf, "NaN"), (X[:1], "at least 2")], ids=["nan", "inf", "one"]
 )
 def test_nan_infinity_and_a_batch_of_one_raise_with_the_path(x, words, weight):
-    # mutation: `Watch.look` not called
     model = small_dit()
     reg = Dispersive(model, "blocks.1", weight=weight)
-    with reg:
-        model(x, T[: len(x)])
+    seen(reg, x, T[: len(x)])
     with pytest.raises(DispersiveError, match=rf"blocks\.1.*{words}"):
         reg.loss()
 
 
 def test_it_warns_once_at_the_floor():
-    # mutation: `_warned` never set
-    model = nn.Sequential(nn.Linear(5, 5)).train()
-    reg = Dispersive(model, "0")
+    reg = Dispersive(nn.Sequential(nn.Linear(5, 5)), "0")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            with reg:
-                model(1e3 * torch.randn(8, 5))
+            seen(reg, 1e3 * torch.randn(8, 5))
             reg.loss()
     assert len(caught) == 1 and "'0'" in str(caught[0].message) and "diagonal=False" in str(caught[0].message)
 
@@ -218,6 +203,10 @@ def layer(**options):
     return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, **options)
 
 
+def encoder(**options):
+    return nn.TransformerEncoder(layer(**options), 2, enable_nested_tensor=False)
+
+
 BUILT = {
     "lstm": (partial(nn.LSTM, 4, 4), "block"),
     "gru": (partial(nn.GRU, 4, 4), "block"),
@@ -225,47 +214,38 @@ BUILT = {
     "attention": (partial(nn.MultiheadAttention, 4, 2), "block"),
     "layer": (layer, "block"),
     "inside a layer": (layer, "block.linear1"),
-    "encoder": (lambda **options: nn.TransformerEncoder(layer(**options), 2, enable_nested_tensor=False), "block"),
-    "in an encoder": (
-        lambda **options: nn.TransformerEncoder(layer(**options), 2, enable_nested_tensor=False),
-        "block.layers.1",
-    ),
+    "encoder": (encoder, "block"),
+    "in an encoder": (encoder, "block.layers.1"),
     "around": (lambda **options: nn.Sequential(nn.Identity(), layer(**options)), "block"),
 }
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_a_batch_on_the_second_axis_is_refused_with_the_cure_and_on_the_first_it_works(name):
-    # mutation: `_require_batch_first` not called; of `parts` only the module's own; no ancestors
     (build, path), x = BUILT[name], torch.randn(5, 3, 4)
     select = 0 if name in ("lstm", "gru", "rnn", "attention") else None
     with pytest.raises(DispersiveError, match=rf"'{path}'.*batch_first=False.*select=lambda"):
         Dispersive(Sequences(build()), path, select=select)
     for options, turned in (({"batch_first": True}, x.transpose(0, 1)), ({}, x)):
-        model = Sequences(build(**options)).train()
         turn = select if options else lambda out: (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
-        reg = Dispersive(model, path, select=turn)
-        with reg:
-            model(turned)
+        reg = Dispersive(Sequences(build(**options)), path, select=turn)
+        seen(reg, turned)
         assert reg.captured[0].shape[:2] == (3, 5) and reg.loss().requires_grad
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_cells_have_the_batch_on_their_first_axis(cell):
-    model = Sequences(cell(4, 6)).train()
-    reg = Dispersive(model, "block", select=0 if cell is nn.LSTMCell else None)
-    with reg:
-        model(torch.randn(3, 4))
+    reg = Dispersive(Sequences(cell(4, 6)), "block", select=0 if cell is nn.LSTMCell else None)
+    seen(reg, torch.randn(3, 4))
     assert reg.captured[0].shape == (3, 6) and reg.loss().requires_grad
 
 
 def test_states_and_single_sequences_are_no_batch():
-    gru = Sequences(nn.GRU(4, 4, 2, batch_first=True)).train()
+    gru = Sequences(nn.GRU(4, 4, 2, batch_first=True))
     with pytest.raises(DispersiveError, match=r"select=1 takes the last state.*select=0"):
         Dispersive(gru, "block", select=1)
     reg = Dispersive(gru, "block", select=0)
-    with reg:
-        gru(torch.randn(5, 4))
+    seen(reg, torch.randn(5, 4))
     with pytest.raises(DispersiveError, match=r"\(5, 4\), of one sequence without a batch"):
         reg.loss()
 
@@ -299,7 +279,6 @@ def test_a_time_that_is_nan_has_no_pairs_where_nobody_looked():
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_inside_with_forgets_what_was_captured(error):
-    # mutation: `__exit__` without `_let_go`
     model = small_dit()
     reg = Dispersive(model, "blocks.1")
     with pytest.raises(error), reg:
@@ -317,7 +296,6 @@ def in_thread(call):
 
 
 def test_two_threads_on_one_regulariser_are_refused_and_a_second_may_follow_a_first():
-    # mutation: no check of the thread in `_require_hooks`; none in the hook; none released by loss()
     model = small_dit()
     reg = Dispersive(model, "blocks.1")
     with reg:
@@ -338,22 +316,17 @@ def test_two_threads_on_one_regulariser_are_refused_and_a_second_may_follow_a_fi
 
 @pytest.mark.parametrize("options", [{}, {"kind": "covariance"}, {"ignore_same_class": True, "t_window": 0.5}])
 def test_groups_of_a_batch_are_dispersion_batches_of_their_own(options):
-    # mutation: `_groups` that gives every group the first group's labels
-    model, x = nn.Sequential(nn.Linear(3, 4)).train(), torch.randn(6, 3)
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(6, 3)
     t, y = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.8, 0.9]), torch.tensor([0, 1, 1, 2, 0, 2])
-    reg = Dispersive(model, "0", group_size=3, weight=0.5, **options)
-    with reg:
-        z = model(x)
-    loss = reg.loss(t=t, y=y)
-    given = [{"t": t[rows], "y": y[rows]} for rows in (slice(0, 3), slice(3, 6))]
-    halves = [dispersive_loss(part, **options, **labels) for part, labels in zip(z.split(3), given, strict=True)]
-    torch.testing.assert_close(loss, 0.5 * (halves[0] + halves[1]) / 2)
-    assert reg.stats.batch_size == 3 and loss.item() != pytest.approx(
-        0.5 * dispersive_loss(z, **options, t=t, y=y).item()
+    reg, wrong = (Dispersive(model, "0", group_size=size, weight=0.5, **options) for size in (3, 4))
+    z = seen(reg, x)
+    whole, *halves = (
+        dispersive_loss(z[rows], **options, t=t[rows], y=y[rows]) for rows in (slice(6), slice(3), slice(3, 6))
     )
-    wrong = Dispersive(model, "0", group_size=4)
-    with wrong:
-        model(x)
+    loss = reg.loss(t=t, y=y)
+    torch.testing.assert_close(loss, 0.5 * (halves[0] + halves[1]) / 2)
+    assert reg.stats.batch_size == 3 and loss.item() != pytest.approx(0.5 * whole.item())
+    seen(wrong, x)
     with pytest.raises(DispersiveError, match="batch of 6 cannot be split into groups of 4"):
         wrong.loss()
     for odd in ({"gather": True}, {"memory": 4}):

@@ -59,7 +59,6 @@ def test_three_lines_on_an_unchanged_model(make, path, shape):
 
 
 def test_an_output_overwritten_in_place_raises_instead_of_being_another_module():
-    # mutation: no `_version` kept in `Tap.__call__`
     model, call = resnet()
     reg = Dispersive(model.train(), "bn1")  # torchvision's ReLU(inplace=True) follows
     with reg:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from runs import run as trained
 from safetensors.torch import load_file, save_file
 
 from dispersive_kit.cli import main
@@ -16,14 +17,12 @@ from dispersive_kit.training.checkpoint import checkpoints
 from dispersive_kit.training.runs import sample_batch
 from dispersive_kit.training.train import Session
 
-CONFIG = train_preset("smoke", steps=4, checkpoint_every=2, log_every=2, preview_images=0)
+CONFIG = train_preset("smoke", steps=4, checkpoint_every=2, log_every=2, preview_images=0, model="DiT-T/4")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "run"
-    list(train(CONFIG, folder))
-    return folder
+    return trained(CONFIG, tmp_path_factory.mktemp("made") / "run")
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ WRONG = [
     ("config.json", "betas", [0.9, 1.0], r"betas\.1 = 1"),
     ("config.json", "regularizer.memory", 2.5, r"memory = 2\.5"),
     ("config.json", "ema_widths", [0.05], r"ema_widths is \[0\.05\]"),
-    ("config.json", "model", "DiT-T/4", "do not fit its config.json"),
+    ("config.json", "model", "DiT-T/2", "do not fit its config.json"),
     *(("run.json", "", value, "run.json") for value in ([], None, "x", 3)),
     ("run.json", "", {}, "data: Field required"),
     ("run.json", "data", [], "data"),

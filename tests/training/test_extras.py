@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_bits, run, stopped
 
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import RegularizerConfig, StepRecord, TrainConfig, load_run, train, train_preset
@@ -14,18 +15,22 @@ from dispersive_kit.training.config import RETIRED, with_settings
 from dispersive_kit.training.runs import read_metrics, sample_batch
 from dispersive_kit.training.train import Session, progress
 
-SMOKE = train_preset("smoke", steps=4, checkpoint_every=2)
+SMOKE = train_preset("smoke", steps=4, checkpoint_every=2, model="DiT-T/4")
 PAPER = RegularizerConfig(preset="paper")
 
 
-def test_a_preview_is_drawn_at_each_checkpoint_and_only_then(tmp_path):
-    list(train(SMOKE, tmp_path / "run"))
-    found = sorted(p.name for p in (tmp_path / "run" / "previews").iterdir())
-    assert found == ["step-00000002.png", "step-00000004.png"]
-    with Image.open(tmp_path / "run" / "previews" / found[0]) as image:
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """Folder and records of a run with the loss that logs each step."""
+    folder = tmp_path_factory.mktemp("paper") / "run"
+    return folder, list(train(SMOKE.changed(regularizer=PAPER, log_every=1), folder))
+
+
+def test_a_preview_is_drawn_at_each_checkpoint_and_only_then(paper):
+    found = sorted(paper[0].glob("previews/*"))
+    assert [file.name for file in found] == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(found[0]) as image:
         assert image.size == (8 * 9 + 1, 2 * 9 + 1)  # 16 digits of 8 x 8 in rows of eight
-    list(train(SMOKE.changed(preview_images=0), tmp_path / "none"))
-    assert not (tmp_path / "none" / "previews").exists()
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "meanflow"])
@@ -33,13 +38,9 @@ def test_other_objectives_train_with_the_loss_resume_and_sample(tmp_path, object
     config = SMOKE.changed(objective=objective, regularizer=PAPER, log_every=1)
     records = list(train(config, tmp_path / "whole"))
     assert all(record.values["gradient_ratio"] > 0 for record in records)
-    for record in train(config, tmp_path / "run"):
-        if record.step == 3:
-            break
-    list(train(config, tmp_path / "run", resume=True))
-    a, b = (load_run(tmp_path / name, weights="model")[0] for name in ("whole", "run"))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    x = sample_batch(a, torch.arange(3), [0, 1, 2], objective=objective, num_steps=2)
+    assert_same_bits(run(config, stopped(config, tmp_path / "run", after=3), resume=True), tmp_path / "whole")
+    model, _ = load_run(tmp_path / "run")
+    x = sample_batch(model, torch.arange(3), [0, 1, 2], objective=objective, num_steps=2)
     assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
 
 
@@ -55,21 +56,15 @@ def test_points_train_and_their_samples_come_near_the_data(tmp_path):
 
 def test_a_weight_of_zero_and_one_scheduled_to_zero_train_on(tmp_path):
     for name, more in (("zero", {"weight": 0.0}), ("stopped", {"schedule": "stop-at", "schedule_steps": 2})):
-        regularizer = RegularizerConfig(preset="paper", **more)
-        config = SMOKE.changed(regularizer=regularizer, log_every=1)
+        config = SMOKE.changed(regularizer=PAPER.changed(**more), log_every=1)
         records = list(train(config, tmp_path / name))
         assert records[-1].values["gradient_ratio"] == 0
 
 
-@pytest.fixture(scope="module")
-def paper(tmp_path_factory):
-    """Folder and records of a run with the loss that logs each step."""
-    folder = tmp_path_factory.mktemp("paper") / "run"
-    return folder, list(train(SMOKE.changed(regularizer=PAPER, log_every=1), folder))
-
-
 def test_recomputed_blocks_train_the_same_model(tmp_path, paper):
-    again = list(train(SMOKE.changed(regularizer=PAPER, checkpointing=True), tmp_path / "again"))
+    config = SMOKE.changed(regularizer=PAPER, checkpointing=True, preview_images=0)
+    again = list(train(config, tmp_path / "again"))
+    assert not (tmp_path / "again" / "previews").exists()
     assert again[-1].values["loss"] == pytest.approx(paper[1][-1].values["loss"], rel=1e-5)
 
 
@@ -120,7 +115,14 @@ def test_adamw_is_told_its_betas_and_decay(tmp_path):
 
 
 def test_bf16_is_taken_where_it_is_asked_for(tmp_path, run_command, paper):
-    settings = ["steps=4", "precision=bf16", "checkpoint_every=2", "accumulation=2", "regularizer.memory=8"]
+    settings = [
+        "steps=4",
+        "model=DiT-T/4",
+        "precision=bf16",
+        "checkpoint_every=2",
+        "accumulation=2",
+        "regularizer.memory=8",
+    ]
     arguments = [word for setting in settings for word in ("--set", setting)]
     run_command(["train", "--preset", "smoke", "--regularizer", "paper", *arguments, "--out", tmp_path / "run"])
     card = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from latent_stores import write_store
+from runs import assert_same_bits, run, stopped
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder
@@ -15,9 +16,8 @@ from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 from dispersive_kit.evaluation import decoder_of, generate, load_reference
 from dispersive_kit.models.dit import build_dit
-from dispersive_kit.training import TRAIN_PRESETS, load_run, train, train_preset
+from dispersive_kit.training import TRAIN_PRESETS, load_run, train_preset
 from dispersive_kit.training.batches import LatentSet
-from dispersive_kit.training.checkpoint import load_latest
 
 
 @register_autoencoder("four channels")
@@ -44,18 +44,12 @@ def store(tmp_path_factory):
 
 def config(store, **changes):
     small = {"steps": 6, "checkpoint_every": 2, "eval_every": 3, "batch_size": 8, "flip": True, "preview_images": 0}
-    return train_preset("smoke", data=str(store), **small | changes)
-
-
-def run(folder, settings, **options):
-    for _ in train(settings, folder, **options):
-        pass
-    return folder
+    return train_preset("smoke", data=str(store), **{"model": "DiT-T/4"} | small | changes)
 
 
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("trained") / "run", config(store))
+    return run(config(store), tmp_path_factory.mktemp("trained") / "run")
 
 
 def batch(store, *, step=0, seed=0, flip=True, size=64):
@@ -89,12 +83,8 @@ def test_the_next_epoch_draws_anew_and_the_same_step_does_not(store):
 
 
 def test_a_run_stopped_on_latents_resumes_to_the_same_bits(store, trained, tmp_path):
-    for record in train(config(store), tmp_path / "run"):
-        if record.step == 3:
-            break
-    run(tmp_path / "run", config(store), resume=True)
-    a, b = (load_latest(folder / "checkpoints").groups for folder in (trained, tmp_path / "run"))
-    assert all(torch.equal(a[group][k], b[group][k]) for group in a for k in a[group])
+    folder = stopped(config(store), tmp_path / "run", after=3)
+    assert_same_bits(run(config(store), folder, resume=True), trained)
 
 
 def test_samples_are_decoded_by_the_stores_autoencoder_and_measured_against_its_decodings(
@@ -117,7 +107,7 @@ def test_samples_are_decoded_by_the_stores_autoencoder_and_measured_against_its_
 def test_another_autoencoder_is_refused_before_training_and_before_sampling(store, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(FourChannels, "gain", 1.001)
     with pytest.raises(DataError, match="weights_sha256"):
-        run(tmp_path / "run", config(store))
+        run(config(store), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="weights_sha256"):
         decoder_of(load_run(trained)[1])
@@ -126,43 +116,40 @@ def test_another_autoencoder_is_refused_before_training_and_before_sampling(stor
 def test_a_run_does_not_go_on_with_another_store_at_the_same_place(store, tmp_path):
     card = load_autoencoder("four channels").card
     copied = shutil.copytree(store, tmp_path / "store")
-    run(tmp_path / "run", config(copied, steps=2))
-    run(tmp_path / "run", config(copied, steps=2), resume=True)
+    run(config(copied, steps=2), tmp_path / "run")
+    run(config(copied, steps=2), tmp_path / "run", resume=True)
     shutil.rmtree(copied)
     write_store(copied, rows=300, shape=(4, 8, 8), card=card, seed=1)
     with pytest.raises(CheckpointError, match="was trained on other data"):
-        run(tmp_path / "run", config(copied, steps=2), resume=True)
+        run(config(copied, steps=2), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("fault", ["flipped bit", "missing", "spec", "scale"])
 def test_a_damaged_store_is_refused_by_name_before_training(store, tmp_path, fault):
     copied = shutil.copytree(store, tmp_path / "store")
     file = copied / ("spec.json" if fault in ("spec", "scale") else "shard-00001.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-1000] ^= 1
+    content = file.read_bytes()
     if fault == "missing":
         file.unlink()
-    elif fault == "spec":
-        file.write_bytes(content[:-40])
-    elif fault == "scale":
-        file.write_text(file.read_text().replace('"scale": 0.5', '"scale": 0.18125'))
     else:
-        file.write_bytes(content)
+        flipped = content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:]
+        scaled = content.replace(b'"scale": 0.5', b'"scale": 0.18125')
+        file.write_bytes({"flipped bit": flipped, "spec": content[:-40], "scale": scaled}[fault])
     with pytest.raises(DataError, match=file.name):
-        run(tmp_path / "run", config(copied))
+        run(config(copied), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_autoencoder_that_is_not_here_is_said_and_does_not_stop_training(tmp_path):
     folder = write_store(tmp_path / "store", rows=100, shape=(4, 8, 8))
     with pytest.warns(UserWarning, match="cannot be decoded here"):
-        run(tmp_path / "run", config(folder, steps=1))
+        run(config(folder, steps=1), tmp_path / "run")
 
 
 def test_mirror_images_that_are_not_stored_are_refused(tmp_path):
     folder = write_store(tmp_path / "store", rows=100, shape=(4, 8, 8), flip=False)
     with pytest.raises(ConfigError, match="no mirror images"):
-        run(tmp_path / "run", config(folder))
+        run(config(folder), tmp_path / "run")
 
 
 @pytest.mark.parametrize("size", ["cifar10-s2", "imagenet-s2", "imagenet-b2", "imagenet-l2", "imagenet-xl2"])

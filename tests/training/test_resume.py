@@ -7,59 +7,49 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
+from runs import assert_same_bits, run, stopped, tensors
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import RegularizerConfig, checkpoint, load_run, train, train_preset
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.parallel import StopRequest
 
-CONFIG = train_preset("smoke", steps=14, checkpoint_every=3, regularizer=RegularizerConfig(preset="paper"))
+SMALL = {"model": "DiT-T/4", "checkpoint_every": 3}
+CONFIG = train_preset("smoke", steps=14, regularizer=RegularizerConfig(preset="paper"), **SMALL)
 COMMAND = [
     "train", "--preset", "smoke", "--steps", 30, "--set", "checkpoint_every=3", "--set", "log_every=1",
-    "--set", "accumulation=2", "--set", "preview_images=0", "--regularizer", "paper", "--resume",
+    "--set", "model=DiT-T/4", "--set", "accumulation=2", "--set", "preview_images=0", "--regularizer", "paper",
+    "--resume",
 ]  # fmt: skip
-
-
-def run(folder, config=CONFIG, **options):
-    for _ in train(config, folder, **options):
-        pass
-    return folder
-
-
-def final_tensors(folder):
-    return load_latest(folder / "checkpoints").groups
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys() and set(a) == {"model", "ema", "optimizer"}
-    for group in a:
-        assert a[group].keys() == b[group].keys()
-        assert all(torch.equal(a[group][k], b[group][k]) for k in a[group]), group
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("whole") / "run")
+    return run(CONFIG, tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_a_run_stopped_between_checkpoints_resumes_to_the_same_bits_and_the_same_log(tmp_path, whole):
-    for record in train(CONFIG, tmp_path / "run"):
-        if record.step == 11:
-            break  # the newest checkpoint is of step 9
-    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 12, "lo')  # a kill in the middle of a line
-    run(tmp_path / "run", resume=True)
-    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(whole))
-    first, second = ((f / "metrics.jsonl").read_text() for f in (whole, tmp_path / "run"))
-    assert first == second
+@pytest.fixture(scope="module")
+def left_at_11(tmp_path_factory):
+    return stopped(CONFIG, tmp_path_factory.mktemp("interrupted") / "run", after=11)
+
+
+@pytest.fixture
+def folder(left_at_11, tmp_path):
+    """A run of its own that was left after step 11, with checkpoints of steps 6 and 9."""
+    return shutil.copytree(left_at_11, tmp_path / "run")
+
+
+def test_a_run_stopped_between_checkpoints_resumes_to_the_same_bits_and_the_same_log(folder, whole):
+    (folder / "metrics.jsonl").open("a").write('{"step": 12, "lo')  # a kill in the middle of a line
+    assert_same_bits(run(CONFIG, folder, resume=True), whole)
+    assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
 def command(cifar_folder):
-    small = ["--data", "cifar10", "--set", "model=DiT-T/4", "--set", f"data_dir={cifar_folder}"]
-    extra = {"digits": [], "cifar10": small}
+    extra = {"digits": [], "cifar10": ["--data", "cifar10", "--set", f"data_dir={cifar_folder}"]}
     return lambda data, out: [*COMMAND, *extra[data], "--out", out]
 
 
@@ -72,7 +62,7 @@ def whole_command(command, run_command, tmp_path_factory):
         if (data, processes) not in known:
             out = tmp_path_factory.mktemp("whole_command") / "run"
             run_command(command(data, out), processes)
-            known[data, processes] = final_tensors(out)
+            known[data, processes] = tensors(out)
         return known[data, processes]
 
     return get
@@ -109,20 +99,20 @@ def test_a_killed_command_resumes_to_the_same_bits(
         log = (folder / "metrics.jsonl").read_text().splitlines()
         assert load_latest(folder / "checkpoints").step >= json.loads(log[-1])["step"]
     run_command(command(data, folder), processes)
-    assert_same_bits(final_tensors(folder), whole_command(data, processes))
+    assert_same_bits(folder, whole_command(data, processes))
 
 
 def test_an_existing_run_is_refused_without_resume_and_left_as_it_was(whole):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     with pytest.raises(CheckpointError, match="--resume"):
-        run(whole)
+        run(CONFIG, whole)
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("three years of work")
     with pytest.raises(CheckpointError, match="holds no run"):
-        run(tmp_path)
+        run(CONFIG, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -130,22 +120,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(whole):
     weaker = CONFIG.regularizer.changed(weight=0.1)
     other = CONFIG.changed(checkpoint_every=5, learning_rate=0.5, regularizer=weaker)
     with pytest.raises(CheckpointError, match=r"learning_rate: 0\.004 -> 0\.5\n  regularizer.weight: None -> 0\.1$"):
-        run(whole, other, resume=True)  # and not of the cadence, which may change
-
-
-@pytest.fixture(scope="module")
-def left_at_10(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interrupted") / "run"
-    for record in train(CONFIG, folder):
-        if record.step == 10:
-            break
-    return folder
-
-
-@pytest.fixture
-def folder(left_at_10, tmp_path):
-    """A run of its own that was left after step 10, with checkpoints of steps 6 and 9."""
-    return shutil.copytree(left_at_10, tmp_path / "run")
+        run(other, whole, resume=True)  # and not of the cadence, which may change
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "manifest"])
@@ -161,15 +136,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(folder, w
     else:
         file.write_bytes(content[: len(content) // 2])
     with pytest.warns(UserWarning, match="going back to step-00000006"):
-        run(folder, resume=True)
-    assert_same_bits(final_tensors(folder), final_tensors(whole))
+        run(CONFIG, folder, resume=True)
+    assert_same_bits(folder, whole)
 
 
 def test_when_every_checkpoint_is_damaged_the_run_is_refused_by_name(folder):
     for path in checkpoints(folder / "checkpoints"):
         (path / "ema.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
-        run(folder, resume=True)
+        run(CONFIG, folder, resume=True)
     with pytest.raises(CheckpointError, match="damaged"):
         load_run(folder)
 
@@ -181,13 +156,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_configuration(folder
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # what a write to a full disk looks like: it fails
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
-            run(folder, resume=True)
+            run(CONFIG, folder, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {name: (folder / name).read_text() for name in before} == before
     assert load_latest(folder / "checkpoints").step == 9 and not list(folder.rglob(".partial*"))
-    run(folder, resume=True)
-    assert_same_bits(final_tensors(folder), final_tensors(whole))
+    assert_same_bits(run(CONFIG, folder, resume=True), whole)
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
@@ -208,20 +182,8 @@ def test_what_a_killed_writer_left_is_cleared_away(folder, whole, tmp_path):
         (begun / name).write_text("")
     (folder / ".partial-1-config.json").write_text("{")
     for one in (folder, begun):
-        run(one, resume=True)
-        assert_same_bits(final_tensors(one), final_tensors(whole))
+        assert_same_bits(run(CONFIG, one, resume=True), whole)
     assert not left.exists()
-
-
-def test_other_data_is_refused_on_resume(tmp_path, cifar_folder):
-    config = CONFIG.changed(data="cifar10", model="DiT-T/4", data_dir=str(cifar_folder), steps=4)
-    run(tmp_path / "run", config)
-    with np.load(cifar_folder / "cifar10.npz") as file:
-        arrays = dict(file)
-    arrays["images"] = arrays["images"] ^ 1
-    np.savez(tmp_path / "cifar10.npz", **arrays)
-    with pytest.raises(CheckpointError, match="was trained on other data"):
-        run(tmp_path / "run", config.changed(data_dir=str(tmp_path)), resume=True)
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(start, run_command, tmp_path, command, whole_command):
@@ -233,7 +195,7 @@ def test_a_folder_is_trained_by_one_process_at_a_time(start, run_command, tmp_pa
     assert second.wait() == 2 and "another process is training" in second.output
     first.kill()
     run_command(command("digits", folder))
-    assert_same_bits(final_tensors(folder), whole_command())
+    assert_same_bits(folder, whole_command())
 
 
 def test_a_reader_whom_the_pruning_overtakes_reads_the_newer_one(whole, monkeypatch):
@@ -250,17 +212,15 @@ def test_a_folder_is_trained_by_one_generator_at_a_time(tmp_path):
     with pytest.raises(CheckpointError, match="a training in this one was not ended"):
         next(train(CONFIG, tmp_path / "run", resume=True))
     first.close()
-    run(tmp_path / "run", resume=True)
+    next(train(CONFIG, tmp_path / "run", resume=True))
 
 
 def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
-    for record in train(CONFIG, tmp_path / "run"):
-        if record.step == 2:
-            (tmp_path / "run" / "previews").write_text("a file, where a folder should be")
-            break
+    stopped(CONFIG, tmp_path / "run", after=2)
+    (tmp_path / "run" / "previews").write_text("a file, where a folder should be")
     with pytest.raises(CheckpointError, match="previews could not be written"):
-        run(tmp_path / "run", resume=True)
+        run(CONFIG, tmp_path / "run", resume=True)
     assert load_latest(tmp_path / "run" / "checkpoints").step == 3
 
 

@@ -4,19 +4,19 @@ import json
 
 import pytest
 import torch
+from runs import run as trained
+from runs import stopped
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import export_run, load_run, run_folder, shipped_names, train, train_preset
 from dispersive_kit.training.runs import read_config
 
-CONFIG = train_preset("smoke", steps=4)
+CONFIG = train_preset("smoke", steps=4, model="DiT-T/4")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "run"
-    list(train(CONFIG, folder))
-    return folder
+    return trained(CONFIG, tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.mark.parametrize("name", shipped_names())
@@ -46,12 +46,16 @@ def test_an_exported_run_is_the_average_in_half_precision(run, tmp_path):
     assert found == weights | beside
 
 
+def bytes_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_an_exported_run_is_not_trained_further(run, tmp_path):
     exported = export_run(run, tmp_path / "out")
-    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    before = bytes_of(exported)
     with pytest.raises(CheckpointError, match="exported run"):
         list(train(CONFIG, exported, resume=True))
-    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+    assert bytes_of(exported) == before
     with pytest.raises(CheckpointError, match="ema weights only"):
         load_run(exported, weights="model")
 
@@ -67,11 +71,9 @@ def test_an_unknown_shipped_run_names_those_there_are():
 
 
 def test_a_run_without_a_logged_step_can_be_exported(tmp_path):
-    for record in train(CONFIG.changed(log_every=50, checkpoint_every=2), tmp_path / "run"):
-        if record.step == 3:
-            break
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    exported = export_run(tmp_path / "run", tmp_path / "new" / "out")
+    run = stopped(CONFIG.changed(log_every=50, checkpoint_every=2), tmp_path / "run", after=3)
+    assert not (run / "metrics.jsonl").exists()
+    exported = export_run(run, tmp_path / "new" / "out")
     assert load_run(exported)[1]["step"] == 2
 
 

@@ -48,9 +48,12 @@ def step(model, reg, call=None, **labels):
     return backward(model, out, reg.loss(**labels))
 
 
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def features(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    z = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
-    return z.to(dtype).requires_grad_()
+    return (normal(*shape, seed=seed) * scale).to(dtype).requires_grad_()
 
 
 def value_and_gradient(loss, z):

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from nets import normal
 
 from dispersive_kit.analysis import cka_matrix
 from dispersive_kit.analysis import mutual_knn as knn_matrix
 from dispersive_kit.analysis.geometry import centred
 from dispersive_kit.errors import DataError
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -22,8 +19,7 @@ def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    q, _ = torch.linalg.qr(normal(x.shape[1], x.shape[1], seed=5))
-    return 3 * x @ q + 7
+    return 3 * x @ torch.linalg.qr(normal(x.shape[1], x.shape[1], seed=5)).Q + 7
 
 
 def test_independent_features_have_cka_0_in_the_mean_where_the_biased_one_says_86_percent():
@@ -67,9 +63,10 @@ def test_neighbours_are_shared_by_a_turned_copy_and_else_by_chance_for_every_two
 
 
 def test_features_of_other_images_are_refused():
-    with pytest.raises(DataError, match="same images"):
-        linear_cka(normal(8, 2), normal(9, 2))
-    with pytest.raises(DataError, match="at least 4"):
-        linear_cka(normal(3, 2), normal(3, 2))
-    with pytest.raises(DataError, match="at least 9"):
-        mutual_knn(normal(8, 2), normal(8, 2), k=8)
+    for measure, rows, words in (
+        (linear_cka, (8, 9), "same images"),
+        (linear_cka, (3, 3), "at least 4"),
+        (lambda x, y: mutual_knn(x, y, k=8), (8, 8), "at least 9"),
+    ):
+        with pytest.raises(DataError, match=words):
+            measure(*(normal(n, 2) for n in rows))

@@ -11,20 +11,15 @@ from dispersive_kit.errors import DataError
 SCRIPT = Path(__file__).parents[2] / "data" / "make_artefacts.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_artefacts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_file_that_is_not_listed_is_refused():
     with pytest.raises(DataError, match="no artefact"):
         stored("none.npz")
 
 
-def test_the_classroom_file_is_made_from_the_shipped_runs(script):
+def test_the_classroom_file_is_made_from_the_shipped_runs():
     """Its images are those that are drawn today, up to the last bits of another machine."""
+    spec = importlib.util.spec_from_file_location("make_artefacts", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     kept = stored("classroom.npz")["guided/digits/base/2"][:4].int()
     assert (script.samples("digits-base", 2.0, 4).int() - kept).abs().float().mean() < 2

@@ -152,7 +152,7 @@ def evaluate(
     out: Path | None = None,
     extractor: Literal["auto", "classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"] = "auto",
     metrics: Literal["panel", "FD", "FID"] = "panel",
-    reference: Literal["test", "train"] = "test",
+    reference: str = "test",
     num: int = 500,
     num_steps: int = 25,
     cfg_scale: float = 1.0,
@@ -169,7 +169,8 @@ def evaluate(
         extractor: Feature space, which names the numbers. auto: a classifier, trained in a minute, up to 32 pixels; for
             larger images EfficientNet, some 0.1 s an image and core. inception needs its weights in the data folder.
         metrics: All metrics, or the Frechet distance alone; FID is refused unless it is that of the published protocol.
-        reference: Real images to compare with.
+        reference: Real images to compare with (test, train), or an .npz of their mean and covariance (mu and sigma, as
+            ADM's VIRTUAL_imagenet256_labeled.npz): the Frechet distance alone, without a floor.
         num: Number of generated images, classes in turn; of an .npz with more, so many drawn at random.
         num_steps: Steps of the sampler that fits the run's objective.
         cfg_scale: Classifier-free guidance; 1 is none.

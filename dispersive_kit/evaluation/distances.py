@@ -6,16 +6,20 @@ distance exactly 0, and a distance has the same bits in every chunk, which `<=` 
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.data.files import file_sha256
+from dispersive_kit.errors import ConfigError, DataError
 
 Array = NDArray[np.float64]
 Measured = tuple[float, float, float]  # value, and the ends of its 95 % interval: NaN where there is none
+Gaussian = tuple[Array, Array]  # mean (D,), and a factor A (at most D rows) with A^T A = covariance
 
 CHUNK = 512  # rows of a matrix of pairs held at once
 NO_INTERVAL = (math.nan, math.nan)
@@ -74,25 +78,59 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
     return frechet(x, y)[0]
 
 
-def frechet(x: NDArray, y: NDArray, *, resamples: int = 0) -> Measured:
-    """`frechet_distance` of x (N, D) to y (M, D) with its interval."""
-    x, y = _checked(x, y)
-    reference = _fit(y)
+def frechet(x: NDArray, y: NDArray | Gaussian, *, resamples: int = 0) -> Measured:
+    """`frechet_distance` of x (N, D) to y (M, D), or to a Gaussian of D features, with its interval."""
+    if isinstance(y, tuple):
+        (x,), reference = _checked(x), y
+    else:
+        x, y = _checked(x, y)
+        reference = _fit(y)
     value = _between(_fit(x), reference)
     return value, *interval(value, (_between(_fit(x[half]), reference) for half in half_samples(len(x), resamples)))
 
 
-def _fit(x: Array) -> tuple[Array, Array]:
-    """Mean (D,) and a factor A (at most D rows) with A^T A = covariance."""
+def _fit(x: Array) -> Gaussian:
     mean = x.mean(0)
     scaled = (x - mean) / np.sqrt(len(x) - 1)
     return mean, np.asarray(np.linalg.qr(scaled, mode="r")) if len(scaled) > scaled.shape[1] else scaled
 
 
-def _between(x: tuple[Array, Array], y: tuple[Array, Array]) -> float:
+def _between(x: Gaussian, y: Gaussian) -> float:
     (mean_x, a), (mean_y, b) = x, y
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(((mean_x - mean_y) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * cross)
+
+
+def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
+    """Mean and covariance of features of real images, and what a record says of the file.
+
+    It has arrays mu (D,) and sigma (D, D): ADM's `VIRTUAL_imagenet256_labeled.npz`, whose mu_s and sigma_s of spatial
+    features are not read, or a file of pytorch-fid. From it come a Frechet distance and its interval, and no more: no
+    KID, no precision to coverage, and no floor, since these need images. The kit cannot know that a file is ADM's: it
+    looks at the name, puts the sha256 beside the number, and leaves it to you to compare that with your source's.
+
+    Raises:
+        DataError: no such file, no arrays of these names, of other shapes or not finite, or sigma is not symmetric.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"mu is {mean.shape} and sigma {covariance.shape}")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("it has values that are not finite")
+        if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * np.abs(covariance).max()):
+            raise ValueError("sigma is not symmetric")
+        values, vectors = np.linalg.eigh(covariance)
+        if values[0] < -1e-3 * values[-1]:  # more than rounding, in float32 too, leaves below zero
+            raise ValueError(f"sigma has an eigenvalue of {values[0]:.3g}")
+    except Exception as error:  # of a damaged archive numpy may raise almost any; the message shows it
+        raise DataError(
+            f"the reference is test, train or an .npz with mu (D,) and sigma (D, D); {file} is none of them: {error}"
+        ) from error
+    said = "the sha256 of ADM's files is not known to the kit: compare it with your source's"
+    card = {"data": file.stem, "file": file.name, "sha256": file_sha256(file), "verified": said}
+    return (mean, np.sqrt(values.clip(0))[:, None] * vectors.T), card
 
 
 def kid(x: NDArray, y: NDArray, *, resamples: int = 0) -> Measured:

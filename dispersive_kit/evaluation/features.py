@@ -15,7 +15,7 @@ from dispersive_kit.data import ImageSet, to_float
 from dispersive_kit.data.files import file_sha256
 from dispersive_kit.data.images import data_folder
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
-from dispersive_kit.evaluation.generate import draw_images, gathered, progress, shared_out
+from dispersive_kit.evaluation.generate import Samples, draw_images, gathered, progress, shared_out
 from dispersive_kit.models import efficientnet
 
 Extractors = Literal["auto", "classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"]
@@ -55,23 +55,26 @@ class FeatureExtractor:
         """For a record."""
         return {key: getattr(self, key) for key in ("name", "version", "dim", "weights_sha256", "preprocess", "note")}
 
-    def __call__(self, images: Tensor) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W); processes take batches in turn.
+    def __call__(self, images: Tensor | Samples) -> NDArray[np.float32]:
+        """Features (N, dim) of uint8 images (N, C, H, W), drawn a batch at a time if they are not yet.
+
+        Processes take batches in turn.
 
         Raises:
             ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ConfigError(
-                f"{self.name} takes uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}; "
-                "convert with dispersive_kit.data.to_uint8"
-            )
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
             raise KitError(f"{self.name} differs between the processes; start them with the same settings and threads")
 
         @torch.no_grad()
         def features(rows: slice) -> NDArray[np.float32]:
-            base = self.extract(images[rows].to(self.device)).cpu()
+            batch = images[rows]
+            if batch.dtype != torch.uint8 or batch.ndim != 4:
+                raise ConfigError(
+                    f"{self.name} takes uint8 images (N, C, H, W), got {batch.dtype} {tuple(batch.shape)}; "
+                    "convert with dispersive_kit.data.to_uint8"
+                )
+            base = self.extract(batch.to(self.device)).cpu()
             return (self.project(base) if self.project else base).float().numpy()
 
         return np.concatenate(shared_out(features, len(images), f"features by {self.name}"))
@@ -93,7 +96,7 @@ def make_extractor(
         "classifier": lambda: _small_classifier(train, held_out),
         "pixels-pca32": lambda: _pca(_pixels(train.images), train.images, 32),
         "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, EFFNET_PCA_IMAGES).images, 64),
-        "inception": lambda: _inception(device),
+        "inception": lambda: inception_pool3(device),
     }
     if name == "auto":
         name = "classifier" if train.images.shape[-1] <= 32 else "effnet-lite0-pca64"
@@ -179,7 +182,7 @@ def _in_parts(network: Callable[[Tensor], Tensor], device: torch.device | str) -
     return lambda images: torch.cat([network(part) for part in images.split(size)])
 
 
-def _inception(device: torch.device | str) -> FeatureExtractor:
+def inception_pool3(device: torch.device | str) -> FeatureExtractor:
     """The 2,048 pool3 features of TensorFlow's Inception of 2015, through torch-fidelity; nothing is downloaded."""
     weights = data_folder() / INCEPTION_WEIGHTS
     if not weights.is_file():

@@ -5,7 +5,7 @@ Under a launcher the processes take batches in turn and each gets all: the same 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
 from dispersive_kit.data.latents import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
-from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.batches import open_store, stream
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.runs import sample_batch
@@ -60,52 +60,59 @@ def balanced_labels(n: int, num_classes: int) -> Tensor:
     return torch.arange(n) % num_classes
 
 
-@torch.no_grad()
-def generate(
-    model: Any,
-    labels: Tensor,
-    *,
-    objective: str = "flow",
-    sampler: str = "",
-    num_steps: int = 25,
-    cfg_scale: float = 1.0,
-    guidance_low: float = 0.0,
-    guidance_high: float = 1.0,
-    first_seed: int = 0,
-    decode: Decode | None = None,
-) -> Tensor:
-    """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
+@dataclass(frozen=True)
+class Samples:
+    """Images that are drawn when they are asked for: `samples[a:b]` is uint8 (b - a, C, H, W), seeds first_seed + a on.
 
-    objective: of the training (flow, ddpm, meanflow), which decides on the samplers; flow's default is Heun's method.
-    Guidance of `cfg_scale` acts where t is in [guidance_low, guidance_high] (t = 1 is noise).
+    An extractor takes them in place of a tensor and keeps the features of a batch alone, so that 50,000 images of
+    256 x 256 need no memory. The fields are the options of `generate`.
 
     Raises:
-        ConfigError: a label outside the classes, seeds beyond 64 bits, guidance of a model without a null class.
-        KitError: the model draws NaN or infinity, which as an image would be black.
+        ConfigError: a label outside the classes, guidance of a model without a null class. KitError: the model draws
+            NaN or infinity, which as an image would be black.
     """
-    num_classes = model.num_classes
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise ConfigError(f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    if not -(2**63) <= first_seed < 2**63 - len(labels):
-        raise ConfigError(f"seeds from {first_seed} on are no numbers of 64 bits")
-    if not math.isfinite(cfg_scale):
-        raise ConfigError(f"cfg_scale must be a number, got {cfg_scale}")
-    if cfg_scale != 1.0 and model.null_label is None:
-        raise ConfigError("this model has no null class (class_dropout_prob was 0), so cfg_scale must be 1")
-    device = next(model.parameters()).device
 
-    def draw(rows: slice) -> Tensor:
-        y = labels[rows].to(device)
-        seeds = range(first_seed + rows.start, first_seed + rows.stop)
-        guidance = ClassifierFree(y, model.null_label, scale=cfg_scale, low=guidance_low, high=guidance_high)
-        how: dict[str, Any] = {"objective": objective, "sampler": sampler, "num_steps": num_steps}
-        x = sample_batch(model, y, seeds, guidance=guidance, **how)
-        images = decode(x) if decode else x
-        if not images.isfinite().all():
-            raise KitError(f"the decoder gives NaN or infinity among the images with seeds {seeds[0]} to {seeds[-1]}")
-        return to_uint8(images).cpu()
+    model: Any
+    labels: Tensor
+    objective: str = "flow"
+    sampler: str = ""
+    num_steps: int = 25
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    first_seed: int = 0
+    decode: Decode | None = None
 
-    return torch.cat(shared_out(draw, len(labels), "drawing samples"))
+    def __post_init__(self) -> None:
+        outside = self.labels[(self.labels < 0) | (self.labels >= self.model.num_classes)]
+        if len(outside):
+            raise ConfigError(f"labels must lie in 0..{self.model.num_classes - 1}, got {int(outside[0])}")
+        if not math.isfinite(self.cfg_scale):
+            raise ConfigError(f"cfg_scale must be a number, got {self.cfg_scale}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @torch.no_grad()
+    def __getitem__(self, rows: slice) -> Tensor:
+        y = self.labels[rows].to(next(self.model.parameters()).device)
+        seeds = range(self.first_seed, self.first_seed + len(self))[rows]
+        interval = self.guidance_low, self.guidance_high
+        guidance = ClassifierFree(y, self.model.null_label, self.cfg_scale, *interval)
+        how: dict[str, Any] = {"objective": self.objective, "sampler": self.sampler, "num_steps": self.num_steps}
+        x = sample_batch(self.model, y, seeds, guidance=guidance, **how)
+        return to_uint8(self.decode(x) if self.decode else x).cpu()
+
+
+def generate(model: Any, labels: Tensor, **options: Any) -> Tensor:
+    """Draw one uint8 image (N, C, H, W) for each label (N,); image i has the seed first_seed + i.
+
+    options: `objective` of the training (flow, ddpm, meanflow), which decides on the samplers; `sampler` (flow's
+    default is Heun's method), `num_steps`, `first_seed`; `cfg_scale`, the guidance where t is in [`guidance_low`,
+    `guidance_high`] (t = 1 is noise); `decode`, see `decoder_of`. Raises as `Samples`.
+    """
+    samples = Samples(model, labels, **options)
+    return torch.cat(shared_out(samples.__getitem__, len(labels), "drawing samples"))
 
 
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:

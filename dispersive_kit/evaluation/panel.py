@@ -6,7 +6,9 @@ is the name of one protocol; every other number says what it is.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,14 +29,15 @@ from dispersive_kit.evaluation.features import (
     INCEPTION_SHA256,
     Extractors,
     FeatureExtractor,
+    inception_pool3,
     make_extractor,
     weights_sha256,
 )
 from dispersive_kit.evaluation.generate import (
+    Samples,
     balanced_labels,
     decoder_of,
     draw_images,
-    generate,
     load_reference,
     this_process,
 )
@@ -43,9 +46,12 @@ from dispersive_kit.training.batches import stream
 from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
+Images = Tensor | Samples | NDArray[np.floating]  # uint8 (N, C, H, W), the same not drawn yet, or features (N, D)
 METRICS = ("FD", "KID", "PRDC")
 PROTOCOL_N = 50_000  # generated images of an FID
 NEIGHBOURS, RESAMPLES = 5, 100
+ADM_STATISTICS = r"VIRTUAL_imagenet(64|128|256|512)(_labeled)?\.npz"  # names of the files that ADM published
+Sets = Callable[[], tuple[ImageSet, ImageSet]]  # training and held-out images, read when they are needed
 
 
 def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
@@ -58,6 +64,8 @@ def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
         f"{part}{reference.get('data')}": not reference.get("drawn_from"),
         "the reference set has no name": bool(reference.get("data")),
+        f"{reference.get('file')} has no name of a statistics file of ADM": "file" not in reference
+        or bool(re.fullmatch(ADM_STATISTICS, reference["file"])),
     }
     return [fault for fault, holds in conditions.items() if not holds]
 
@@ -71,11 +79,13 @@ def refuse_fid(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any
 def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> str:
     """ "FD[digits-classifier48, N=500]"; FID where, and only where, its conditions hold.
 
-    FID names the split of its reference too: to the training images and to the test images are two numbers.
+    FID names the split of its reference too: to the training images and to the test images are two numbers. A file of
+    statistics stands in the name with its sha256, since the kit knows ADM's files by their names alone.
     """
+    file = f"reference {reference['file']} sha256 {reference['sha256'][:12]}" if "file" in reference else ""
     if metric != "FD" or _unmet(extractor, n, reference):
-        return f"{metric}[{extractor['name']}, N={n}]"
-    return f"FID[{' '.join(filter(None, (reference['data'], reference.get('split'))))}, N={n}]"
+        return f"{metric}[{', '.join(filter(None, (extractor['name'], file, f'N={n}')))}]"
+    return f"FID[{file or ' '.join(filter(None, (reference['data'], reference.get('split'))))}, N={n}]"
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,8 @@ class Record:
         """Value, interval and floor, which has its own N where there were fewer real images: it is then too high."""
         ends = "none" if self.low != self.low else f"[{self.low:.4g}, {self.high:.4g}]"
         of = self.protocol.get("floor", {}).get("n", self.n)
-        return f"{self.value:.4g}", ends, f"{self.floor:.4g}" + (f" (N={of})" if of < self.n else "")
+        floor = "none" if self.floor != self.floor else f"{self.floor:.4g}"
+        return f"{self.value:.4g}", ends, floor + (f" (N={of})" if of < self.n else "")
 
     def __str__(self) -> str:
         value, ends, floor = self.in_words()
@@ -147,7 +158,7 @@ def _protocol(extractor: FeatureExtractor, reference: Card, floor: Card, resampl
         "reference": reference,
         "floor": floor,
         "extractor": extractor.card(),
-        "resize": f"{reference['resize']}, then the extractor's own",
+        "resize": f"{reference.get('resize', 'as the file was made')}, then the extractor's own",
         "uint8_rule": "round(127.5 x + 127.5), clamped to 0..255",
         "interval": f"95 %, {resamples} half-samples of the generated images, seed 0; of precision and copies "
         "Wilson's; of density that of a mean; of recall and coverage none",
@@ -186,13 +197,13 @@ class Panel:
         self.y = extractor(reference.images)
         self._floors: dict[int, dict[str, Measured]] = {}
 
-    def measure(self, generated: Tensor, *, protocol: Card | None = None) -> list[Record]:
-        """A record a metric for uint8 images (N, C, H, W). protocol: how they were made, for the record.
+    def measure(self, generated: Images, *, protocol: Card | None = None) -> list[Record]:
+        """A record a metric for images or their features. protocol: how they were made, for the record.
 
         The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
         """
         n, others = len(generated), draw_images(self.real, len(generated))
-        found = measured(self.metrics, self.extractor(generated), self.y, self.resamples)
+        found = measured(self.metrics, _features(self.extractor, generated), self.y, self.resamples)
         if n not in self._floors:
             self._floors[n] = measured(self.metrics, self.extractor(others.images), self.y, 0)
         own, (reference, floor) = (
@@ -206,6 +217,10 @@ class Panel:
             name, real = number_name(metric, everything["extractor"], n, reference), self._floors[n][metric][0]
             records.append(Record(name, *numbers, real, n, len(self.reference), everything, better))
         return records
+
+
+def _features(extractor: FeatureExtractor, images: Images) -> NDArray:
+    return images if isinstance(images, np.ndarray) else extractor(images)
 
 
 class Memorisation(NamedTuple):
@@ -224,7 +239,7 @@ class Memorisation(NamedTuple):
 
 
 def measure_memorisation(
-    generated: Tensor, train: ImageSet, held_out: ImageSet, extractor: FeatureExtractor, *, protocol: Card | None = None
+    generated: Images, train: ImageSet, held_out: ImageSet, extractor: FeatureExtractor, *, protocol: Card | None = None
 ) -> Memorisation:
     """How near generated images are to training images, and how near held-out ones are.
 
@@ -232,7 +247,8 @@ def measure_memorisation(
         ConfigError: half of the held-out images are training images.
     """
     known = extractor(train.images)
-    (distance, index), (real, _) = (distances.nearest(extractor(x), known) for x in (generated, held_out.images))
+    features = (_features(extractor, images) for images in (generated, held_out.images))
+    (distance, index), (real, _) = (distances.nearest(x, known) for x in features)
     n, usual = len(generated), float(np.median(real))
     if usual == 0:
         raise ConfigError("half of the held-out images are in the training set: the splits are not apart")
@@ -260,7 +276,7 @@ class Evaluation:
 
     extractor: Extractors = "auto"
     metrics: Literal["panel", "FD", "FID"] = "panel"
-    reference: Literal["test", "train"] = "test"
+    reference: str = "test"  # or train, or the .npz of mean and covariance of a reference set
     num: int = 500
     num_steps: int = 25
     cfg_scale: float = 1.0
@@ -278,40 +294,58 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
     """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
 
     Raises:
-        CheckpointError: no run. DataError: data or samples cannot be read. ConfigError: options that do not fit, or
-            FID asked of a number that is not.
+        CheckpointError: no run. DataError: data, samples or statistics cannot be read. ConfigError: options that do not
+            fit, or FID asked of a number that is not.
     """
-    device = this_process().device
-    if source.suffix == ".npz":
-        images, protocol = _samples_of(source, how)
-        train, held_out = (load_images(str(how.data), split, size=images.shape[-1]) for split in ("train", "test"))
-    else:
-        model, card = load_run(run_folder(source))
-        decode = decoder_of(card, device=device, path=how.vae)
-        train, held_out = load_reference(card["config"].changed(data=how.data or card["config"].data), decode)
-    extractor = make_extractor(how.extractor, train, held_out, device=device)
+    images, protocol, sets = (_samples_of if source.suffix == ".npz" else _drawn)(source, how)
+    if how.reference not in ("test", "train"):
+        return [_against_statistics(images, protocol, sets, how)]
+    train, held_out = sets()
+    if (shape := images[:1].shape[1:]) != train.images.shape[1:]:
+        raise ConfigError(f"the samples are {tuple(shape)}, {train.name} is {tuple(train.images.shape[1:])}")
+    extractor = make_extractor(how.extractor, train, held_out, device=this_process().device)
     reference, others = (held_out, train) if how.reference == "test" else (train, held_out)
     if how.metrics == "FID":
         refuse_fid(extractor.card(), how.num, describe_set(reference))
-    if source.suffix != ".npz":
-        images, protocol = _drawn(model.to(device), card, decode, how)
-    if images.shape[1:] != train.images.shape[1:]:
-        raise ConfigError(f"the samples are {tuple(images.shape[1:])}, {train.name} is {tuple(train.images.shape[1:])}")
-    metrics = METRICS if how.metrics == "panel" else ("FD",)
-    records = Panel(extractor, others, reference, metrics=metrics).measure(images, protocol=protocol)
+    x, metrics = extractor(images), METRICS if how.metrics == "panel" else ("FD",)
+    records = Panel(extractor, others, reference, metrics=metrics).measure(x, protocol=protocol)
     if how.memorisation:
-        records += measure_memorisation(images, train, held_out, extractor, protocol=protocol)[:2]
+        records += measure_memorisation(x, train, held_out, extractor, protocol=protocol)[:2]
     return records
 
 
-def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card]:
-    """`how.num` samples of an .npz, and what the record says of them."""
-    if how.data is None:
-        raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
+def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluation) -> Record:
+    """The Frechet distance to the mean and covariance of a file; Inception's features need no real images for it."""
+    known, reference = distances.read_statistics(Path(how.reference))
+    if how.memorisation:
+        raise ConfigError("--memorisation compares with images, and the reference has none: give --reference test")
+    device = this_process().device
+    inception = how.extractor == "inception"
+    extractor = inception_pool3(device) if inception else make_extractor(how.extractor, *sets(), device=device)
+    if how.metrics == "FID":
+        refuse_fid(extractor.card(), how.num, reference)
+    if extractor.dim != len(known[0]):
+        raise ConfigError(f"{extractor.name} has {extractor.dim} features, and {reference['file']} {len(known[0])}")
+    numbers = distances.frechet(_features(extractor, images), known, resamples=RESAMPLES)
+    floor = {"none": "a file of statistics has no images to measure a floor with"}
+    everything = _protocol(extractor, reference, floor, RESAMPLES, protocol)
+    name = number_name("FD", everything["extractor"], how.num, reference)
+    return Record(name, *numbers, math.nan, how.num, 0, everything)
+
+
+def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
+    """`how.num` samples of an .npz, what the record says of them, and the real images they are compared with."""
     of_sampling = ("num_steps", "cfg_scale", "seed", "vae")
     if asked := [name for name in of_sampling if getattr(how, name) != getattr(Evaluation, name)]:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
+
+    def sets() -> tuple[ImageSet, ImageSet]:
+        if how.data is None:
+            raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
+        size = images.shape[-1]
+        return load_images(how.data, "train", size=size), load_images(how.data, "test", size=size)
+
     try:  # the form of ADM's evaluation suite
         with np.load(file, allow_pickle=False) as arrays:
             found = arrays["arr_0"]
@@ -324,23 +358,28 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card]:
         raise ConfigError(f"{file} holds {len(images)} samples: give --num {len(images)}, or fewer")
     if len(images) > how.num:  # drawn: the file may be sorted by class
         images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: how.num]]
-    return images, {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
+    protocol = {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
+    return images, protocol, sets
 
 
-def _drawn(model: Any, card: Card, decode: Any, how: Evaluation) -> tuple[Tensor, Card]:
-    """`how.num` samples of a run, and what the record says of them."""
-    config, labels = card["config"], balanced_labels(how.num, model.num_classes)
+def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:
+    """`how.num` samples of a run, what the record says of them, and the real images they are compared with."""
+    model, card = load_run(run_folder(source))
+    config, labels, device = card["config"], balanced_labels(how.num, model.num_classes), this_process().device
+    decode = decoder_of(card, device=device, path=how.vae)
     settings: Card = {"num_steps": how.num_steps, "cfg_scale": how.cfg_scale, "first_seed": how.seed}
-    return generate(model, labels, objective=config.objective, decode=decode, **settings), {
+    images = Samples(model.to(device), labels, objective=config.objective, decode=decode, **settings)
+    protocol = {
         **{key: card[key] for key in ("run", "step", "weights")},
         "checkpoint_sha256": weights_sha256(model.state_dict()),
         "training_seed": config.seed,
         "sampler": sampler_of(config.objective)[0],
         "labels": "classes in turn",
         "autoencoder": card["data"].get("autoencoder"),
-        "device": this_process().device.type,
+        "device": device.type,
         **settings,
     }
+    return images, protocol, lambda: load_reference(config.changed(data=how.data or config.data), decode)
 
 
 def record_folder(source: Path) -> Path:
@@ -354,5 +393,5 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     settings["step"] = record.protocol.get("step")  # the newest is another one tomorrow
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
     extractor = record.protocol["extractor"]["name"].replace("/", "-")
-    name = f"{source.stem}-{how.metrics}-{extractor}-{how.reference}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
+    name = f"{source.stem}-{how.metrics}-{extractor}-{Path(how.reference).stem}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
     return record_folder(source) / f"evaluation-{name}.json"

@@ -1,5 +1,6 @@
 """Distances against closed forms and the reference codes, and their intervals against repeated sampling."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dispersive_kit.errors import ConfigError
+from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import distances, frechet_distance
-from dispersive_kit.evaluation.distances import half_samples, interval, kid, nearest, prdc, wilson
+from dispersive_kit.evaluation.distances import half_samples, interval, kid, nearest, prdc, read_statistics, wilson
 from dispersive_kit.evaluation.panel import METRICS, measured
 
 
@@ -57,6 +58,35 @@ def test_frechet_distance_equals_torch_fidelity(n, m):
     # For n < d the oracle takes a root of a singular product, and is itself only right to some digits.
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6 if min(n, m) > 40 else 1e-3)
     assert frechet_distance(x, x + 2) == pytest.approx(4 * 40, rel=1e-9)
+
+
+@pytest.mark.parametrize("m", [300, 30], ids=["m > d", "m < d"])
+def test_mean_and_covariance_in_a_file_give_the_distance_of_the_features_they_are_of(tmp_path, m):
+    x, y, file = cloud(400, 40), cloud(m, 40, seed=2), tmp_path / "fid.npz"
+    np.savez(file, mu=y.mean(0), sigma=np.cov(y.T), mu_s=np.zeros(3), sigma_s=np.zeros((3, 3)), arr_0=np.zeros(2))
+    known, card = read_statistics(file)
+    assert distances.frechet(x, known, resamples=5) == pytest.approx(distances.frechet(x, y, resamples=5), rel=1e-6)
+    assert card["file"] == "fid.npz" and card["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        (None, "No such file"),
+        ({"mean": np.zeros(3), "sigma": np.eye(3)}, "mu is not a file"),
+        ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"mu is \(3, 1\) and sigma \(3, 3\)"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"sigma \(2, 2\)"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "sigma is not symmetric"),
+        ({"mu": np.zeros(3), "sigma": np.diag([1, np.nan, 1])}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": np.diag([1, 1, -0.1])}, "sigma has an eigenvalue of -0.1"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "could not convert"),
+    ],
+)
+def test_a_file_that_is_no_mean_and_covariance_is_refused_by_name(tmp_path, arrays, said):
+    if arrays is not None:
+        np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(DataError, match=rf"test, train or an \.npz .*other\.npz is none of them: .*{said}"):
+        read_statistics(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("measure", [frechet_distance, kid, prdc, nearest])

@@ -2,14 +2,16 @@
 
 import re
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import warm
 
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.evaluation import draw_images, generate, make_extractor, pixel_gaussian
-from dispersive_kit.evaluation.generate import shared_out
+from dispersive_kit.evaluation.generate import Samples, shared_out
 from dispersive_kit.evaluation.panel import describe_set
 from dispersive_kit.training import load_run
 
@@ -51,6 +53,22 @@ def test_what_takes_more_than_some_seconds_says_what_is_done_and_how_long_it_wil
         assert re.search(rf"{words}:.*/.*<", said), words
 
 
+def test_features_are_those_of_images_drawn_at_once_and_a_batch_is_forgotten_before_the_next(space, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 16)
+    model, labels, seen = load_run("digits-base")[0], torch.arange(40) % 10, []
+
+    class Watched(Samples):
+        def __getitem__(self, rows):
+            assert not any(batch() is not None for batch in seen)
+            images = super().__getitem__(rows)
+            seen.append(weakref.ref(images))
+            return images
+
+    options = {"num_steps": 2, "first_seed": 7, "cfg_scale": 1.5}
+    streamed = space(Watched(model, labels, **options))
+    assert np.array_equal(streamed, space(generate(model, labels, **options))) and len(seen) == 3
+
+
 def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
     model, _ = load_run("digits-base")
     labels = torch.arange(6)
@@ -65,7 +83,7 @@ def test_guidance_in_no_interval_is_no_guidance_and_labels_are_classes():
     )
     assert torch.equal(plain, nowhere)  # none of the times 1, 2/3, 1/3 and 0 lies in there
     assert not torch.equal(plain, guided) and not torch.equal(part, guided)
-    with pytest.raises(ConfigError, match=r"0\.\.9"):
+    with pytest.raises(ConfigError, match=r"0\.\.9, got 10"):
         generate(model, torch.tensor([10]))
 
 

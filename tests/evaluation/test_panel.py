@@ -1,8 +1,10 @@
 """The panel, its records and a whole evaluation; FID is the word for one protocol, and the kit does not lend it."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from dispersive_kit.evaluation import (
 from dispersive_kit.evaluation.features import INCEPTION, INCEPTION_SHA256
 from dispersive_kit.evaluation.panel import METRICS, number_name, record_file, refuse_fid
 
+module = sys.modules["dispersive_kit.evaluation.panel"]
 PANEL = {  # value, low, high, floor of 200 samples of the Gaussian, as ever
     "FD": (1.3517773495585494, 1.195177144397292, 1.49491836931463, 0.8684839580903798),
     "KID": (0.019638376101979826, 0.011690743166414653, 0.028110506866913347, 0.0028174608881670338),
@@ -167,6 +170,51 @@ def test_whatever_moves_the_number_stands_in_its_record_and_has_a_file_of_its_ow
     assert changed.protocol["checkpoint_sha256"] and changed.protocol["device"] == "cpu"
 
 
+@pytest.fixture(scope="module")
+def statistics(digits, space, tmp_path_factory):
+    """Those of the held-out digits, in the form of ADM's files."""
+    features, file = space(digits[1].images), tmp_path_factory.mktemp("statistics") / "held-out.npz"
+    np.savez(file, mu=features.mean(0, dtype=float), sigma=np.cov(features.T), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    return file
+
+
+def test_a_file_of_statistics_gives_the_frechet_distance_alone_and_names_itself(plain, statistics, tmp_path):
+    records = measured(reference=str(statistics), metrics="panel")
+    digest = hashlib.sha256(statistics.read_bytes()).hexdigest()
+    assert [r.name for r in records] == [f"FD[pixels/pca32, reference held-out.npz sha256 {digest[:12]}, N=60]"]
+    found, usual = ((r.value, r.low, r.high) for r in (records[0], plain[0]))
+    assert found == pytest.approx(usual, rel=1e-6)
+    assert math.isnan(records[0].floor) and " none" in table(records) and json.loads(to_json(records))
+    assert records[0].protocol["reference"]["sha256"] == digest and "none" in records[0].protocol["floor"]
+    for changes, said in (
+        ({"memorisation": True}, "give --reference test"),
+        ({"metrics": "FID"}, "held-out.npz has no name of a statistics file of ADM"),
+        ({"extractor": "classifier"}, "digits-classifier48 has 48 features, and held-out.npz 32"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            measured(reference=str(statistics), **changes)
+
+
+def test_features_of_inception_need_no_real_images_beside_a_file_of_statistics(statistics, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "inception_pool3", lambda device: asked.append(device) or Untrained())
+    np.savez(tmp_path / "samples.npz", np.zeros((8, 6, 6, 3), np.uint8))  # of no data set, and none is named
+    (record,) = evaluate(tmp_path / "samples.npz", Evaluation("inception", num=8, reference=str(statistics)))
+    assert asked and record.n == 8 and record.protocol["extractor"]["name"] == "untrained"
+
+
+class Untrained:
+    """Zeros for Inception's features, whose weights may be missing here."""
+
+    name, dim = "untrained", 32
+
+    def card(self):
+        return {"name": self.name}
+
+    def __call__(self, images):
+        return np.zeros((len(images), 32))
+
+
 def test_of_a_file_sorted_by_class_all_classes_are_measured(digits, tmp_path):
     train, _ = digits
     images = train.images[train.labels.argsort(stable=True)]
@@ -212,3 +260,8 @@ def test_where_every_condition_holds_the_word_is_used():
     protocol = {"extractor": TRUE, "reference": {"data": "imagenet256"}}
     assert Record("FID[imagenet256, N=50000]", 3.0, 2.9, 3.1, 1.0, 50_000, 50_000, protocol).value == 3
     assert number_name("KID", TRUE, 50_000, WHOLE) == "KID[inception-pool3, N=50000]"
+    adm = {"data": "x", "file": "VIRTUAL_imagenet256_labeled.npz", "sha256": "0123456789abcdef"}
+    said = "reference VIRTUAL_imagenet256_labeled.npz sha256 0123456789ab, N=50000]"
+    assert number_name("FD", TRUE, 50_000, adm) == f"FID[{said}"
+    own = {**adm, "file": "my_statistics.npz"}
+    assert number_name("FD", TRUE, 50_000, own).startswith("FD[inception-pool3, reference my_statistics.npz")

@@ -31,7 +31,7 @@ _PRELOADED = [
 
 
 class Started:
-    """One command on one or several processes, with the methods of `subprocess.Popen` that tests use."""
+    """One command on one or several processes."""
 
     def __init__(self, arguments: tuple[object, ...], processes: int, env: dict[str, str]) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 (as long as this object)
@@ -87,10 +87,6 @@ class Started:
             multiprocessing.connection.wait([p.sentinel for p in self.processes if p.exitcode is None], min(left, 1))
         return code
 
-    def communicate(self, timeout: float = 300) -> tuple[str, None]:
-        self.returncode = self.wait(timeout)
-        return self.output, None
-
     def send_signal(self, number: int) -> None:
         for process in self.processes:
             if process.is_alive():
@@ -109,9 +105,9 @@ def start(*arguments: object, processes: int = 1, **env: str) -> Started:
 
 def run(*arguments: object, processes: int = 1, timeout: float = 300, **env: str) -> str:
     """Start it, wait for its end, return what it printed; fails with that if it fails."""
-    printed, _ = (started := start(*arguments, processes=processes, **env)).communicate(timeout)
-    assert started.returncode == 0, printed
-    return printed
+    started = start(*arguments, processes=processes, **env)
+    assert started.wait(timeout) == 0, started.output
+    return started.output
 
 
 def _child(arguments: list[str], env: dict[str, str], log: str, folder: Path) -> None:

@@ -164,12 +164,11 @@ class Pull:
     """Gradient of the weighted dispersive loss against that of the denoising loss, at the features.
 
     ratio: |g_disp| / |g_denoise|; cosine: between them, below 0 where they pull apart; each (bins of t, blocks), the
-    first bin being the least noise. weights_cosine: between the gradients by each block's own weights (blocks,).
+    first bin being the least noise.
     """
 
     ratio: Tensor
     cosine: Tensor
-    weights_cosine: Tensor
 
 
 def gradient_pull(
@@ -181,32 +180,18 @@ def gradient_pull(
     batch of one t would be another loss. options: of the dispersive loss, tau 0.5 by default.
     """
     options, objective = options or LossOptions("infonce_l2", 0.5), FlowMatching()
-    images, blocks = DeviceSet.of(data, "cpu"), list(model.blocks)  # type: ignore[arg-type]
+    images, blocks = DeviceSet.of(data, "cpu"), len(model.blocks)  # type: ignore[arg-type]
     null = getattr(model, "null_label", None)
-    features = torch.zeros(3, BINS, len(blocks), dtype=torch.double)
-    weights, whole = torch.zeros(3, len(blocks), dtype=torch.double), torch.zeros(1, dtype=torch.long)
+    features = torch.zeros(3, BINS, blocks, dtype=torch.double)
     for step in range(batches):
         batch = images.batch(objective, seed=0, step=step, size=64, null_label=null, drop_prob=0.1)
-        loss, aux = objective(model, batch.x0, batch.y, draws=batch.draws, taps=range(len(blocks)))
+        loss, aux = objective(model, batch.x0, batch.y, draws=batch.draws, taps=range(blocks))
         part = (aux.t * BINS).long().clamp(max=BINS - 1)
-        for b, (z, block) in enumerate(zip(aux.taps, blocks, strict=True)):
-            wanted = [z, *block.parameters()]
+        for b, z in enumerate(aux.taps):
             spread = weight * measure(finite(z), options).loss
-            d, *d_weights = torch.autograd.grad(spread, wanted, retain_graph=True)
-            g, *g_weights = torch.autograd.grad(loss, wanted, retain_graph=True)
-            features[:, :, b] += _products(d, g, part, BINS)
-            weights[:, b] += _products(_joined(d_weights), _joined(g_weights), whole, 1)[:, 0]
-    (dd, gg, dg), (ww, vv, wv) = features, weights
-    return Pull((dd / gg).sqrt(), dg / (dd * gg).sqrt(), wv / (ww * vv).sqrt())
-
-
-def _products(d: Tensor, g: Tensor, part: Tensor, bins: int) -> Tensor:
-    """|d|^2, |g|^2 and <d, g> (3, bins) of gradients (B, ...), summed over the rows of each part."""
-    d, g = d.flatten(1).double(), g.flatten(1).double()
-    rows = torch.stack([d.square().sum(1), g.square().sum(1), (d * g).sum(1)])  # (3, B)
-    return rows.new_zeros(3, bins).index_add_(1, part, rows)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """All entries as one row (1, n)."""
-    return torch.cat([tensor.flatten() for tensor in tensors])[None]
+            (d,), (g,) = (torch.autograd.grad(one, [z], retain_graph=True) for one in (spread, loss))
+            d, g = d.flatten(1).double(), g.flatten(1).double()
+            products = torch.stack([d.square().sum(1), g.square().sum(1), (d * g).sum(1)])  # (3, B)
+            features[:, :, b].index_add_(1, part, products)
+    dd, gg, dg = features
+    return Pull((dd / gg).sqrt(), dg / (dd * gg).sqrt())

@@ -34,23 +34,25 @@ def picture_name(arm: str, neighbours: int, min_dist: float, seed: int) -> str:
 
 def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0, dens: bool = False) -> Array:
     """UMAP (N, 2) of rows (N, D), or densMAP, which keeps some of the local density."""
+    rows = finite(x).double().numpy()
     import umap
 
     reducer = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, densmap=dens, n_jobs=1)
     with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
         warnings.simplefilter("ignore")
-        return np.asarray(reducer.fit_transform(finite(x).double().numpy()), dtype=np.float64)
+        return np.asarray(reducer.fit_transform(rows), dtype=np.float64)
 
 
 def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
     """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
+    rows = [finite(x).double().numpy() for x in stages]
     import umap
 
     reducer = umap.AlignedUMAP(n_neighbors=15, min_dist=0.1, random_state=0)
     same = {i: i for i in range(len(stages[0]))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reducer.fit([finite(x).double().numpy() for x in stages], relations=[same] * (len(stages) - 1))
+        reducer.fit(rows, relations=[same] * (len(stages) - 1))
     return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 
 

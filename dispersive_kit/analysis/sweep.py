@@ -39,7 +39,7 @@ class Sweep:
 
     values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka: debiased
     linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first
-    images (levels, blocks, KEEP, E) with their labels. protocol: what makes it comparable, the pooling among it.
+    images (levels, blocks, KEEP, E). protocol: what makes it comparable, the pooling among it.
     """
 
     levels: tuple[float, ...]
@@ -49,7 +49,6 @@ class Sweep:
     gaussian_spectra: Tensor
     cka: Tensor
     rows: Tensor
-    labels: Tensor
     protocol: dict[str, Any]
 
 
@@ -94,7 +93,6 @@ def sweep(
         torch.stack([eigenvalues for _, eigenvalues in nulls]),
         torch.stack([cka_matrix(own) for own in kept]),
         kept,
-        data.labels[:KEEP],
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pool": pool,
          "pooling": f"residual stream after each block, {POOLS[pool]}",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",

@@ -135,10 +135,9 @@ def attempt(case):
     armed = contextlib.nullcontext() if case["mode"] == "unarmed" else reg
     with torch.set_grad_enabled(case["mode"] != "all no_grad"), armed:
         model(x)
-    try:
+    zs = []
+    with contextlib.suppress(DispersiveError):
         zs = reg.captured
-    except DispersiveError:
-        zs = []
     if case["mode"] == "removed":
         reg.remove()
     if case["mode"] == "twice":

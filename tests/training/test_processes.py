@@ -4,24 +4,24 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import warm
+from runs import assert_same_bits, run, tensors
 from safetensors.torch import load_file
 
-from dispersive_kit.training import RegularizerConfig, load_run, train, train_preset
+from dispersive_kit.training import RegularizerConfig, load_run, train_preset
 from dispersive_kit.training.checkpoint import checkpoints, load_latest
 
 CLI = ["-m", "dispersive_kit.cli"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = [find_spec("torch.distributed.run").origin, "--standalone", "--nproc_per_node"]
+ACCELERATE = [find_spec("accelerate.commands.launch").origin, "--num_processes", 2, "--main_process_port", 0]
 WORKER = str(Path(__file__).with_name("gradient_worker.py"))
 # A gradient that is not clipped, of 64 images, with and without the loss.
 PLAIN = train_preset("smoke", steps=1, batch_size=64, grad_clip=1e9)
@@ -84,37 +84,27 @@ def test_groups_of_16_in_one_process_are_16_on_each_of_several(tmp_path, process
     assert apart(one, gradient(tmp_path, "ungrouped", config, 1)[0]) > (1e-6 if placebo else 1e-4)
 
 
-TRAIN = ["train", "--preset", "smoke", "--set", "checkpoint_every=3", "--regularizer", "paper"]
-
-
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+TRAIN = ["train", "--preset", "smoke", "--set", "model=DiT-T/4"]
+PAPER = ["--set", "checkpoint_every=3", "--regularizer", "paper"]
 
 
 def test_two_processes_of_accelerate_train_resume_to_the_same_bits_and_sample(run_command, tmp_path):
-    arguments = [*TRAIN, "--steps", 6, "--resume", "--out", tmp_path / "run"]
-    launcher = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    subprocess.run([*launcher, *CLI, *map(str, arguments)], check=True, capture_output=True, env=ONE_THREAD)
-    whole = load_latest(tmp_path / "run" / "checkpoints").groups
+    arguments = [*TRAIN, *PAPER, "--steps", 6, "--resume", "--out", tmp_path / "run"]
+    warm.run(*ACCELERATE, "--multi_gpu", *CLI, *arguments)
+    whole = tensors(tmp_path / "run")
     shutil.rmtree(checkpoints(tmp_path / "run" / "checkpoints")[-1])  # as if killed after the checkpoint before
     run_command(arguments, 2)
-    assert_same_bits(load_latest(tmp_path / "run" / "checkpoints").groups, whole)
+    assert_same_bits(tmp_path / "run", whole)
     model, card = load_run(tmp_path / "run")
     assert card["step"] == 6 and all(v.isfinite().all() for v in model.state_dict().values())
     run_command(["sample", tmp_path / "run", "--out", tmp_path / "samples", "--num", 10, "--num-steps", 2])
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 8, 8, 1)
 
 
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for group, tensors in b.items():
-        assert all(torch.equal(a[group][k], v) for k, v in tensors.items()), group
-
-
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused_with_the_cure(tmp_path):
     """Without --multi_gpu it starts one, and says nothing: a run on half the machines that were asked for."""
-    command = [*ACCELERATE, "--cpu", "--num_processes", "2", *CLI, *map(str, TRAIN), "--out", str(tmp_path / "run")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode != 0 and "--multi_gpu" in process.stderr, process.stderr
+    started = warm.start(*ACCELERATE, "--cpu", *CLI, *TRAIN, "--out", tmp_path / "run")
+    assert started.wait() != 0 and "--multi_gpu" in started.output, started.output
     assert not (tmp_path / "run").exists()
 
 
@@ -124,7 +114,7 @@ from accelerate import notebook_launcher
 from dispersive_kit.training import progress, train, train_preset
 
 def work(out):
-    for _ in progress(train(train_preset("smoke", steps=6), out)):
+    for _ in progress(train(train_preset("smoke", steps=6, model="DiT-T/4"), out)):
         pass
 
 notebook_launcher(work, ({out!r},), num_processes=2, use_port="{port}")
@@ -132,15 +122,14 @@ notebook_launcher(work, ({out!r},), num_processes=2, use_port="{port}")
 
 
 def test_a_notebook_trains_on_two_processes(tmp_path):
-    from nbclient import NotebookClient
-
-    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(out=str(tmp_path / "run"), port=PORT))
-    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), kernel_name="python3", timeout=900).execute()
+    """By its launcher, which forks: its cell as a script, since a kernel adds nothing but its start."""
+    (tmp_path / "cell.py").write_text(NOTEBOOK.format(out=str(tmp_path / "run"), port=PORT))
+    warm.run(tmp_path / "cell.py")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     assert load_run(tmp_path / "run")[1]["step"] == 6
 
 
-LONG = ["train", "--preset", "smoke", "--steps", 40, "--set", "checkpoint_every=10", "--set", "log_every=1", "--resume"]
+LONG = [*TRAIN, "--steps", 40, "--set", "checkpoint_every=10", "--set", "log_every=1", "--resume"]
 
 
 @pytest.fixture(scope="module")
@@ -156,21 +145,20 @@ def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on
 ):
     out = tmp_path / "run"
     if signalled == "torchrun":
-        command = [*TORCHRUN, "2", *CLI, *map(str, LONG), "--out", str(out)]
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
+        started = warm.start(*TORCHRUN, 2, *CLI, *LONG, "--out", out)
     else:
         started = start([*LONG, "--out", out], 2)
     while started.poll() is None and not checkpoints(out / "checkpoints"):
         time.sleep(0.01)
     os.kill(started.pid if signalled == "torchrun" else started.pids[signalled], signal.SIGTERM)
-    printed, _ = started.communicate(timeout=300)
-    assert started.returncode != 0 and "SIGKILL" not in printed, printed
+    ended, printed = started.wait(), started.output
+    assert ended != 0 and "SIGKILL" not in printed, printed
     assert signalled == "torchrun" or {p.exitcode for p in started.processes} == {143}, printed
     stopped = load_latest(out / "checkpoints").step
     assert 10 <= stopped < 40
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
     run_command([*LONG, "--out", out], 2)
-    assert_same_bits(*(load_latest(run / "checkpoints").groups for run in (out, never_stopped)))
+    assert_same_bits(out, never_stopped)
 
 
 def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_path):
@@ -179,7 +167,7 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
     config = PLAIN.changed(steps=2, checkpoint_every=1)
-    list(train(config, tmp_path / "0" / "run"))
+    run(config, tmp_path / "0" / "run")
     shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
     started = warm.start(worker, config.to_json(), tmp_path, processes=2)
     assert started.wait() != 0 and "do not agree on the step and the data" in started.output
@@ -188,9 +176,9 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
 
 @pytest.mark.parametrize("preset", ["none", "paper"])
 def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_objective(start, tmp_path, preset):
-    config = train_preset("smoke", steps=2, checkpoint_every=1, regularizer=RegularizerConfig(preset=preset))
-    list(train(config, tmp_path / "run"))
-    command = ["train", "--preset", "smoke", "--resume", "--out", tmp_path / "run", "--steps", 2]
+    config = train_preset("smoke", steps=2, checkpoint_every=1, model="DiT-T/4")
+    run(config.changed(regularizer=RegularizerConfig(preset=preset)), tmp_path / "run")
+    command = [*TRAIN, "--resume", "--out", tmp_path / "run", "--steps", 2]
     started = start([*command, "--set", "checkpoint_every=1", "--regularizer", preset], 2)
     assert started.wait() == (2 if preset == "paper" else 0), started.output
     assert ("dispersion_batch: 32 -> 16" in started.output) == (preset == "paper")
@@ -198,7 +186,7 @@ def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_o
 
 def test_meanflow_trains_on_two_processes_and_measures_its_base_arm(run_command, tmp_path):
     out = tmp_path / "run"
-    command = ["train", "--preset", "smoke", "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2"]
+    command = [*TRAIN, "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2"]
     run_command([*command, "--out", out], 2)
     assert load_run(out)[1]["step"] == 6
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -224,7 +212,7 @@ print(given_back, faults())
 """
 
 
-def test_a_cpu_keeps_the_memory_it_frees_and_faults_no_page_twice():
-    out = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, out.stdout.split())
+def test_a_cpu_keeps_the_memory_it_frees_and_faults_no_page_twice(tmp_path):
+    (tmp_path / "faults.py").write_text(PAGE_FAULTS)
+    given_back, kept = map(int, warm.run(tmp_path / "faults.py").split())
     assert kept < 100 < 1000 < given_back or (sys.platform != "linux" and kept <= given_back)

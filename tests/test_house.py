@@ -75,7 +75,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 300,
-    "lines of tests": 13_290,
+    "lines of tests": 12_930,
     "longest line": 120,
 }
 

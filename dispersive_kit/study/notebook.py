@@ -53,6 +53,7 @@ class Result(BaseModel, extra="forbid"):
     checks: list[dict[str, str]] = []
     numbers: list[Number] = []
     sentences: list[str] = []
+    headline: dict[str, Any] = {}
 
 
 class NotebookRun(Result):
@@ -96,6 +97,11 @@ class NotebookRun(Result):
 
         self.sentences.append(sentence)
         display(Markdown(sentence))
+
+    def answer(self, verdict: str, interval: str, sentence: str, *, picture: str, measured: dict[str, str]) -> None:
+        """Keep the answer to what the notebook asks: with it the report begins. picture: a figure as HTML."""
+        self.headline = {"verdict": verdict, "interval": interval, "sentence": sentence}
+        self.headline |= {"picture": picture, "measured": list(measured.items())}
 
     def finish(self) -> None:
         """Write result.json into the run folder."""

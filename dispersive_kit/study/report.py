@@ -1,14 +1,13 @@
 """Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
@@ -19,7 +18,13 @@ from dispersive_kit.study.verdict import WORDS, verdict_rows
 
 _NUMBERS = ("measured", "value", "95 % interval", "floor", "")
 _PAGES = Environment(loader=FileSystemLoader(Path(__file__).with_name("pages")), autoescape=True)
-_PAGES.filters["indented"] = partial(json.dumps, indent=1)
+_WORDS = {
+    "cfg_scale": "guidance scale", "num_steps": "steps of the sampler", "n_reference": "real images compared with",
+    "uint8_rule": "rounding", "held_out": "held-out loss", "frechet": "Fréchet distance", "heun": "Heun",
+    "ema": "running average", "euler_maruyama": "Euler-Maruyama", "sde": "Euler-Maruyama", "dim": "features",
+    "gap": "loss above its floor", "feature_rms": "root mean square of the features", "dispersive": "Dispersive Loss",
+    "pooled_rank": "effective rank of pooled features", "sd_log": "deviation of the logarithm over seeds",
+}  # fmt: skip
 
 
 class NotebookTask(BaseModel):
@@ -60,6 +65,22 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(str.rstrip, lines))
 
 
+def _described(value: Any) -> str:
+    """Nested names and values as text, in the words of the field."""
+    return yaml.safe_dump(_worded(value), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _worded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_WORDS.get(name, str(name).replace("_", " ")): _worded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_worded(one) for one in value]
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+_PAGES.filters["described"] = _described
+
+
 def _write_page(file: Path, template: str, **content: Any) -> Path:
     """Write a page from pages/TEMPLATE.html.j2; text in it is text, not HTML. Returns `file`."""
     file.write_text(_PAGES.get_template(f"{template}.html.j2").render(content), encoding="utf-8")
@@ -81,12 +102,17 @@ def write_notebook_page(notebook: Path) -> None:
 
 
 def write_report(tasks: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, str]:
-    """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers."""
+    """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers.
+
+    It begins with the answer of the last notebook that gave one.
+    """
     stages = [_stage(name, list(runs)) for name, runs in groupby(tasks, lambda run: run.name.partition("/")[0])]
     numbers = [(", ".join(filter(None, (row[0], point))), *row[1:])
                for stage in stages for point, rows in stage["points"].items() for row in rows[1:]]  # fmt: skip
-    content = {"title": title, "subtitle": subtitle, "stages": stages, "found": tasks[0].environment if tasks else {}}
-    return _write_page(out / "report.html", "report", **content), as_table([_NUMBERS, *numbers])
+    answers = [stage["result"] for stage in stages if stage["result"] and stage["result"].headline]
+    content = {"title": title, "subtitle": subtitle, "stages": stages, "answer": answers[-1] if answers else None}
+    found = tasks[0].environment if tasks else {}
+    return _write_page(out / "report.html", "report", **content, found=found), as_table([_NUMBERS, *numbers])
 
 
 def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
@@ -96,7 +122,6 @@ def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
     """
     varied = [name for name in runs[0].parameters if len({repr(run.parameters.get(name)) for run in runs}) > 1]
     left_out, points = dict[str, str](), dict[str, dict[str, list[Number]]]()
-    alone: dict[str, Any] = {"result": None, "figures": []}
     for run in runs:
         result = None if run.error else read_result(run.folder)
         if not result or (result.mode == "smoke" and len(runs) > 1):  # the mode it ran in, forced or not
@@ -105,18 +130,17 @@ def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
         point = ", ".join(f"{name} = {run.parameters[name]}" for name in varied if name != "seed")
         for number in result.numbers:
             points.setdefault(point, {}).setdefault(number.name, []).append(number)
-        if len(runs) == 1:
-            alone = {"result": result, "figures": _figures(run)}
     tables = {point: [_NUMBERS, *(_row(*one) for one in numbers.items())] for point, numbers in points.items()}
     status = ", ".join(f"{n} {kind}" for kind, n in Counter(run.status for run in runs).items())
-    status = status if len(runs) > 1 else runs[0].status
-    return {"name": name, "runs": runs, "status": status, "left_out": left_out, "points": tables, **alone}
-
-
-def _figures(run: NotebookTask) -> list[str]:
-    outputs = (o for cell in read_notebook(run.folder / "notebook.ipynb").cells for o in cell.get("outputs", []))
-    pages = ("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
-    return [figure for page in pages for figure in re.findall("<figure.*?</figure>", page, re.DOTALL)]
+    stage = {"name": name, "title": name, "runs": runs, "status": status, "left_out": left_out, "points": tables}
+    if len(runs) > 1 or not result:
+        return {**stage, "result": None, "figures": []}
+    cells = read_notebook(runs[0].folder / "notebook.ipynb").cells
+    outputs = ("".join(o.get("data", {}).get("text/html", "")) for cell in cells for o in cell.get("outputs", []))
+    figures = [figure for page in outputs for figure in re.findall("<figure.*?</figure>", page, re.DOTALL)]
+    title = re.match("# (.+)", cells[0].source)
+    stage |= {"title": title[1] if title and name == runs[0].notebook.stem else name, "status": runs[0].status}
+    return {**stage, "result": result, "figures": figures}
 
 
 def _row(name: str, numbers: Sequence[Number]) -> tuple[str, ...]:
@@ -134,6 +158,12 @@ def _row(name: str, numbers: Sequence[Number]) -> tuple[str, ...]:
 
 def write_study_page(plan: Plan, results: Mapping[str, Any], figures: Sequence[str], file: Path) -> Path:
     """Write the page of a study; figures are HTML. Returns `file`."""
+    settings = {name: ", ".join(f"{key} {value}" for key, value in _worded(one).items())
+                for name, one in plan.conditions.items()}  # fmt: skip
+    head, *rows = verdict_rows(results)
+    rows = [(*row[:2], settings[row[2]] or row[2], *row[3:]) for row in rows]
+    summary = [{**row, "condition": settings[row["condition"]] or row["condition"]} for row in results["summary"]]
     text, words = plan.file.read_text(encoding="utf-8"), WORDS.replace("*", "")
-    content = {"plan": plan, "text": text, "words": words, "figures": figures, "rows": verdict_rows(results)}
-    return _write_page(file, "study", title=results["title"], results=results, **content)
+    content = {"plan": plan, "text": text, "words": words, "figures": figures, "summary": summary}
+    content |= {"results": results, "rows": [head, *rows], "first": dict(zip(head, rows[0], strict=True))}
+    return _write_page(file, "study", title=results["title"], **content)

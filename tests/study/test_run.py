@@ -29,11 +29,12 @@ from dispersive_kit.study.run import (
 )
 
 FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
-RECORD = "dict(name='FD', value=3.0, low=2.5, high=3.5, floor=1.0)"
+RECORD = "dict(name='FD', value=3.0, low=2.5, high=3.5, floor=1.0, protocol={'cfg_scale': 2.0, 'sampler': 'sde'})"
+ANSWER = f"'worse', '2.9 times [2.6, 3.2]', 'Not here.', picture='{FIGURE}', measured={{'plan': 'of six seeds'}}"
 WHOLE = (  # what a notebook may do, in few cells
     "import sys\nprint('\\x1b[31mred\\x1b[0m')\nsys.stderr.write('10%\\r20%\\r100%\\n')",
     "nb.record('half', value / 2, note='of value')\nnb.check('positive', value > 0)\nnb.say('It is so.')",
-    f"nb.record('FD', 3.0, record={RECORD})",
+    f"nb.record('FD', 3.0, record={RECORD})\nnb.answer({ANSWER})",
     f"from IPython.display import HTML, display\ndisplay(HTML('''{FIGURE}'''))",
     "import ipykernel.connect as c\nprint(c.get_connection_info(unpack=True))",
 )
@@ -105,6 +106,16 @@ def test_the_report_shows_everything_in_one_offline_file(ended):
     assert "://" not in page and "<script" not in page and "<link" not in page
     assert "default-src 'none'" in page.partition("<body>")[0]
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', page))
+
+
+def test_the_report_begins_with_the_answer_then_how_it_was_measured_then_the_stages(ended):
+    """In the words of the field; mutation: the first stage comes first, whatever it is"""
+    page = (ended[0] / "report.html").read_text().partition("<body>")[2]
+    order = ["A &amp; B", 'class="verdict worse">Worse', "2.9 times", FIGURE, "Not here.", "How it was measured"]
+    order += ["of six seeds", ">Stages<", "made"]
+    assert [page.index(part) for part in order] == sorted(page.index(part) for part in order)
+    assert "guidance scale: 2.0" in page and "Euler-Maruyama" in page
+    assert not re.search(r"cfg_scale|\bsde\b|held_out|frechet|num_steps", page)
 
 
 def test_a_failed_notebook_is_kept_and_named(ended):

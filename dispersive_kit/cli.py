@@ -103,18 +103,15 @@ def sample(
     from dispersive_kit.evaluation import balanced_labels, generate
     from dispersive_kit.evaluation.generate import this_process
 
-    if (run is None) == (published is None):
-        raise ConfigError("name either a run or, with --published, a checkpoint file")
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}")
-    device = this_process().device
-    net, objective, decode, name = _published(published, vae) if published else _trained(run, weights, vae)
+    net, objective, decode, name = _drawn_from(run, published, weights, vae)
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     settings: dict[str, Any] = {"sampler": sampler, "num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
     settings |= {"guidance_low": guidance[0], "guidance_high": guidance[1]}
-    images = generate(net.to(device), labels, objective=objective, decode=decode, **settings)
+    images = generate(net.to(this_process().device), labels, objective=objective, decode=decode, **settings)
     if not this_process().is_main_process:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -123,28 +120,26 @@ def sample(
     print(f"{num} images of {name}: {out / 'grid.png'}, {out / 'samples.npz'}")
 
 
-def _trained(run: Path | None, weights: str, vae: str | None) -> tuple[Any, str, Any, str]:
-    """Model, objective, decoder and name of a run."""
+def _drawn_from(run: Path | None, published: Path | None, weights: str, vae: str | None) -> tuple[Any, str, Any, str]:
+    """Model, objective, decoder and name of a run or a published checkpoint."""
+    from dispersive_kit.data.autoencoders import load_autoencoder
     from dispersive_kit.evaluation import decoder_of
     from dispersive_kit.evaluation.generate import this_process
+    from dispersive_kit.models.published import load_published
     from dispersive_kit.training import load_run
 
+    if (run is None) == (published is None):
+        raise ConfigError("name either a run or, with --published, a checkpoint file")
+    if published:
+        if vae is None:
+            raise ConfigError(f"{published} draws latents: name their autoencoder: --vae stabilityai/sd-vae-ft-ema")
+        net = load_published(published)
+        return net, net.objective, load_autoencoder(vae, device=this_process().device).images, published.name
     net, card = load_run(str(run), weights=weights)
     if len(net.sample_shape) != 3:
         raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
     decode = decoder_of(card, device=this_process().device, path=vae)
     return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
-
-
-def _published(file: Path, vae: str | None) -> tuple[Any, str, Any, str]:
-    from dispersive_kit.data.autoencoders import load_autoencoder
-    from dispersive_kit.evaluation.generate import this_process
-    from dispersive_kit.models.published import load_published
-
-    if vae is None:
-        raise ConfigError(f"{file} draws latents: name their autoencoder, such as --vae stabilityai/sd-vae-ft-ema")
-    net = load_published(file)
-    return net, net.objective, load_autoencoder(vae, device=this_process().device).images, file.name
 
 
 def evaluate(

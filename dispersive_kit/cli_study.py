@@ -70,10 +70,15 @@ def study(
         out: Folder of the runs and of report.html; runs/studies/NAME-HASH if not given.
         workers: Runs at once, each on one thread.
     """
-    from dispersive_kit.study.plan import load_plan, shipped_plans
+    from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
+    from dispersive_kit.study.verdict import evidence_page
 
     if task == "table":
-        _evidence()
+        page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n\n"
+        print(evidence_page())
+        if page.is_file():  # in a checkout; an installed kit has no such page
+            page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
+            print(f"written: {page}")
     elif not plan:
         raise ConfigError(f"study {task} needs a plan; shipped are: {', '.join(shipped_plans())}")
     else:
@@ -119,17 +124,6 @@ def _slope_graphs(results: dict[str, Any]) -> list[str]:
         alt = f"Slope graph of {measure} over arms, a line a seed; ratio to {results['reference']}: {said}."
         elements.append(figure_html(slope_graph(results, measure), alt=alt))
     return elements
-
-
-def _evidence() -> None:
-    from dispersive_kit.study.plan import studies_folder
-    from dispersive_kit.study.verdict import evidence_page
-
-    page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n\n"
-    print(evidence_page())
-    if page.is_file():  # in a checkout; an installed kit has no such page
-        page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
-        print(f"written: {page}")
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:

@@ -65,12 +65,8 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(str.rstrip, lines))
 
 
-def _described(value: Any) -> str:
-    """Nested names and values as text, in the words of the field."""
-    return yaml.safe_dump(_worded(value), sort_keys=False, allow_unicode=True, width=100)
-
-
 def _worded(value: Any) -> Any:
+    """Nested names and values in the words of the field."""
     if isinstance(value, dict):
         return {_WORDS.get(name, str(name).replace("_", " ")): _worded(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -78,7 +74,7 @@ def _worded(value: Any) -> Any:
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
-_PAGES.filters["described"] = _described
+_PAGES.filters["described"] = lambda value: yaml.safe_dump(_worded(value), sort_keys=False, allow_unicode=True)
 
 
 def _write_page(file: Path, template: str, **content: Any) -> Path:

@@ -18,6 +18,7 @@ from small_autoencoders import register_drawn
 from dispersive_kit.cli import main
 from dispersive_kit.data.encode import IMAGENET_IMAGES, Encoder, encode, store_size
 from dispersive_kit.data.folder import list_images, read_image
+from dispersive_kit.data.latents import LatentStore
 from dispersive_kit.errors import ConfigError, DataError
 
 
@@ -97,15 +98,6 @@ def whole(photos, tmp_path_factory):
     return make(photos, tmp_path_factory.mktemp("whole") / "store", "patches").path
 
 
-def test_a_lost_shard_is_made_again_and_nothing_else(photos, tmp_path, whole):
-    store = make(photos, tmp_path / "store", "patches").path
-    (store / "shard-00002.safetensors").unlink()
-    before = {p: p.stat().st_mtime_ns for p in store.glob("shard-*")}
-    make(photos, store, "patches")
-    assert bytes_of(store) == bytes_of(whole)
-    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
-
-
 def test_a_store_is_not_gone_on_with_under_other_settings_or_of_other_images(photos, whole, tmp_path):
     before, other = bytes_of(whole), write_photos(tmp_path / "other", ["n01"], 3)
     for images, autoencoder, change, said in (
@@ -119,13 +111,18 @@ def test_a_store_is_not_gone_on_with_under_other_settings_or_of_other_images(pho
     assert bytes_of(whole) == before
 
 
-def test_a_changed_spec_is_written_again_by_the_command(photos, tmp_path):
-    spec = make(photos, tmp_path / "store").path / "spec.json"
-    written = spec.read_text()
-    for damaged in (written[:-30], written.replace('"scale": 0.5', '"scale": 0.6')):
-        spec.write_text(damaged)
-        make(photos, tmp_path / "store")
-        assert spec.read_text() == written
+def test_a_lost_shard_and_a_lost_or_changed_spec_are_made_again_and_nothing_else(photos, tmp_path, whole):
+    store = make(photos, tmp_path / "store", "patches").path
+    spec, lost = store / "spec.json", store / "shard-00002.safetensors"
+    written, before = spec.read_text(), {p: p.stat().st_mtime_ns for p in store.glob("shard-*") if p != lost}
+    for damaged in (None, written[:-30], written.replace('"scale": 0.5', '"scale": 0.6')):
+        lost.unlink()
+        spec.unlink() if damaged is None else spec.write_text(damaged)
+        with pytest.raises(DataError, match=r"not finished: give the same encode command again|damaged"):
+            LatentStore(store)
+        make(photos, store, "patches")
+        assert bytes_of(store) == bytes_of(whole)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
 
 
 def test_a_folder_of_something_else_is_left_alone(photos, tmp_path):

@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_stores import write_store
 from safetensors.torch import load_file
-from scipy.stats import chisquare
 
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
 from dispersive_kit.data.encode import _mean_and_std, _moments
-from dispersive_kit.data.latents import LatentStore, Selection, _key, _map_shard, _mix, _shuffled, is_store
+from dispersive_kit.data.latents import LatentStore, Selection, _map_shard, _shuffled, is_store
 from dispersive_kit.errors import DataError
 
 HELD_OUT = [1910, 3447, 3851, 773, 703, 596, 1919, 1103]  # the first rows held out of 5,000, since version 0.1
@@ -135,15 +134,6 @@ def test_json_of_another_form_is_refused_by_name_wherever_it_is_read(photos, cop
         file.write_bytes(whole)
 
 
-def test_a_spec_made_again_from_the_records_is_the_same(photos, copied):
-    written = (copied / "spec.json").read_text()
-    (copied / "spec.json").unlink()
-    with pytest.raises(DataError, match="not finished: give the same encode command again"):
-        LatentStore(copied)
-    make(photos, copied)
-    assert (copied / "spec.json").read_text() == written
-
-
 def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "records").mkdir()  # a class of images may have this name
     assert not is_store(tmp_path)
@@ -202,13 +192,6 @@ def test_a_shuffle_has_every_index_once_and_a_position_needs_no_other(n, key):
     assert np.array_equal(np.sort(whole), np.arange(n))
     some = np.array([0, n // 3, n - 1])
     assert np.array_equal(_shuffled(some, n, key), whole[some])
-
-
-def test_all_orders_of_four_are_equally_likely():
-    keys = _mix(_key("test") + _mix(np.arange(12_000, dtype=np.uint64)))
-    orders = _shuffled(np.tile(np.arange(4), 12_000), 4, keys.repeat(4)).reshape(-1, 4)
-    _, counts = np.unique(orders, axis=0, return_counts=True)
-    assert len(counts) == 24 and chisquare(counts).pvalue > 1e-4
 
 
 @pytest.fixture(scope="module")

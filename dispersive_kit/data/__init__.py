@@ -1,15 +1,6 @@
 """Data: generated 2-D sets and small image sets as plain tensors, stores of latents, and files that are whole."""
 
 from dispersive_kit.data.images import ImageSet, data_folder, load_images, to_float, to_uint8
-from dispersive_kit.data.toy import TOY_SETS, GaussianMixture, sample_toy
+from dispersive_kit.data.toy import TOY_SETS, sample_toy
 
-__all__ = [
-    "TOY_SETS",
-    "GaussianMixture",
-    "ImageSet",
-    "data_folder",
-    "load_images",
-    "sample_toy",
-    "to_float",
-    "to_uint8",
-]
+__all__ = ["TOY_SETS", "ImageSet", "data_folder", "load_images", "sample_toy", "to_float", "to_uint8"]

@@ -137,10 +137,6 @@ def load_autoencoder(
 
 def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any) -> Autoencoder:
     """Load the autoencoder of a store or run; DataError if it was moved, or is another one."""
-    if path is None and Path(card.id).is_absolute() and not Path(card.id).exists():
-        raise DataError(
-            f"autoencoder {card.id} is no longer there: if it was moved, give its new place with --vae (path= in code)"
-        )
     loaded = load_autoencoder(card.id, path=path, **options)
     refuse_other(loaded.card, card)
     return loaded
@@ -197,7 +193,8 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         raise DataError(
             f"autoencoder {where!r} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Give the folder of a diffusers autoencoder (config.json and weights; the folder vae of a whole pipeline), "
-            f"a hub id, module:name{''.join(f', {name}' for name in REGISTERED)}"
+            f"a hub id, module:name{''.join(f', {name}' for name in REGISTERED)}; or, if it was moved, its new place "
+            "with --vae (path= in code)"
         ) from error
     # diffusers only warns, and leaves at random, what the file does not have
     if faults := [f"{len(info[k])} {k.replace('_', ' ')}" for k in ("missing_keys", "unexpected_keys") if info[k]]:

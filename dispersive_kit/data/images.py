@@ -29,11 +29,7 @@ TORCHVISION_SETS = {  # name -> its own files
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One split of a data set.
-
-    Raises:
-        DataError: images, labels and classes do not fit together.
-    """
+    """One split of a data set; DataError if images, labels and classes do not fit together."""
 
     name: str
     split: str
@@ -72,11 +68,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped. The one rule of the kit.
-
-    Raises:
-        DataError: NaN or infinity, which as a picture would be black or white.
-    """
+    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped, the one rule of the kit; DataError of NaN."""
     if wrong := int((~x.isfinite()).sum()):
         raise DataError(f"{wrong:,} of {x.numel():,} values are NaN or infinite: they are no picture")
     return (127.5 * x + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -96,11 +96,7 @@ def _read_spec(store: Path) -> Spec:
 
 
 class LatentStore:
-    """A finished store, open for reading; rows are counted through all shards.
-
-    Raises:
-        DataError: the spec or a shard is missing, or a header or length does not fit; `verify` reads the rest.
-    """
+    """A finished store, open for reading; DataError if it is not whole, as far as spec and headers say."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -104,13 +104,9 @@ def _between(x: Gaussian, y: Gaussian) -> float:
 def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
     """Mean and covariance of features of real images, and what a record says of the file.
 
-    It has arrays mu (D,) and sigma (D, D): ADM's `VIRTUAL_imagenet256_labeled.npz`, whose mu_s and sigma_s of spatial
-    features are not read, or a file of pytorch-fid. From it come a Frechet distance and its interval, and no more: no
-    KID, no precision to coverage, and no floor, since these need images. The kit cannot know that a file is ADM's: it
-    looks at the name, puts the sha256 beside the number, and leaves it to you to compare that with your source's.
-
-    Raises:
-        DataError: no such file, no arrays of these names, of other shapes or not finite, or sigma is not symmetric.
+    Arrays mu (D,) and sigma (D, D), as in ADM's `VIRTUAL_imagenet256_labeled.npz` and in pytorch-fid's files; others
+    are not read. No KID, precision or floor comes from them: these need images. The kit knows ADM's files by name
+    alone, and so puts the sha256 into the number's name: compare it with your source's. DataError of another file.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:

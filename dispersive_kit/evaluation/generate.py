@@ -64,12 +64,10 @@ def balanced_labels(n: int, num_classes: int) -> Tensor:
 class Samples:
     """Images that are drawn when they are asked for: `samples[a:b]` is uint8 (b - a, C, H, W), seeds first_seed + a on.
 
-    An extractor takes them in place of a tensor and keeps the features of a batch alone, so that 50,000 images of
-    256 x 256 need no memory. The fields are the options of `generate`.
+    An extractor takes them in place of a tensor and keeps a batch's features alone. The fields are those of `generate`.
 
     Raises:
-        ConfigError: a label outside the classes, guidance of a model without a null class. KitError: the model draws
-            NaN or infinity, which as an image would be black.
+        ConfigError: a label outside the classes, guidance without a null class. KitError: the model draws NaN.
     """
 
     model: Any

@@ -94,9 +94,7 @@ class Record:
 
     name: e.g. "FD[digits-classifier48, N=500]". low, high: its 95 % interval, NaN where there is none. floor: what real
     images of another split get: the lowest or, for `better="higher"`, highest to hope for. protocol: everything else.
-
-    Raises:
-        ConfigError: the name is FID and the protocol is another.
+    ConfigError: the name is FID and the protocol is another.
     """
 
     name: str
@@ -175,11 +173,7 @@ def measured(metrics: Sequence[str], x: NDArray, y: NDArray, resamples: int) -> 
 
 
 class Panel:
-    """One extractor, one reference set and one set of other real images for the floor, to measure any samples with.
-
-    Raises:
-        ConfigError: a metric is not in `METRICS`.
-    """
+    """One extractor, one reference set and one set of other real images for the floor, to measure any samples with."""
 
     def __init__(
         self,
@@ -206,11 +200,8 @@ class Panel:
         found = measured(self.metrics, _features(self.extractor, generated), self.y, self.resamples)
         if n not in self._floors:
             self._floors[n] = measured(self.metrics, self.extractor(others.images), self.y, 0)
-        own, (reference, floor) = (
-            {"neighbours": NEIGHBOURS, **(protocol or {})},
-            map(describe_set, (self.reference, others)),
-        )
-        everything = _protocol(self.extractor, reference, floor, self.resamples, own)
+        own, reference = {"neighbours": NEIGHBOURS, **(protocol or {})}, describe_set(self.reference)
+        everything = _protocol(self.extractor, reference, describe_set(others), self.resamples, own)
         records = []
         for metric, numbers in found.items():
             better: Literal["lower", "higher"] = "lower" if metric in ("FD", "KID") else "higher"
@@ -241,11 +232,7 @@ class Memorisation(NamedTuple):
 def measure_memorisation(
     generated: Images, train: ImageSet, held_out: ImageSet, extractor: FeatureExtractor, *, protocol: Card | None = None
 ) -> Memorisation:
-    """How near generated images are to training images, and how near held-out ones are.
-
-    Raises:
-        ConfigError: half of the held-out images are training images.
-    """
+    """How near generated images are to training images, and how near held-out ones, which may not be among them."""
     known = extractor(train.images)
     features = (_features(extractor, images) for images in (generated, held_out.images))
     (distance, index), (real, _) = (distances.nearest(x, known) for x in features)

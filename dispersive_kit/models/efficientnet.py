@@ -91,11 +91,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def preprocess(images: Tensor, size: int = 224) -> Tensor:
-    """uint8 (B, 1 or 3, H, W) to float32 (B, 3, size, size), scaled as in training: (x - 127) / 128.
-
-    Raises:
-        DataError: not uint8, or another number of channels.
-    """
+    """uint8 (B, 1 or 3, H, W) to float32 (B, 3, size, size), scaled as in training: (x - 127) / 128; else DataError."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
             f"EfficientNet-Lite0 was given {images.dtype} {tuple(images.shape)}: give uint8 images (B, 1 or 3, H, W)"

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dispersive_kit.data import TOY_SETS, GaussianMixture, sample_toy
-from dispersive_kit.data.toy import eight_gaussians
+from dispersive_kit.data import TOY_SETS, sample_toy
+from dispersive_kit.data.toy import GaussianMixture, eight_gaussians
 from dispersive_kit.errors import DataError
 
 

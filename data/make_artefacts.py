@@ -2,6 +2,7 @@
 
     classroom   samples and nearest neighbours of the lecture console, 3 minutes on one core
     umap        UMAP pictures of the digits runs, 10 minutes
+    autoencoder the small AutoencoderKL that stands in for ImageNet's, trained on ten photographs: 10 minutes
     digits      samples that a person reads, of both long arms: notebooks/figures/digits.png
     evidence    the count of all verdicts in README.md, and their picture, notebooks/figures/verdicts.png
 
@@ -19,20 +20,27 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dispersive_kit.analysis import encoder, extract, geometry, noisy, projection
 from dispersive_kit.analysis.projection import picture_name
-from dispersive_kit.data import ImageSet, load_images, to_uint8
+from dispersive_kit.data import ImageSet, load_images, to_float, to_uint8
 from dispersive_kit.data.files import ARTEFACTS, SUMS, atomic_write, file_sha256, list_folder
+from dispersive_kit.diffusion.guidance import ClassifierFree
+from dispersive_kit.diffusion.samplers import heun, initial_noise, time_grid
 from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.models.dit import DiT
+from dispersive_kit.study.practice import photographs
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
 Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
-DIGITS = {"base": "digits-base", "paper": "digits-paper"}
+DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
+FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at
+SCALES = (1.0, 2.0, 3.0, 5.0)
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
@@ -43,22 +51,31 @@ def model_of(run: str) -> DiT:
 
 
 def classroom() -> Nested:
-    """Samples at scales of guidance, pairs for the quiz, and whom a block takes for neighbours at a level of noise.
+    """Denoising at scales of guidance, pairs for the quiz, and whom a block takes for neighbours at a level of noise.
 
     Images that share a place share their noise and their label.
     """
     data, found = load_images("digits", "test").subset(torch.arange(400)), {}
-    for arm, run in DIGITS.items():
-        levels = extract(encoder(model_of(run)), data.images)  # (1, blocks, N, D) each
+    for arm in DIGITS:
+        levels = extract(encoder(model_of(f"digits-long-{arm}")), data.images)  # (1, blocks, N, D) each
         near = torch.stack([torch.stack([nearest(x) for x in level[0]]) for level in levels])
         own = (data.labels[near] == data.labels[:, None]).double().mean((-2, -1))
         found |= {f"agreement/{arm}": own, f"nearest/{arm}": near[:, :, :6].short()}
-        found[f"quiz/{arm}"] = samples(run, 1.0, 60)
-        for name, prefix in {"digits": "digits", "CIFAR-10": "cifar10-cpu"}.items():
-            for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
-                found[f"guided/{name}/{arm}/{scale:g}"] = samples(f"{prefix}-{arm}", scale, 20)
+        for (name, run), scale in product(FILMS.items(), SCALES):
+            found[f"film/{name}/{arm}/{scale:g}"] = film(f"{run}-{arm}", scale)
+        found |= {f"quiz/{name}/{arm}": samples(f"{run}-{arm}", 1.0, 60) for name, run in FILMS.items()}
     seen = torch.stack([to_uint8(x) for _, _, x, _ in noisy(data.images[:6])])
     return found | {"digits": data.images, "labels": data.labels.byte(), "noisy": seen}
+
+
+def film(run: str, scale: float, steps: int = 12) -> Tensor:
+    """One image a class after each step of Heun's method: uint8 (steps + 1, 10, C, H, W)."""
+    model, labels = model_of(run), torch.arange(10)
+    states = [initial_noise(range(10), (model.in_channels, *2 * [model.input_size]))]
+    guidance = ClassifierFree(labels, model.num_classes, scale)
+    with torch.no_grad():
+        heun(model, states[0], time_grid(steps), guidance=guidance, callback=lambda _i, _t, x: states.append(x))
+    return torch.stack([to_uint8(x) for x in states])
 
 
 def samples(run: str, scale: float, n: int) -> Tensor:
@@ -130,6 +147,57 @@ def digits() -> None:
     grid.savefig(Path(__file__).parents[1] / "notebooks" / "figures" / "digits.png")
 
 
+def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
+    """An AutoencoderKL of the published one's parts, smaller, trained on cuts of the photographs from near and far.
+
+    |x - decoded|, the same of means over 4 x 4 pixels (colours are learned sooner), and a little KL divergence; the
+    published one also has a perceptual and an adversarial term. As there, the scaling factor is one over the spread of
+    the latents.
+    """
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    network: Any = AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+    x = to_float(torch.from_numpy(near_and_far()).permute(0, 3, 1, 2))
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for step in range(steps):
+        part = x[torch.randint(len(x), (batch,))]
+        posterior = network.encode(part).latent_dist
+        back = network.decode(posterior.sample()).sample
+        error = F.l1_loss(back, part) + F.l1_loss(F.avg_pool2d(back, 4), F.avg_pool2d(part, 4))
+        optimizer.zero_grad()
+        (error + 1e-6 * posterior.kl().mean()).backward()  # the weight of Rombach et al., arXiv 2112.10752
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}: {error.item():.3f}", flush=True)
+    with torch.no_grad():
+        spread = torch.cat([network.encode(part).latent_dist.mean for part in x[:1000].split(100)]).std()
+    network.eval().register_to_config(scaling_factor=1 / float(spread))
+    network.save_pretrained(ARTEFACTS / "autoencoders" / "photographs")
+
+
+def near_and_far(size: int = 32, n: int = 5000) -> Any:
+    """n square cuts of the photographs, from 48 pixels wide up to all, at one size: uint8 (n, size, size, 3)."""
+    rng, found = np.random.default_rng(0), list(photographs().values())
+    cuts = np.empty((n, size, size, 3), np.uint8)
+    for i in range(n):
+        image = Image.fromarray(found[i % len(found)])
+        side = int(np.exp(rng.uniform(np.log(48), np.log(min(image.size)))))
+        left, top = (int(rng.integers(length - side + 1)) for length in image.size)
+        cuts[i] = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return cuts
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """At any depth; a folder that cannot be listed is an error, and not empty."""
     for path in list_folder(folder):
@@ -146,13 +214,14 @@ def seal(folder: Path) -> None:
 
 
 MAKERS = {"classroom": classroom, "umap": umap}
+ALONE = {"evidence": evidence, "digits": digits, "autoencoder": autoencoder}
 FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        if wanted in ("evidence", "digits"):
-            {"evidence": evidence, "digits": digits}[wanted]()
+        if wanted in ALONE:
+            ALONE[wanted]()
         else:
             np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
     seal(ARTEFACTS)

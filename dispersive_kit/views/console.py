@@ -36,7 +36,9 @@ from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
 
 EACH = 6  # images of an arm in one round of the quiz
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
-CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 10000)  # training steps of the CIFAR-10 runs
+RUNS = {"digits": "digits-long", "CIFAR-10": "cifar10-cpu"}  # whose trainings are shown
+CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 5000, 6000)  # training steps that all of them have
+FILMS, SCALES = ("digits", "digits, short training"), (1.0, 2.0, 3.0, 5.0)  # of classroom.npz
 
 
 def playground() -> Explorer:
@@ -122,23 +124,22 @@ def _noise() -> dict[str, Any]:
 
 def _training() -> dict[str, Any]:
     frames = {}
-    for i, step in enumerate(CHECKPOINTS):
-        files = {
-            words: run_folder(f"cifar10-cpu-{arm}") / "previews" / f"step-{step:08d}.png" for arm, words in ARMS.items()
-        }
-        rows = {words: _address(Image.open(file).convert("RGB")) for words, file in files.items()}
-        alt = f"16 CIFAR-10 samples of each run after {step} training steps, from the same noises."
-        frames[str(i)] = {"rows": rows, "alt": alt}
-    return frames_spec({"step": CHECKPOINTS}, (len(CHECKPOINTS) - 1,), frames, play="step")
-
-
-def _guidance(files: Mapping[str, Tensor]) -> dict[str, Any]:
-    sets, scales, frames = ("digits", "CIFAR-10"), (1.0, 1.5, 2.0, 3.0, 5.0), {}
-    for (i, data), (j, scale) in itertools.product(enumerate(sets), enumerate(scales)):
-        rows = {words: _sheet(files[f"guided/{data}/{arm}/{scale:g}"], 10, 1) for arm, words in ARMS.items()}
-        alt = f"20 {data} samples of each run at CFG scale {scale:g}, one class a column."
+    for (i, run), (j, step) in itertools.product(enumerate(RUNS.values()), enumerate(CHECKPOINTS)):
+        files = {words: run_folder(f"{run}-{arm}") / "previews" / f"step-{step:08d}.png" for arm, words in ARMS.items()}
+        rows = {words: _address(Image.open(file)) for words, file in files.items()}
+        alt = f"16 samples of each run, {run}, after {step} training steps, from the same noises."
         frames[f"{i},{j}"] = {"rows": rows, "alt": alt}
-    return frames_spec({"data": sets, "scale": scales}, (0, 0), frames)
+    return frames_spec({"data": list(RUNS), "step": CHECKPOINTS}, (0, len(CHECKPOINTS) - 1), frames, play="step")
+
+
+def _denoising(files: Mapping[str, Tensor]) -> dict[str, Any]:
+    steps, frames = len(files[f"film/{FILMS[0]}/base/1"]), {}
+    for (i, data), (j, scale), k in itertools.product(enumerate(FILMS), enumerate(SCALES), range(steps)):
+        rows = {words: _sheet(files[f"film/{data}/{arm}/{scale:g}"][k], 10, 1) for arm, words in ARMS.items()}
+        alt = f"Ten {data} of each run, one a class, after step {k} of {steps - 1} at CFG scale {scale:g}."
+        frames[f"{i},{j},{k}"] = {"rows": rows, "alt": alt}
+    controls = {"data": FILMS, "CFG scale": SCALES, "step": range(steps)}
+    return frames_spec(controls, (0, 0, steps - 1), frames, play="step")
 
 
 def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -221,11 +222,11 @@ def _console(seed: int) -> dict[str, Any]:
         **{name: {"kind": name} for name in ("playground", "trajectories", "train")},
         "noise": _noise(),
         "training": _training(),
-        "guidance": _guidance(files),
+        "denoising": _denoising(files),
         "map": _map(files),
         "patch": _patches(),
         "umap": _umap(),
-        "quiz": blind_quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
+        "quiz": blind_quiz({words: files[f"quiz/{FILMS[0]}/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
     }
     return {"kind": "console", "demos": demos}
 

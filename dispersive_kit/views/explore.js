@@ -43,6 +43,7 @@ const CSS = `
 .dk.lecture h2 { font-size: 1.25em; margin: .1em 0 0 } .dk.lecture p { margin: 0 0 .2em }
 .dk.lecture nav button { flex: auto; font-size: .91em; padding: .1em } .dk.lecture button { border-width: 2px }
 .dk.lecture input[type=range] { height: 1.4em } .dk.lecture .rows { max-width: none }
+.dk.lecture .rows:not(.pair) img { max-height: 30vh } .dk.lecture .controls { gap: .3em .8em }
 @media (min-width: 900px) {
   .dk.lecture { display: flex; flex-direction: column; height: calc(100vh - 24px) }
   .dk.lecture :is(section:not([hidden]), .picture) { flex: 1; min-height: 0; display: flex; flex-direction: column }
@@ -959,11 +960,11 @@ function latency(root, spec, kernel) {
 
 const DEMOS = {
   playground: ["Playground", "Larger s: why do the arrows die, what does tau bring back? Then play: who finds rest?"],
-  train: ["Train", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
+  train: ["Learn", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
   noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
   trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler survives?"],
-  training: ["Film", "Same noise in a column. When does colour settle, when shape? Do the two runs part?"],
-  guidance: ["Guidance", "Same noise in each place. Raise the scale: what do the images of a class gain, and lose?"],
+  denoising: ["Denoising", "Play: at which step can you name each digit? Raise the scale: what is gained, and lost?"],
+  training: ["Training", "Same noise in a column. Play: when can you name a digit? Do the two runs part?"],
   map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],
   patch: ["Patches", "Click on a patch: where does each head look from there, and which patches are most like it?"],
   umap: ["UMAP", "Does your impression survive another seed? Areas and distances say nothing about dispersion."],

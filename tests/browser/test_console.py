@@ -14,7 +14,7 @@ from playwright.sync_api import Locator, Page
 from dispersive_kit.views.console import ARMS, console, write_console
 
 Watch = Callable[..., Page]
-DEMOS = ["playground", "train", "noise", "trajectories", "training", "guidance", "map", "patch", "umap", "quiz"]
+DEMOS = ["playground", "train", "noise", "trajectories", "denoising", "training", "map", "patch", "umap", "quiz"]
 # The key that moves a control, which may stand at its end.
 TO_A_NEIGHBOUR = """one => one.options ? (one.selectedIndex + 1 < one.options.length ? "ArrowDown" : "ArrowUp")
   : (+one.value < +one.max ? "ArrowRight" : "ArrowLeft")"""

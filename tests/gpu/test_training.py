@@ -46,7 +46,7 @@ def test_a_stopped_run_ends_in_the_same_bits_with_deterministic_kernels_and_near
 
 
 def test_encode_train_sample_and_decode(device, tmp_path):
-    encoder = practice(tmp_path, per_class=4, vae_steps=2, shard_size=16)
+    encoder = practice(tmp_path, per_class=4, shard_size=16)
     encode(encoder)
     encode(replace(encoder, store=tmp_path / "other", device=device))
     stores = [LatentStore(tmp_path / name) for name in ("store", "other")]

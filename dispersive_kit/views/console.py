@@ -30,9 +30,9 @@ from dispersive_kit.diffusion.samplers import euler, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.training.runs import load_run, run_folder
-from dispersive_kit.views.figures import RED, heatmaps, scatter
+from dispersive_kit.views.figures import RED, figure_html, heatmaps, scatter
 from dispersive_kit.views.lessons import PATHS, T_END, BlockViews, block_maps, cloud, exact_velocity, level_names
-from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec, still
+from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec
 
 EACH = 6  # images of an arm in one round of the quiz
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
@@ -49,7 +49,7 @@ def playground() -> Explorer:
     figure = scatter({f"loss {loss:.3f}, floor {low:.3f}": z.detach()}, size=4)
     figure.axes[0].quiver(*z.detach().T, *-gradient.T, color=RED, angles="xy")
     alt = f"16 points, and where each is pushed: loss {loss:.3f}, floor {low:.3f}."
-    return Explorer({"kind": "playground"}, still(figure, alt))
+    return Explorer({"kind": "playground"}, figure_html(figure, alt))
 
 
 def trajectories() -> Explorer:
@@ -57,14 +57,14 @@ def trajectories() -> Explorer:
     noise = initial_noise(range(300), (2,), dtype=torch.float64)
     steps = {f"Euler, {n} steps": euler(exact_velocity, noise, time_grid(n, t_min=T_END)) for n in (4, 128)}
     alt = "Samples of Euler's method in 4 steps, still on a ring, and in 128 steps, on eight spots."
-    return Explorer({"kind": "trajectories"}, still(scatter(steps), alt))
+    return Explorer({"kind": "trajectories"}, figure_html(scatter(steps), alt))
 
 
 def training() -> Explorer:
     """A small network that learns a set of points in the browser, with the loss and without."""
     sets = {name: sample_toy(name, 400)[0] for name in TOY_SETS}
     alt = "Four sets of points that the network can learn: eight spots, two moons, a checkerboard, two spirals."
-    return Explorer({"kind": "train"}, still(scatter(sets), alt))
+    return Explorer({"kind": "train"}, figure_html(scatter(sets), alt))
 
 
 def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
@@ -76,15 +76,13 @@ def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
     Raises:
         ConfigError: not two arms, unequal shapes, or too few images for one round.
     """
-    if len(samples) != 2 or len({images.shape for images in samples.values()}) != 1:
-        shapes = {name: tuple(images.shape) for name, images in samples.items()}
-        raise ConfigError(f"a quiz compares two arms of equally many images, got {shapes}")
+    shapes = {name: tuple(images.shape) for name, images in samples.items()}
+    if len(samples) != 2 or len(set(shapes.values())) != 1 or min(shapes.values())[0] < EACH:
+        raise ConfigError(f"a quiz compares two arms of equally many images, {EACH} images or more, got {shapes}")
     rounds = [
         [_sheet(images[k : k + EACH], columns=3, gap=1) for images in samples.values()]
         for k in range(0, len(next(iter(samples.values()))) - EACH + 1, EACH)
     ]
-    if not rounds:
-        raise ConfigError(f"a round takes {EACH} images of each arm: give at least so many")
     swapped = torch.randint(2, (len(rounds),), generator=torch.Generator().manual_seed(seed)).bool().tolist()
     alt = f"Left and right, {EACH} images each from the same noises, of one arm each."
     spec = {"kind": "quiz", "arms": list(samples), "rounds": rounds, "swapped": swapped, "alt": alt}
@@ -173,7 +171,7 @@ def patches(inside: BlockViews) -> Explorer:
         "sheet": {"source": _sheet(to_uint8(images.flatten(0, 1)), len(times)), "columns": len(times), "rows": B},
     }
     alt = f"Attention of head 0 in block 0 between the {N} patches of an image, at each time."
-    return Explorer(spec, still(heatmaps(first, fmt="", xlabel="attends to", ylabel="patch"), alt))
+    return Explorer(spec, figure_html(heatmaps(first, fmt="", xlabel="attends to", ylabel="patch"), alt))
 
 
 def _nearest(z: Tensor) -> Tensor:
@@ -184,7 +182,7 @@ def _nearest(z: Tensor) -> Tensor:
 
 def _patches() -> dict[str, Any]:
     data = load_images("digits", "test").subset(torch.arange(6))
-    x0, model = to_float(data.images), load_run("digits-base")[0]
+    x0, model = to_float(data.images), load_run("digits-long-base")[0]
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     noisy = {t: LINEAR.x_t(x0, noise, torch.tensor(t)) for t in (0.1, 0.5, 0.9)}
     return patches(BlockViews(model, noisy, data.labels)).spec
@@ -198,7 +196,7 @@ def _umap() -> dict[str, Any]:
         setting = {name: values[i] for (name, values), i in zip(knobs.items(), place, strict=True)}
         clouds = {words: files[picture_name(arm, *setting.values())] for arm, words in ARMS.items()}
         alt = f"UMAP of 400 digits in both runs, {setting}: a cloud each, a colour and a numeral for each class."
-        frames[",".join(map(str, place))] = still(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
+        frames[",".join(map(str, place))] = figure_html(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
     return frames_spec(knobs, (1, 1, 0), frames)
 
 
@@ -208,7 +206,7 @@ def block_neighbours() -> Explorer:
     shares = {words: files[f"agreement/{arm}"] for arm, words in ARMS.items()}
     figure = block_maps(shares, LEVELS, "neighbours of the class", fmt=".0%")
     alt = "Share of the five nearest images that have an image's own class, by block and log-SNR, in both runs."
-    return Explorer(_map(files), still(figure, alt))
+    return Explorer(_map(files), figure_html(figure, alt))
 
 
 def console(seed: int = 0) -> Explorer:

@@ -52,9 +52,10 @@ def style() -> None:
 
 
 def figure_html(figure: Figure, alt: str, caption: str = "") -> str:
-    """The figure as one HTML element with its alternative text inside: it survives every export."""
+    """The figure, closed, as one HTML element with its alternative text inside: it survives every export."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
+    plt.close(figure)
     data, alt = base64.b64encode(buffer.getvalue()).decode(), html.escape(alt, quote=True)
     image = f'<img src="data:image/png;base64,{data}" alt="{alt}" style="max-width:100%">'
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
@@ -66,7 +67,6 @@ def show(figure: Figure, alt: str, caption: str = "") -> None:
     from IPython.display import HTML, display
 
     display(HTML(figure_html(figure, alt, caption)))
-    plt.close(figure)
 
 
 def _panels(n: int, columns: int | None, width: float, height: float, **how: Any) -> tuple[Figure, list[Axes]]:

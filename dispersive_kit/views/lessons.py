@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -22,36 +21,14 @@ from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath
 from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, rk4
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.views.figures import BLUE, GREY, RED, forest, heatmaps, pairwise_distances, scatter
-
-Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, 2), t (B,)) -> (B, 2)
+from dispersive_kit.views.figures import BLUE, GREY, RED, heatmaps, pairwise_distances
 
 # ---- noise and fields in the plane
 
 PATHS: dict[str, Path] = {
-    "linear": LinearPath(),
-    "GVP": GVPPath(),
-    "VP": VPPath(),
-    "DDPM linear": DDPMPath(),
+    "linear": LinearPath(), "GVP": GVPPath(), "VP": VPPath(), "DDPM linear": DDPMPath(),
     "DDPM cosine": DDPMPath("cosine"),
-}
-
-
-@torch.no_grad()
-def field_panels(fields: Mapping[str, Field], points: Tensor, t: float) -> Figure:
-    """Two velocity fields at time t as arrows over points x_t (n, 2), and the distance between the fields.
-
-    Arrows have the same scale in both panels and at every t. The distance |v_1 - v_2| is clipped at 2.
-    """
-    x, fine = (torch.cartesian_prod(*[torch.linspace(-end, end, n)] * 2) for end, n in ((2.5, 15), (2.8, 57)))
-    figure = scatter({**{f"{name}, t = {t:g}": points for name in fields}, "distance between them": points}, size=3.5)
-    for axis, v in zip(figure.axes, fields.values(), strict=False):
-        axis.quiver(*x.T, *v(x, torch.full((len(x),), t)).T, color=RED, scale=55, width=0.005)
-    first, second = (v(fine, torch.full((len(fine),), t)) for v in fields.values())
-    apart = (first - second).norm(dim=1).reshape(57, 57).T.numpy()
-    image = figure.axes[2].imshow(apart, origin="lower", extent=(-2.8, 2.8, -2.8, 2.8), vmin=0, vmax=2)
-    figure.colorbar(image, ax=figure.axes[2], extend="max", shrink=0.8)
-    return figure
+}  # fmt: skip
 
 
 def cloud(B: int) -> Tensor:
@@ -130,14 +107,6 @@ def _look_inside(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, .
     return F.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1), gates.square().mean((1, 3)).sqrt(), torch.stack(after)
 
 
-def cut(axis: Axes, image: Tensor, p: int, title: str) -> None:
-    """Draw an image (C, H, W) in [-1, 1] with the grid of its p x p patches."""
-    size = image.shape[-1]
-    axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=-1, vmax=1, extent=(0, size, size, 0))
-    axis.set(xticks=range(0, size + 1, p), yticks=range(0, size + 1, p), xticklabels=[], yticklabels=[], title=title)
-    axis.grid(True, color=RED, alpha=0.8)
-
-
 class TapViews:
     """Features z (B, ...) of one batch at each module that could be tapped, their RMS, and |z_i - z_j|^2 / dim, i < j.
 
@@ -183,22 +152,6 @@ def pull_of(distances: Any, B: int, tau: float) -> float:
     """
     kernel = np.exp(-distances / tau)
     return float(2 / tau * 2 * (kernel * distances).sum() / (B + 2 * kernel.sum()))
-
-
-# ---- studies
-
-
-def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
-    """The ratio of an arm to the reference for each seed alone, and the mean of all seeds with its interval."""
-    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
-    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
-    values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
-    base = results["reference"]
-    seeds = sorted(seed for name, seed in values if name == arm and (base, seed) in values)
-    rows = {f"seed {seed} alone": (values[arm, seed] / values[base, seed],) * 3 for seed in seeds}
-    low, mid, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
-    label = f"ratio, {arm}"
-    return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})
 
 
 def show_source(f: Callable[..., Any]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
-import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
 
@@ -60,7 +59,7 @@ def explore(
     @cache
     def draw(*place: int) -> str:
         state = {name: values[i] for (name, values), i in zip(sliders.items(), place, strict=True)}
-        return still(view(**state), alt.format(**state), caption)
+        return figure_html(view(**state), alt.format(**state), caption)
 
     def answer(explorer: Explorer, message: Mapping[str, Any], _buffers: Any) -> None:
         place = message["place"]
@@ -82,15 +81,9 @@ def scrub(frames: Mapping[Any, Figure], *, label: str, alt: str, caption: str = 
 
     alt: alternative text, a format string of `label`. The figures are closed.
     """
-    pictures = [still(figure, alt.format(label=key), caption) for key, figure in frames.items()]
+    pictures = [figure_html(figure, alt.format(label=key), caption) for key, figure in frames.items()]
     numbered = {str(i): picture for i, picture in enumerate(pictures)}
     return Explorer(frames_spec({label: list(frames)}, (len(pictures) - 1,), numbered, label), pictures[-1])
-
-
-def still(figure: Figure, alt: str, caption: str = "") -> str:
-    """The figure as HTML, and closed."""
-    plt.close(figure)
-    return figure_html(figure, alt, caption)
 
 
 def latency_test() -> Explorer:

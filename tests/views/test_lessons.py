@@ -26,10 +26,6 @@ def clean_figures():
     plt.close("all")
 
 
-def points(n=50, seed=0):
-    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def model():
     with torch.random.fork_rng():
@@ -58,15 +54,10 @@ def taps():
 
 
 def test_a_frame_keeps_its_axes_at_every_corner_of_its_sliders(taps):
-    def fields(t):
-        zero = torch.zeros_like
-        return lessons.field_panels({"exact": lessons.exact_velocity, "zero": lambda x, _t: zero(x)}, points(), t)
-
     def axes(figure):
         figure.canvas.draw()
         return [(axis.get_xlim(), axis.get_ylim()) for axis in figure.axes]
 
-    assert axes(fields(0.1)) == axes(fields(0.9))
     first, *others = (axes(taps.frame(*corner)) for corner in product(("0", "2"), (1e-3, 20.0)))
     assert all(other[0::2] == first[0::2] and other[1][0] == first[1][0] for other in others)  # counts are of the tap
 
@@ -118,15 +109,6 @@ def test_the_pull_is_the_gradient_along_the_features_and_dies_at_both_ends(taps)
     assert len(distances) == 120
     ends = [lessons.pull_of(distances, 16, tau) for tau in (1e-6, 1e6)]
     assert max(ends) < 1e-3 < lessons.pull_of(distances, 16, float(np.median(distances)))
-
-
-def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():
-    values = {("base", 1): 2.0, ("paper", 1): 3.0, ("base", 2): 2.0, ("paper", 2): 1.0, ("base", 3): 2.0}
-    runs = [{"arm": a, "seed": s, "condition": "one", "values": {"frechet": v}} for (a, s), v in values.items()]
-    verdict = {"arm": "paper", "measure": "frechet", "condition": "one", "low": -0.5, "mean": 0.0, "high": 0.5}
-    (axis,) = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper").axes
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["seed 1 alone", "seed 2 alone", "all, 95 %"]
-    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [1.5, 0.5, 1.0]
 
 
 def test_code_on_a_page_is_the_code_that_runs_from_the_margin_and_in_colour(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, expect
 
 from dispersive_kit.views.console import ARMS, console, write_console
 
@@ -107,6 +107,25 @@ def test_a_point_is_dragged_and_moved_by_keys_alone_and_reset_brings_it_back(pag
     assert points.evaluate_all(where)[2][1] < after[2][1]
     demo.get_by_role("button", name="reset").press("Enter")
     assert points.evaluate_all(where) == before
+
+
+def test_a_point_is_dragged_while_the_playground_runs(page: Page) -> None:
+    demo = open_demo(page, "playground")
+    demo.get_by_role("button", name="reset").click()
+    points = demo.locator(".point")
+    box = points.last.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    demo.get_by_role("button", name="play").press("Enter")
+    frame = demo.locator(".panel svg").first.bounding_box()
+    corner = frame["x"] + frame["width"] * 0.9, frame["y"] + frame["height"] * 0.1
+    page.mouse.move(*corner, steps=20)
+    page.mouse.up()
+    place = points.last.bounding_box()
+    assert abs(place["x"] - corner[0]) < 60 and abs(place["y"] - corner[1]) < 60  # there, or pushed on a little since
+    words = points.first.get_attribute("aria-label")
+    expect(points.first).not_to_have_attribute("aria-label", words)  # the others run on
+    demo.get_by_role("button", name="pause").click()
 
 
 def test_what_is_a_process_can_be_played_paused_and_stepped(page: Page) -> None:

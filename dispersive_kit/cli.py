@@ -306,7 +306,8 @@ def _run(args: list[str]) -> None:
         print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:  # a folder that is a file, that may not be written, a full disk
-        sys.stdout.flush()  # which fails again where the fault was that of stdout
+        if isinstance(error, BrokenPipeError):
+            print(flush=True)  # which fails again where it is the pipe that is printed to
         print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -35,7 +35,8 @@ def train(
     Args:
         out: Folder of the run.
         preset: Where all settings start from; those given beside it replace its own.
-        regularizer: none, paper, official-pytorch or small; that of the preset if not given.
+        regularizer: none, paper, official-pytorch, small or care; or a rival: repa, clean-patch or layersync; that of
+            the preset if not given.
         resume: Go on with the run in this folder; a new one is started if there is none.
         data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images or of latents.
         steps: Optimizer steps.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dispersive_kit.data import ImageSet, to_float
 from dispersive_kit.data.files import file_sha256
@@ -17,6 +17,8 @@ from dispersive_kit.data.images import data_folder
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.evaluation.generate import Samples, draw_images, gathered, progress, shared_out
 from dispersive_kit.models import efficientnet
+from dispersive_kit.training.batches import DeviceSet
+from dispersive_kit.training.regularizer import train_classifier
 
 Extractors = Literal["auto", "classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"]
 INCEPTION = "inception-pool3"
@@ -137,27 +139,12 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
     """The 48 features of a small network trained on `train` (seconds on a CPU), for images no ImageNet net fits."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = ((train.images.shape[1], 24, 1), (24, 48, 2), (48, 48, 1))
-        layers = [(nn.Conv2d(n, m, 3, stride, 1), nn.ReLU()) for n, m, stride in sizes]
-        body = nn.Sequential(*(layer for pair in layers for layer in pair))
-        network = nn.ModuleDict({"body": body, "head": nn.Linear(48, len(train.classes))})
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=400)
-    generator = torch.Generator().manual_seed(0)
+    steps = progress(range(400), f"training {train.name}-classifier48")
+    network = train_classifier(DeviceSet.of(train), len(train.classes), seed=0, widths=(24, 48, 48), steps=steps)
 
     def features(images: Tensor) -> Tensor:
-        return body(to_float(images)).mean((2, 3))
+        return network["body"](to_float(images)).mean((2, 3))
 
-    for _ in progress(range(400), f"training {train.name}-classifier48"):
-        index = torch.randint(len(train), (128,), generator=generator)
-        loss = F.cross_entropy(network["head"](features(train.images[index])), train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval().requires_grad_(False)
     labels = torch.cat([network["head"](features(part)).argmax(1) for part in held_out.images.split(512)])
     note = f"held-out accuracy {int((labels == held_out.labels).sum()) / len(held_out):.3f}"
     sha256 = weights_sha256(network.state_dict())

@@ -1,8 +1,8 @@
 """Dispersive Loss: the family as functions, the plug-in for any `nn.Module`, and what it is compared with."""
 
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.losses import KINDS, PRESETS, LossOptions, dispersive_loss, floor
-from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, contrastive_loss
+from dispersive_kit.regularizers.losses import KINDS, PRESETS, RIVALS, LossOptions, dispersive_loss, floor
+from dispersive_kit.regularizers.rivals import REPA, CleanPatch, LayerSync, NormMatched
 from dispersive_kit.regularizers.stats import Stats, depth_use
 from dispersive_kit.regularizers.taps import Schedule
 
@@ -10,13 +10,14 @@ __all__ = [
     "KINDS",
     "PRESETS",
     "REPA",
+    "RIVALS",
+    "CleanPatch",
     "Dispersive",
     "LayerSync",
     "LossOptions",
     "NormMatched",
     "Schedule",
     "Stats",
-    "contrastive_loss",
     "depth_use",
     "dispersive_loss",
     "floor",

@@ -1,13 +1,12 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dispersive_kit.errors import DispersiveError
-from dispersive_kit.regularizers.gather import all_gather
 from dispersive_kit.regularizers.losses import LossOptions, check_choice, check_number, measure, preset_settings
 from dispersive_kit.regularizers.stats import Record, Stats, Watch
 from dispersive_kit.regularizers.taps import At, Attached, Schedule, Select
@@ -84,27 +83,9 @@ class Dispersive(Attached):
             raise DispersiveError(f"no statistics of {self.where} yet: call loss() in training first")
         return Stats(self._records)
 
-    def loss(
-        self,
-        *,
-        t: Tensor | None = None,
-        y: Tensor | None = None,
-        step: int | None = None,
-        taps: Sequence[Tensor] | None = None,
+    def _loss(
+        self, features: list[Tensor], weight: float, x0: Any, t: Tensor | None, y: Tensor | None, step: int | None
     ) -> Tensor:
-        """Weighted loss (0-d) of what was captured last; zero in eval, which is said once where gradients are on.
-
-        t, y: (B,), for t_window and ignore_same_class. step: the optimizer step, for schedule and memory.
-        taps: features (B, ...) that the model returned itself, in the order of `paths`, instead of captured.
-
-        Raises:
-            DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
-                late); shapes or labels that do not fit. The message names the tap and the cure.
-        """
-        if not self._active():
-            return self._zero()
-        features = self._take(taps)
-        weight = self._weight(step)
         if self.memory and step is None:
             raise DispersiveError(f"the memory of {self.where} lasts one step, and step is None: call loss(step=step)")
         if step != self._step:
@@ -121,7 +102,7 @@ class Dispersive(Attached):
         return weight * torch.stack(losses).mean() if weight else self._zero()
 
     def _groups(self, z: Tensor, t: Tensor | None, y: Tensor | None) -> list[tuple[Any, ...]]:
-        """The rows and labels of each dispersion batch; what does not fit is left whole, and refused further on."""
+        """Of each dispersion batch; what does not fit is left whole, and refused further on."""
         size, labels = self.group_size, [label for label in (t, y) if label is not None]
         if not (size and z.ndim) or any(getattr(label, "shape", None) != z.shape[:1] for label in labels):
             return [(z, t, y)]
@@ -152,3 +133,47 @@ class Dispersive(Attached):
         new = tuple(a if a is None or b is None else torch.cat([a, b]) for a, b in zip(new, old, strict=True))
         self._kept[path] = tuple(None if a is None else a[: self.memory].detach() for a in new)
         return new
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all processes in the order of rank; the backward sums every process's gradient for the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.rows = len(z)
+        out = z.new_empty(dist.get_world_size() * len(z), *z.shape[1:])
+        dist.all_gather_into_tensor(out, z.contiguous())
+        return out  # (W B, ...)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Every process computes the same loss, and DDP and FSDP average: with the sum, the mean is the gradient
+        # of one process with the whole batch. The own slot's gradient alone would make 1 / W of it.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def all_gather(z: Tensor) -> Tensor:
+    """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
+
+    Raises:
+        DispersiveError: no process group; on a CPU, where looking costs nothing, features that do not fit together.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DispersiveError(
+            "gather=True outside a process group: call torch.distributed.init_process_group first (accelerate and "
+            "torchrun scripts do), or leave gather=False"
+        )
+    if dist.get_world_size() == 1:
+        return z
+    if z.device.type == "cpu":
+        forms: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(forms, (tuple(z.shape), str(z.dtype)))
+        if len(set(forms)) > 1:
+            raise DispersiveError(
+                f"gather=True over processes with features {forms}: all need one shape and dtype; where the last batch "
+                "is smaller, set drop_last=True"
+            )
+    return _AllGather.apply(z)

@@ -44,14 +44,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     # seeds; 5.1 times with `paper`. At one learning rate for all it is equivalent to no loss at weights of 0.003 and
     # below, and worse from 0.03 on (study 3b-dose).
     "small": {"kind": "infonce_cosine", "weight": 0.01, "tau": 0.5, "pool": "mean", "depth": 1 / 4},
+    # After CARE, arXiv 2609.28561, whose repulsion is weighted by how alike the conditions are. Our reading of its
+    # abstract, which is all that we had: as `paper`, and a pair is repelled in proportion to how unlike its conditions
+    # are, which for classes is 1 or 0: not at all within one class. An image whose label was dropped repels all.
+    "care": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4, "ignore_same_class": True},
+}
+# What it is compared with in training (rivals.py); weights and depths of a pilot on digits. layersync: the block at
+# `depth` is taught by the one at twice the depth.
+RIVALS: dict[str, dict[str, Any]] = {
+    "repa": {"weight": 0.5, "depth": 1 / 2},
+    "clean-patch": {"weight": 0.3, "depth": 1 / 2},
+    "layersync": {"weight": 0.2, "depth": 1 / 4},
 }
 
 
-def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`PRESETS[name]`, changed by `overrides` and checked; another kind comes with its own tau, unless given."""
-    check_choice("preset", name, tuple(PRESETS))
-    settings = dict(PRESETS[name])
-    if overrides.get("kind", settings["kind"]) != settings["kind"]:
+def preset_settings(
+    name: str, overrides: Mapping[str, Any], presets: Mapping[str, dict[str, Any]] = PRESETS
+) -> dict[str, Any]:
+    """`presets[name]`, changed by `overrides` and checked; another kind comes with its own tau, unless given."""
+    check_choice("preset", name, tuple(presets))
+    settings = dict(presets[name])
+    if overrides.get("kind", settings.get("kind")) != settings.get("kind"):
         del settings["tau"]  # not comparable across kinds
     settings |= overrides
     LossOptions(**{field.name: settings[field.name] for field in fields(LossOptions) if field.name in settings})
@@ -208,8 +221,8 @@ def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tens
     """`dispersive_loss` and what came out on the way."""
     _check_features(z, t, y)
     with full_precision(z.device):
-        x = rows_of(z, options)  # (R, dim)
-        tau = temperature(x, options)
+        x = _rows_of(z, options)  # (R, dim)
+        tau = _temperature(x, options)
         measured = _of_channels(x, tau, options) if options.of_channels else _of_pairs(x, tau, options, t, y)
         loss = measured.loss
         if options.norm_penalty:
@@ -232,7 +245,7 @@ def _check_features(z: Any, t: Any, y: Any) -> None:
             )
 
 
-def rows_of(z: Tensor, options: LossOptions) -> Tensor:
+def _rows_of(z: Tensor, options: LossOptions) -> Tensor:
     """Rows (R, dim) that the pairs are made of: pooled, normalised, in the precision of the computation."""
     if options.pool != "none" or options.normalize == "layer":
         z = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z.reshape(len(z), -1, z.shape[-1])  # (B, N, C)
@@ -265,7 +278,7 @@ def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
     return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
 
-def temperature(x: Tensor, options: LossOptions) -> Tensor:
+def _temperature(x: Tensor, options: LossOptions) -> Tensor:
     """tau (0-d), nan for a kind that has none; "auto" is the median D over the pairs of the first 512 rows."""
     if options.scale != "auto":
         scale = math.nan if options.scale is None else float(options.scale)

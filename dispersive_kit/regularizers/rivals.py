@@ -1,6 +1,7 @@
-"""What Dispersive Loss is compared with: its contrastive counterparts, a placebo of norms, LayerSync, REPA."""
+"""What Dispersive Loss is compared with: a placebo of norms, LayerSync, REPA, and a head for clean patches."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -9,43 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispersive_kit.errors import DispersiveError
-from dispersive_kit.regularizers import losses
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.losses import LossOptions, check_number, dispersive_loss
-from dispersive_kit.regularizers.pairwise import full_precision
+from dispersive_kit.regularizers.losses import check_number
 from dispersive_kit.regularizers.taps import At, Attached
-
-
-def contrastive_loss(z: Tensor, positive: Tensor, *, alpha: float = 1.0, **options: Any) -> Tensor:
-    """alpha * (term of the positive pairs) + `dispersive_loss(z, **options)`; 0-d. z, positive (B, ...).
-
-    The term is E_i D(z_i, z+_i) / tau for the InfoNCE kinds, E_i D^2 for hinge, mean_m (1 - C_mm)^2 with C
-    the correlation between the views for covariance (Barlow Twins, arXiv 2103.03230), and E_i |z_i - z+_i|^2
-    / dim for vicreg. alpha = 0 is Dispersive Loss, alpha = 1 the contrastive counterpart.
-
-    Raises:
-        DispersiveError: alpha outside [0, 1], views of different shape, or as `dispersive_loss`.
-    """
-    check_number("alpha", alpha, at_least=0.0)
-    if alpha > 1 or positive.shape != z.shape:
-        what = f"alpha {alpha} and a second view {tuple(positive.shape)} beside {tuple(z.shape)}"
-        raise DispersiveError(f"{what}: give alpha in [0, 1] and views of one shape")
-    loss = dispersive_loss(z, **options)
-    pull = {k: v for k, v in options.items() if k not in ("t", "y")}
-    with full_precision(z.device):
-        return loss + alpha * _positive_term(z, positive, LossOptions.of(pull)).to(loss.dtype)
-
-
-def _positive_term(z: Tensor, positive: Tensor, options: LossOptions) -> Tensor:
-    a, b = losses.rows_of(z, options), losses.rows_of(positive, options)  # (R, dim)
-    u = (a - b).square().sum(1).clamp(min=1e-12)  # (R,)
-    if options.kind == "covariance":
-        a, b = ((v - v.mean(0)) / (v.var(0, correction=0) + 1e-12).sqrt() for v in (a, b))
-        return (1 - (a * b).mean(0)).square().mean()
-    D = losses.distance(u, options.kind, a.shape[1]) - float(options.kind == "infonce_cosine")  # -cos
-    if options.kind == "vicreg":
-        return D.mean()
-    return D.square().mean() if options.kind == "hinge" else D.mean() / losses.temperature(a, options)
 
 
 class NormMatched(Dispersive):
@@ -69,10 +36,24 @@ class NormMatched(Dispersive):
         return (mean_square.log() / 2 - math.log(self.rms)).square()
 
 
-class LayerSync(Attached):
+class _Rival(Attached):
+    value: Tensor  # unweighted, of the last loss() in training
+
+    def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor:
+        term = self._term(features, x0)
+        self.value = term.detach()
+        if term.device.type == "cpu" and not term.isfinite():  # elsewhere a look would make the device wait
+            raise DispersiveError(f"taps {self.where}: the loss is {float(self.value)}: lower the learning rate")
+        return weight * term  # also of a zero weight: DDP waits for a gradient of each parameter
+
+    @abstractmethod
+    def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor: ...
+
+
+class LayerSync(_Rival):
     """weight * -E cos(shallow token, deep token without gradient): a deeper block teaches an earlier one.
 
-    Used as `Dispersive` is: `with sync: ...`, then `sync.loss(step=step)`. options: weight, select, schedule.
+    Used as `Dispersive` is. options: weight, select, schedule.
     """
 
     def __init__(self, model: nn.Module, shallow: str | nn.Module, deep: str | nn.Module, **options: Any) -> None:
@@ -85,25 +66,20 @@ class LayerSync(Attached):
                 f"LayerSync of {self.where}: give a shallow module, which is taught, and a deeper one"
             )
 
-    def loss(self, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
-        """Weighted loss (0-d), zero in eval.
-
-        Raises:
-            DispersiveError: as `Dispersive.loss`; unequal shapes.
-        """
-        if not self._active():
-            return self._zero()
-        shallow, deep = self._take(taps)
-        return self._weight(step) * _alignment(shallow, deep.detach(), self.paths[0])
+    def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor:
+        shallow, deep = features
+        return _compared(shallow, deep.detach(), self.paths[0])
 
 
-class REPA(Attached):
+class REPA(_Rival):
     """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
 
-    encoder: any callable of the clean images, giving (B, E), aligned with the mean of the tokens, or (B, N, E),
-    token by token. projector: an nn.Module from the block's width to E (the paper's: three layers with SiLU), whose
-    parameters belong into the optimizer. options: weight, depth, select, schedule.
+    Used as `Dispersive` is, with loss(x0=x0). encoder: any callable of the clean images, giving (B, E), aligned with
+    the mean of the tokens, or (B, N, E), token by token. projector: from the block's width to E (the paper's: three
+    layers with SiLU); its parameters belong into the optimizer. options: weight, depth, select, schedule.
     """
+
+    squared = False
 
     def __init__(
         self,
@@ -117,30 +93,42 @@ class REPA(Attached):
         super().__init__(model, at, **options)
         self.encoder, self.projector = encoder, projector
 
-    def loss(self, x0: Tensor, *, step: int | None = None, taps: list[Tensor] | None = None) -> Tensor:
-        """Weighted loss (0-d) for the clean images x0 (B, ...) of the batch, zero in eval.
-
-        Raises:
-            DispersiveError: as `Dispersive.loss`; features of another shape than the projected tokens.
-        """
-        if not self._active():
-            return self._zero()
+    def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor:
+        if x0 is None:
+            raise DispersiveError(f"{type(self).__name__} on {self.where} needs the clean images: call loss(x0=x0)")
         terms = []
         with torch.no_grad():
             target = self.encoder(x0)
-        for path, z in zip(self.paths, self._take(taps), strict=True):
+        for path, z in zip(self.paths, features, strict=True):
             tokens = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z  # (B, N, C)
             if not torch.is_autocast_enabled(tokens.device.type):  # a block under autocast gives bf16, also outside it
                 tokens = tokens.to(next((p.dtype for p in self.projector.parameters()), tokens.dtype))
             if target.ndim == 2 and tokens.ndim == 3:
                 tokens = tokens.mean(1)
-            terms.append(_alignment(self.projector(tokens), target.detach(), path))
-        return self._weight(step) * torch.stack(terms).mean()
+            terms.append(_compared(self.projector(tokens), target, path, squared=self.squared))
+        return torch.stack(terms).mean()
 
 
-def _alignment(z: Tensor, target: Tensor, path: str) -> Tensor:
-    """-E cos over the last axis."""
+class CleanPatch(REPA):
+    """weight * E |projector(token) - its patch of the clean image|^2 / dim: the block is to see through the noise.
+
+    projector: a linear map from the block's width to the C p p values of a patch of side p = `patch_size`.
+    """
+
+    squared = True
+
+    def __init__(self, model: nn.Module, at: At = None, *, patch_size: int, **options: Any) -> None:
+        def patches(x0: Tensor) -> Tensor:
+            return F.unfold(x0, patch_size, stride=patch_size).transpose(1, 2)  # (B, N, C p p)
+
+        super().__init__(model, at, encoder=patches, **options)
+
+
+def _compared(z: Tensor, target: Tensor, path: str, *, squared: bool = False) -> Tensor:
+    """-E cos over the last axis, or the mean squared difference."""
     if z.shape != target.shape:
         what = f"tap {path!r}: features {tuple(z.shape)} are to be aligned with {tuple(target.shape)}"
         raise DispersiveError(f"{what}: choose projector, encoder or blocks so that the two shapes are equal")
+    if squared:
+        return F.mse_loss(z.float(), target.float())
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()

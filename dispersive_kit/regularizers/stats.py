@@ -131,7 +131,7 @@ class Watch:
                 why += "diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
             if why and not self._warned:
                 self._warned = True
-                warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=4)
+                warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=5)
 
 
 @contextlib.contextmanager
@@ -142,11 +142,9 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
             model(x, t, y)          # at the noise level that is asked about
         use                         # {"blocks.0": 0.4, ...}: 0-d tensors, of each block's last call
 
-    Its null is the same network with random weights. One large number and small ones after it say that this block has
-    taken over the stream, and the later blocks hardly change it. What is compiled runs uncompiled inside.
-
-    at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the first tensor that it
-    is given, and the first that it returns.
+    One large number and small ones after it say that this block has taken over the stream. Compare with the same
+    network at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is
+    the first tensor that it is given, and the first that it returns. What is compiled runs uncompiled inside.
 
     Raises:
         DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.

@@ -6,6 +6,7 @@ import fnmatch
 import math
 import threading
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -176,26 +177,46 @@ class Attached:
             why = "were armed by another thread, which has not called loss() yet"
             raise DispersiveError(f"the taps {self.where} {why}: give each thread a model and regulariser of its own")
 
-    def _active(self) -> bool:
-        """Whether the model trains; where it does not and gradients are on, that is said once."""
-        self._require_hooks()
-        if not self.model.training and torch.is_grad_enabled() and not self._told:
-            self._told = True
-            what = f"{type(self).__name__} on {self.where} is 0 in eval mode, and gradients are on"
-            warnings.warn(f"{what}: call model.train() (from_pretrained leaves a model in eval mode)", stacklevel=3)
-        return self.model.training
+    def loss(
+        self,
+        *,
+        x0: Tensor | None = None,
+        t: Tensor | None = None,
+        y: Tensor | None = None,
+        step: int | None = None,
+        taps: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Weighted loss (0-d) of what was captured last; zero in eval, which is said once where gradients are on.
 
-    def _weight(self, step: int | None) -> float:
-        """Weight times schedule."""
+        x0: clean images, for REPA and CleanPatch. t, y: (B,), for t_window and ignore_same_class. step: the optimizer
+        step, for schedule and memory. taps: features (B, ...) that the model returned itself, in the order of `paths`,
+        instead of captured.
+
+        Raises:
+            DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
+                late); shapes or labels that do not fit. The message names the tap and the cure.
+        """
+        self._require_hooks()
+        if not self.model.training:
+            if torch.is_grad_enabled() and not self._told:
+                self._told = True
+                what = f"{type(self).__name__} on {self.where} is 0 in eval mode, and gradients are on"
+                warnings.warn(f"{what}: call model.train() (from_pretrained leaves a model in eval mode)", stacklevel=2)
+            return self._zero()
+        features = self._take(taps)
         try:
-            return self.weight * self.schedule.factor(step)
+            factor = self.schedule.factor(step)
         except DispersiveError as error:
             raise DispersiveError(f"taps {self.where}: {error}") from error
+        return self._loss(features, self.weight * factor, x0, t, y, step)
+
+    @abstractmethod
+    def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor: ...
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
 
-    def _take(self, taps: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def _take(self, taps: Sequence[Tensor] | None) -> list[Tensor]:
         """One z (B, ...) a tap, with gradient, captured or given."""
         outputs = self._let_go()
         if taps is None:

@@ -7,8 +7,8 @@ do not depend on how it is split, a run resumes without generator state, and two
 import hashlib
 import json
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -53,22 +53,19 @@ class Batch:
     x0: Tensor
     y: Tensor
     draws: Any
+    condition: Tensor  # y, but each dropped label is a number of its own, and so like no other
 
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
         size = len(self.x0) // parts
         keep = slice(part * size, (part + 1) * size)
-        return Batch(self.x0[keep], self.y[keep], self.draws[keep])
+        return Batch(self.x0[keep], self.y[keep], self.draws[keep], self.condition[keep])
 
 
-class _TrainingSet(ABC):
+class _TrainingSet(Sized):
     """A set that global batches are drawn from; the device is where they lie."""
 
     device: torch.device
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Samples in the set."""
 
     @abstractmethod
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -88,10 +85,12 @@ class _TrainingSet(ABC):
         """The global batch of one step. null_label: the class that labels are dropped to; None drops none."""
         generator = stream(seed, "batch", step, self.device)
         x0, y = self.draw(seed, step, size, flip, generator)
+        condition = y
         if null_label is not None:
             dropped = torch.rand(y.shape, generator=generator, device=y.device) < drop_prob
+            condition = torch.where(dropped, -1 - torch.arange(size, device=y.device), y)
             y = torch.where(dropped, null_label, y)
-        return Batch(x0, y, objective.draw(x0, generator))
+        return Batch(x0, y, objective.draw(x0, generator), condition)
 
     def frozen_batch(self, objective: Any, size: int = HELD_OUT) -> Batch:
         """At most `size` samples with their t and eps: the same for every run, arm and step."""
@@ -223,11 +222,7 @@ def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | No
 
 
 def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
-    """The training and the held-out part of a store of latents.
-
-    Raises:
-        DataError: damaged. ConfigError: mirror images asked of a store that has none.
-    """
+    """The training and the held-out part of a store; ConfigError: mirror images are asked of one that has none."""
     store = LatentStore(path)
     if flip and not store.spec.flip:
         raise ConfigError(f"{store.path} holds no mirror images: train with flip off, or encode with --flip")
@@ -235,11 +230,7 @@ def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
 
 
 def _verify_store(store: LatentStore) -> None:
-    """Before training: every checksum of a store, and its autoencoder, if that is on this machine.
-
-    Raises:
-        DataError: a damaged shard, or an autoencoder that is not the one the latents were made with; by name.
-    """
+    """Every checksum of a store, and its autoencoder, if that is on this machine."""
     store.verify()
     card = store.spec.autoencoder
     try:

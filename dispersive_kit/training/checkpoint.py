@@ -39,9 +39,7 @@ class _Manifest(BaseModel):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2) -> None:
-    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last`.
-
-    A checkpoint of a later step goes too: the run went back from it, so it is damaged.
+    """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last`, and damaged later ones.
 
     Raises:
         CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
@@ -79,11 +77,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Read one checkpoint and verify every file against its sha256.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or altered; the message names it.
-    """
+    """Every file is verified against its sha256."""
     try:
         manifest = _Manifest.model_validate_json((path / "manifest.json").read_bytes())
         groups = {}

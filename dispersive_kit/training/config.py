@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from dispersive_kit.errors import ConfigError, DispersiveError, form_error
-from dispersive_kit.regularizers.losses import PRESETS, preset_settings
+from dispersive_kit.regularizers.losses import PRESETS, RIVALS, preset_settings
 from dispersive_kit.regularizers.taps import Schedule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -36,7 +36,7 @@ class _Settings(BaseModel):
             raise form_error(error, error.title, known=type(self).model_fields) from None
 
     def changed(self, **values: Any) -> Self:
-        """These settings with some replaced, and checked again."""
+        """Some replaced, and all checked again."""
         return type(self)(**{**dict(self), **values})
 
 
@@ -45,7 +45,7 @@ class RegularizerConfig(_Settings):
 
     model_config = ConfigDict(title="regularizer")
 
-    preset: str = "none"  # none, paper, official-pytorch or small
+    preset: str = "none"  # none, paper, official-pytorch, small, care; or a rival: repa, clean-patch, layersync
     at: str | None = None  # dotted path of the block; None: the preset's depth
     kind: str | None = None  # variant of the loss
     weight: float | None = None  # lambda
@@ -68,6 +68,11 @@ class RegularizerConfig(_Settings):
         """Whether it is part of the objective, or only measured."""
         return self.preset != "none"
 
+    @property
+    def disperses(self) -> bool:
+        """Whether images of a batch see each other in the objective."""
+        return self.added and self.preset not in RIVALS
+
     def overrides(self) -> dict[str, Any]:
         """Keywords of `Dispersive.from_preset` that were set by hand."""
         options = {k: v for k, v in dict(self).items() if k not in ("preset", "schedule_steps", "norm_matched")}
@@ -77,8 +82,8 @@ class RegularizerConfig(_Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.preset not in ("none", *PRESETS):
-            raise ConfigError(f"unknown preset {self.preset!r}; there are: none, {', '.join(PRESETS)}")
+        if self.preset not in (known := ("none", *PRESETS, *RIVALS)):
+            raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(known)}")
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         if not self.added and (
             idle := [name for name in changed if name not in ("at", "depth", "gather", "group_size")]
@@ -87,11 +92,14 @@ class RegularizerConfig(_Settings):
                 f"{idle[0]} is set and preset is none, which adds no loss: choose one of {', '.join(PRESETS)} to "
                 "start from"
             )
+        fits = ("preset", "at", "weight", "depth", "schedule", "schedule_steps")
+        if self.preset in RIVALS and (odd := [name for name in changed if name not in fits]):
+            raise ConfigError(f"{odd[0]} is set, and {self.preset} takes only {', '.join(fits[1:])}: leave it out")
         if self.schedule_steps and not self.schedule:
             raise ConfigError("schedule_steps is set, and no schedule that would use it")
         if self.added:
             try:
-                preset_settings(self.preset, self.overrides())
+                preset_settings(self.preset, self.overrides(), RIVALS if self.preset in RIVALS else PRESETS)
             except DispersiveError as error:
                 raise ConfigError(str(error)) from error
         return self

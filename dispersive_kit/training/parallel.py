@@ -61,10 +61,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint, instead of in the middle of one.
+    """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint; a second SIGINT acts at once.
 
-    Of several runs in one process the one that began last gets the signal. A second SIGINT acts at once.
-    Handlers can be set in the main thread only; elsewhere signals act as usual.
+    Of several runs in one process the one that began last gets the signal. Only the main thread can set handlers.
     """
 
     def __init__(self) -> None:
@@ -93,10 +92,7 @@ class StopRequest:
         return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum"))
 
     def end_run(self) -> None:
-        """End as the signal would have ended it: KeyboardInterrupt, or exit status 128 + 15.
-
-        A process that was not signalled itself, but whose neighbour was, ends as by SIGTERM.
-        """
+        """As the signal would have ended it; a process whose neighbour was signalled ends as by SIGTERM."""
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signal_number or signal.SIGTERM))

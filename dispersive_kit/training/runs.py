@@ -16,27 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dispersive_kit.data import files, to_uint8
+from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
-from dispersive_kit.diffusion.samplers import (
-    ddim,
-    ddpm,
-    dopri5,
-    euler,
-    euler_maruyama,
-    heun,
-    initial_noise,
-    meanflow,
-    time_grid,
-)
-from dispersive_kit.errors import CheckpointError, ConfigError, DataError, DispersiveError, form_error
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError, form_error
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
-from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.rivals import NormMatched
 from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from dispersive_kit.training.config import FREE_TO_CHANGE, TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
+from dispersive_kit.training.regularizer import ENCODER_NOTE, HEAD
 
 LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it had made a run of the folder
 KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # of what an exported run has beside its weights
@@ -50,8 +39,7 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
     It is locked until the end; a killed process's is free.
 
     Raises:
-        CheckpointError: the folder holds something else, or a run and `resume` is off; a run of another configuration,
-            other data or another dispersion batch; an exported run; a run that another process is training.
+        CheckpointError: the folder holds something else, or another run; another process is training in it.
     """
     exists = (run_dir / "config.json").exists()
     if exists and not resume:
@@ -73,7 +61,6 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
 
 
 def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) -> None:
-    """Where the data lie, how often what is written, and, at a constant rate, how far it goes, may change."""
     old, old_config = _read_card(run_dir), read_config(run_dir)
     if "exported" in old:
         raise CheckpointError(
@@ -92,7 +79,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
             "another folder"
         )
     # In an arm without the loss it is only measured, and no part of the objective.
-    if config.regularizer.added and old["dispersion_batch"] != card["dispersion_batch"]:
+    if config.regularizer.disperses and old["dispersion_batch"] != card["dispersion_batch"]:
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
@@ -124,14 +111,15 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
     if local % (group := regularizer.group_size or local):
         raise ConfigError(f"the local batch of {local} cannot be split into groups of {group}: change one of the two")
     together = group * (processes if regularizer.gather else 1)
-    if together < 2 and regularizer.added:
+    if together < 2 and regularizer.disperses:
         raise ConfigError(
             f"the dispersion batch is {together}, and one image has no pairs to disperse: take a larger batch_size or "
             "group_size, less accumulation, or regularizer.gather over processes"
         )
     return {
         "data": data,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **({"encoder": f"{data['name']}-{ENCODER_NOTE}"} if regularizer.preset == "repa" else {}),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and HEAD not in name),
         "global_batch": config.batch_size,
         "dispersion_batch": together,
         "dispersion_memory": regularizer.memory or 0,  # rows of earlier micro-batches beside it, at most
@@ -179,7 +167,7 @@ class _Card(BaseModel):
 
 
 def _read_card(run_dir: Path) -> dict[str, Any]:
-    """What run.json holds. Raises CheckpointError: it cannot be read, or lacks what is needed of it."""
+    """Raises CheckpointError: it cannot be read, or lacks what is needed of it."""
     card: dict[str, Any] = files.read_json(run_dir / "run.json", error=CheckpointError)
     try:
         _Card.model_validate(card)
@@ -199,11 +187,7 @@ def run_folder(run: str | Path) -> Path:
 
 
 def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
-    """The model at step 0 for data of this card (shape, classes); the caller's generators are untouched.
-
-    Raises:
-        ConfigError: no such model, or one that does not fit the data.
-    """
+    """The model at step 0 for data of this card; ConfigError: no such model, or one that does not fit the data."""
     shape, num_classes = card["shape"], len(card["classes"])
     points = len(shape) == 1
     if points != (config.model == "MLP"):
@@ -220,10 +204,11 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
 
 # How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
 # The first sampler is the default.
+_SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}
 OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]] = {
-    "flow": (FlowMatching, {"heun": heun, "euler": euler, "dopri5": dopri5, "sde": partial(euler_maruyama, churn=2.0)}),
-    "ddpm": (DDPM, {"ddim": ddim, "ddpm": ddpm}),
-    "meanflow": (MeanFlow, {"meanflow": meanflow}),
+    "flow": (FlowMatching, {name: getattr(samplers, name) for name in ("heun", "euler", "dopri5")} | _SDE),
+    "ddpm": (DDPM, {"ddim": samplers.ddim, "ddpm": samplers.ddpm}),
+    "meanflow": (MeanFlow, {"meanflow": samplers.meanflow}),
 }
 
 
@@ -238,27 +223,6 @@ def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tenso
     if name not in known:
         raise ConfigError(f"no sampler {name!r} for a model of {objective}; there are: {', '.join(known)}")
     return name, known[name]
-
-
-def attach_regularizer(model: nn.Module, config: TrainConfig) -> Dispersive:
-    """Dispersive Loss as configured, or its placebo; without one, the paper's, which is then measured and not added.
-
-    Raises:
-        ConfigError: the model has no such block, or an option does not fit the number of processes.
-    """
-    chosen = config.regularizer
-    placebo = partial(NormMatched.from_preset, rms=chosen.norm_matched)
-    attach = placebo if chosen.norm_matched else Dispersive.from_preset
-    try:
-        found = attach(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
-    except DispersiveError as error:
-        raise ConfigError(f"regularizer: {error}") from error
-    if config.objective == "meanflow" and not all(re.fullmatch(r"blocks\.\d+", path) for path in found.paths):
-        raise ConfigError(
-            f"regularizer.at is {', '.join(found.paths)}: with MeanFlow it must be whole blocks, such as blocks.1, "
-            "since the model itself returns their outputs"
-        )
-    return found
 
 
 def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -279,7 +243,8 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     if weights not in known:
         raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
     try:
-        model.load_state_dict(checkpoint.groups[weights])
+        own = {key: value for key, value in checkpoint.groups[weights].items() if not key.startswith(f"{HEAD}.")}
+        model.load_state_dict(own)
     except RuntimeError as error:  # names or shapes: torch says which
         raise CheckpointError(f"the weights in {run_dir} do not fit its config.json: {error}") from error
     card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
@@ -303,9 +268,9 @@ def sample_batch(
         DataError: a sample is not finite. ConfigError: no such sampler.
     """
     keep_freed_memory(labels.device)
-    x = initial_noise(seeds, model.sample_shape).to(labels.device)
+    x = samplers.initial_noise(seeds, model.sample_shape).to(labels.device)
     guidance = guidance or ClassifierFree(labels, model.null_label, scale=1.0)
-    x = sampler_of(objective, sampler)[1](model, x, time_grid(num_steps), guidance=guidance, seeds=seeds)
+    x = sampler_of(objective, sampler)[1](model, x, samplers.time_grid(num_steps), guidance=guidance, seeds=seeds)
     if not bool(x.isfinite().all()):
         raise DataError(
             f"the model gives NaN or infinity among the samples with seeds {seeds[0]} to {seeds[-1]}: its training has "

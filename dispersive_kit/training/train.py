@@ -24,19 +24,13 @@ from tqdm import tqdm
 from dispersive_kit.data.files import atomic_write, writing
 from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
-from dispersive_kit.regularizers import depth_use
+from dispersive_kit.regularizers import Dispersive, depth_use
+from dispersive_kit.training import runs
 from dispersive_kit.training.batches import Batch, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import StopRequest, make_accelerator
-from dispersive_kit.training.runs import (
-    OBJECTIVES,
-    attach_regularizer,
-    build_model,
-    claim_run_folder,
-    draw_preview,
-    run_card,
-)
+from dispersive_kit.training.regularizer import attach_regularizer
 
 LOOK_EVERY = 10  # steps at most until NaN or a signal is noticed on an accelerator, where a look costs a wait
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
@@ -44,7 +38,7 @@ LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_r
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: its number counted from 1, and what was measured. `values` is empty between logged steps."""
+    """`step` is counted from 1; `values`, what was measured, is empty between logged steps."""
 
     step: int
     steps: int
@@ -54,19 +48,16 @@ class StepRecord:
 def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Iterator[StepRecord]:
     """Train as `config` says, in the folder `run_dir`; yields a `StepRecord` after each step.
 
-    Nothing is read back from the device but at the steps that are logged, and every tenth to see that all is well.
     On several processes each one runs this loop, started by `accelerate launch --multi_gpu` or torchrun, or, in a
     notebook that has trained nothing yet, by `accelerate.notebook_launcher(function, arguments, num_processes=8)`.
 
-    The folder gets config.json, run.json, metrics.jsonl and checkpoints/. With `resume`, the newest whole
-    checkpoint is taken up, and the result is the same bits as that of a run that was never stopped (on a GPU: as far
-    as its kernels are deterministic). Ctrl-C and SIGTERM, to any of the processes, end the run after the step in
-    hand, with a checkpoint.
+    With `resume`, the newest whole checkpoint is taken up, and the result is the same bits as that of a run that was
+    never stopped (on a GPU: as far as its kernels are deterministic). Ctrl-C and SIGTERM, to any of the processes, end
+    the run after the step in hand, with a checkpoint.
 
     Raises:
-        CheckpointError: the folder holds a run already, one of another configuration or data, or one that another
-            process trains; a file could not be written; the processes do not see the same folder. DataError: the
-            data set is missing. KitError: NaN or infinity.
+        CheckpointError: the folder holds another run; a file could not be written; the processes do not see the same
+            folder. DataError: the data set is missing. KitError: NaN or infinity.
     """
     run = Session(config, Path(run_dir), resume=resume)
     on_cpu = run.accelerator.device.type == "cpu"
@@ -130,44 +121,43 @@ def _losses(
     run: "Session", rows: Batch, step: int, *, measure: bool
 ) -> tuple[Tensor, dict[str, Any], Callable[[float], Tensor] | None]:
     """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
-    added = run.config.regularizer.added
-    if not (added or (measure and run.dispersion_batch > 1)):  # a batch of one has no pairs to measure
-        with run.accelerator.autocast():
-            loss, _ = run.objective(run.network, rows.x0, rows.y, draws=rows.draws)
-        return loss, {"loss": loss.detach()}, None
-    regularizer = run.regularizer
-    with regularizer, run.accelerator.autocast():
-        loss, aux = run.objective(run.network, rows.x0, rows.y, draws=rows.draws, taps=run.returned_taps)
-    taps = list(aux.taps) or regularizer.captured
-    dispersive = regularizer.loss(t=aux.t, step=step, taps=aux.taps or None)
+    regularizer, added = run.regularizer, run.config.regularizer.added
+    looks = added or (measure and run.dispersion_batch > 1)  # a batch of one has no pairs to measure
+    with regularizer if looks else contextlib.nullcontext(), run.accelerator.autocast():
+        given = {"draws": rows.draws, "taps": run.returned_taps if looks else ()}
+        loss, aux = run.objective(run.network, rows.x0, rows.y, **given)
     values: dict[str, Any] = {"loss": loss.detach()}
-    ratio = None
-    if measure:
+    if not looks:
+        return loss, values, None
+    taps = list(aux.taps) or regularizer.captured
+    dispersive = regularizer.loss(x0=rows.x0, t=aux.t, y=rows.condition, step=step, taps=aux.taps or None)
+    total = loss + dispersive if added else loss
+    if not measure:
+        return total, values, None
+    if isinstance(regularizer, Dispersive):
         stats = regularizer.stats
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
-        ratio = _gradient_ratio(dispersive, taps, added=added)
-    return (loss + dispersive if added else loss), values, ratio
+    else:  # a rival, where Dispersive Loss would stand
+        values["dispersive"] = regularizer.value
+    return total, values, _gradient_ratio(dispersive, taps, added=added)
 
 
 def _gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> Callable[[float], Tensor]:
-    """|d dispersive / dz| over |d loss / dz| at the tapped activations z: how hard the regulariser pulls.
+    """|d dispersive / dz| over |d loss / dz| at the tapped z; to be called once `share` of the total went backward.
 
-    The backward pass of the training goes through z anyway, where a hook sees the gradient of all that is trained on;
-    that of `dispersive` alone is short, and taken before. So measuring costs no second pass through the network.
-
-    Returns:
-        To be called once `share` times the total was sent backward: gives the ratio (0-d).
+    A hook at z sees the gradient of all that is trained on, so measuring costs no second pass through the network.
     """
     if not dispersive.requires_grad:  # its weight is zero, now or by its schedule
         return lambda share: torch.zeros_like(dispersive)
-    pull = torch.autograd.grad(dispersive, taps, retain_graph=True)
+    grads = torch.autograd.grad(dispersive, taps, retain_graph=True, allow_unused=True)
+    pull = {i: grad for i, grad in enumerate(grads) if grad is not None}  # the block that teaches others has none
     total: dict[int, Tensor] = {}
-    for i, z in enumerate(taps):
-        z.register_hook(partial(total.__setitem__, i))
+    for i in pull:
+        taps[i].register_hook(partial(total.__setitem__, i))
 
     def after_backward(share: float) -> Tensor:
-        push = [total[i] / share - (own if added else 0) for i, own in enumerate(pull)]
-        pull_norm, push_norm = (torch.stack([g.norm() for g in part]).norm() for part in (pull, push))
+        push = [total[i] / share - (own if added else 0) for i, own in pull.items()]
+        pull_norm, push_norm = (torch.stack([g.norm() for g in part]).norm() for part in (pull.values(), push))
         return pull_norm / push_norm
 
     return after_backward
@@ -195,10 +185,9 @@ def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int 
 
 
 class EMA:
-    """A copy of the model whose parameters follow it slowly.
+    """A copy of the model whose parameters w follow its p slowly: w <- d w + (1 - d) p.
 
-    With w the average and p the parameters, w <- d w + (1 - d) p, where d = min(decay, (1 + n) / (10 + n)) at the
-    n-th update: without that ramp a short run would average in its own initialisation.
+    d = min(decay, (1 + n) / (10 + n)) at the n-th update: else a short run would average in its own initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
@@ -209,7 +198,9 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        averages: list[Any] = list(self.model.parameters())
+        followed: list[Any] = list(model.parameters())[: len(averages)]  # without a rival's head, which comes last
+        torch._foreach_lerp_(averages, followed, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -219,18 +210,19 @@ class Session:
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         self.config, self.run_dir = config, run_dir
-        self.objective: Objective = OBJECTIVES[config.objective][0]()
+        self.objective: Objective = runs.OBJECTIVES[config.objective][0]()
         with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
             accelerator = make_accelerator(config.precision)
             self.accelerator, self.source = accelerator, open_source(config, accelerator.device)
-            self.model = build_model(config, self.source.card).to(accelerator.device)
-            self.ema, self.regularizer = EMA(self.model, config.ema_decay), attach_regularizer(self.model, config)
+            self.model = runs.build_model(config, self.source.card).to(accelerator.device)
+            self.ema = EMA(self.model, config.ema_decay)
+            self.regularizer = attach_regularizer(self.model, config, self.source.train)
             held.callback(self.regularizer.remove)
-            card = run_card(config, accelerator, self.source.card, self.model)
+            card = runs.run_card(config, accelerator, self.source.card, self.model)
             self.dispersion_batch: int = card["dispersion_batch"]  # images that see each other
             if accelerator.is_main_process:
                 self.source.verify()
-                held.enter_context(claim_run_folder(run_dir, config, card, resume=resume))
+                held.enter_context(runs.claim_run_folder(run_dir, config, card, resume=resume))
             accelerator.wait_for_everyone()
             folder = run_dir / "checkpoints"
             latest = load_latest(folder) if resume and checkpoints(folder) else None
@@ -253,7 +245,7 @@ class Session:
             self.network = accelerator.prepare_model(self.model)  # as it is called in training
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             if accelerator.is_main_process:
-                _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
+                _forget_metrics_after(run_dir, self.done)
             self.frozen = self.source.held_out.frozen_batch(self.objective)
             left_out = self.source.validation
             self.validation = left_out.frozen_batch(self.objective) if left_out else None
@@ -283,7 +275,6 @@ class Session:
 
     @property
     def last_good(self) -> str:
-        """What to do about a step that broke."""
         return (
             f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Taken up again it would come to "
             "the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
@@ -295,10 +286,7 @@ class Session:
         return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl.
-
-        What is not finite has no JSON; it is left out: the gradient ratio of a network whose output is still zero.
-        """
+        """One line of metrics.jsonl; not finite is the gradient ratio of a network whose output is still zero."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         file = self.run_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
@@ -306,10 +294,7 @@ class Session:
                 lines.write(json.dumps({"step": step, **finite}) + "\n")
 
     def save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps, then a preview.
-
-        No process goes on before it is on the disk: the first that ended would have the others ended too.
-        """
+        """No process goes on before it is on the disk: the first that ended would have the others ended too."""
         if self.accelerator.is_main_process:
             moments = self.optimizer.state_dict()
             groups = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict()}
@@ -319,30 +304,24 @@ class Session:
             save_checkpoint(folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
             if n := self.config.preview_images:
                 file = self.run_dir / "previews" / f"step-{step:08d}"
-                draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
+                runs.draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
         self.accelerator.wait_for_everyone()
 
 
-def _forget_metrics_after(file: Path, step: int) -> None:
+def _forget_metrics_after(run_dir: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
+    file = run_dir / "metrics.jsonl"
     if file.exists():
-        lines = []
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
+        kept = [line for line in runs.read_metrics(run_dir) if line["step"] <= step]
         with atomic_write(file, CheckpointError) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in lines))
+            unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
-    """Pass step records through and show how far they have come: a bar on a terminal, one line a tenth elsewhere.
-
-    Of several processes the first one does. (A bar that is saved, as in a notebook, freezes at 0 %.)
-    """
+    """Pass step records through; the first process shows a bar on a terminal, one line a tenth elsewhere."""
     if os.environ.get("RANK", "0") != "0":
         yield from records
         return

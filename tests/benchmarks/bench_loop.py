@@ -17,7 +17,7 @@ import torch
 from timing import is_quick, row
 
 from dispersive_kit.training import RegularizerConfig, TrainConfig, train, train_preset
-from dispersive_kit.training.runs import attach_regularizer
+from dispersive_kit.training.regularizer import attach_regularizer
 from dispersive_kit.training.train import Session
 
 TURNS, BLOCK = 10, 5  # of each in a round: 50 steps, one of which is logged
@@ -37,7 +37,7 @@ def random_cifar(folder: Path) -> None:
 def bare_steps(config: TrainConfig, folder: Path) -> Callable[[], None]:
     """One call is one step of the same model on the same batch; nothing is drawn, clipped, averaged or logged."""
     run = Session(config, folder, resume=False)
-    regularizer, rows = attach_regularizer(run.model, config), run.batch(0)
+    regularizer, rows = attach_regularizer(run.model, config, run.source.train), run.batch(0)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
     def step() -> None:

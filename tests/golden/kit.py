@@ -25,8 +25,8 @@ from dispersive_kit.errors import DispersiveError, KitError
 from dispersive_kit.models.dit import DIT_CONFIGS, DiT
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.regularizers.attach import Dispersive
-from dispersive_kit.regularizers.losses import KINDS, PRESETS, dispersive_loss, floor
-from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched, contrastive_loss
+from dispersive_kit.regularizers.losses import KINDS, dispersive_loss, floor
+from dispersive_kit.regularizers.rivals import REPA, LayerSync, NormMatched
 from dispersive_kit.regularizers.taps import Schedule
 from dispersive_kit.study.notebook import read_result
 from dispersive_kit.study.plan import load_plan, shipped_plans

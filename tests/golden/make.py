@@ -78,8 +78,7 @@ def plugged(reg: Any, model: Any, **given: Any) -> torch.Tensor:
         x, t = normal(6, 2, seed=i, dtype=torch.float32), torch.linspace(0.1, 0.9, 6)
         with reg:
             model(x, t, torch.arange(6) % 3)
-        arguments = [x] if isinstance(reg, kit.REPA) else []
-        total = total + reg.loss(*arguments, **given)
+        total = total + reg.loss(x0=x, **given)
     (grad,) = torch.autograd.grad(total, model.x_embedder.weight, allow_unused=True)
     numbers = list(reg.stats.read().values()) if hasattr(reg, "stats") else []
     reg.remove()
@@ -90,7 +89,8 @@ def plug_ins() -> Values:
     """The plug-in with its presets and options, and its rivals, on a small network."""
     t, y = torch.linspace(0.1, 0.9, 6), torch.arange(6) % 3
     shapes = [("warmup", 8), ("cosine-to-zero", 8), ("stop-at", 8), ("constant", 0)]
-    settings = [(preset, {}) for preset in kit.PRESETS] + [("paper", {"kind": kind}) for kind in kit.KINDS]
+    settings: list[Any] = [(preset, {}) for preset in ("paper", "official-pytorch", "small")]
+    settings += [("paper", {"kind": kind}) for kind in kit.KINDS]
     settings += [("paper", {"schedule": kit.Schedule(*shape)}) for shape in shapes]
     settings += [("paper", {"at": "blocks.*"}), ("paper", {"memory": 4}), ("paper", {"weight": 0.0})]
     found: Values = {}
@@ -111,11 +111,6 @@ def plug_ins() -> Values:
     found["layer sync"] = plugged(kit.LayerSync(model, "blocks.0", "blocks.2"), model, step=1)
     repa = kit.REPA(model, "blocks.1", encoder=lambda x: x @ encoder, projector=projector)
     found["repa"] = plugged(repa, model, step=1)
-    for kind in kit.KINDS:
-        z, positive = (normal(6, 8, seed=seed).requires_grad_() for seed in (0, 1))
-        loss = kit.contrastive_loss(z, positive, alpha=0.5, kind=kind)
-        grads = torch.autograd.grad(loss, [z, positive])
-        found[f"contrastive {kind}"] = torch.cat([loss[None], *[g.flatten() for g in grads]]).detach()
     return found
 
 

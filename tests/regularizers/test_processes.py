@@ -10,7 +10,7 @@ from torch import nn
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.regularizers.gather import all_gather
+from dispersive_kit.regularizers.attach import all_gather
 
 WORKER = Path(__file__).with_name("worker.py")
 spec = importlib.util.spec_from_file_location("regularizers_worker", WORKER)

@@ -1,11 +1,10 @@
-"""The rivals: what alpha = 0 and alpha = 1 are, who gets the gradient, REPA with an encoder of real weights."""
+"""The rivals: who gets the gradient, what they are zero for, REPA with an encoder of real weights."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import features
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -13,49 +12,13 @@ from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.models.efficientnet import efficientnet_lite0, preprocess
 from dispersive_kit.regularizers import (
-    KINDS,
     REPA,
+    CleanPatch,
     Dispersive,
     LayerSync,
     NormMatched,
     Schedule,
-    contrastive_loss,
-    dispersive_loss,
 )
-
-
-def views(B=8, dim=6, noise=0.1):
-    z = features(B, dim)
-    return z, (z + noise * features(B, dim, seed=1)).detach().requires_grad_()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_alpha_zero_is_dispersive_loss_and_the_positive_term_pulls_the_views_together(kind):
-    z, positive = views(noise=1.0)
-    alone = dispersive_loss(z, kind=kind)
-    assert contrastive_loss(z, positive, alpha=0.0, kind=kind) == alone
-    at = [(positive + share * (z - positive)).detach() for share in (0.0, 0.5, 1.0)]
-    terms = [(contrastive_loss(z, near, kind=kind) - alone).item() for near in at]
-    assert terms[0] > terms[1] > terms[2]
-    (pull,) = torch.autograd.grad(contrastive_loss(z, positive, kind=kind), positive)
-    assert pull.norm() > 0
-
-
-def test_infonce_is_simclr_with_the_log_outside_and_covariance_is_barlow_twins():
-    # mutation: `_positive_term` not divided by tau
-    z, positive = views()
-    own, pair = ((z[:, None] - z).square().sum(2) / 6, (z - positive).square().sum(1) / 6)
-    want = (pair / 0.5).mean() + torch.logsumexp(-own.flatten() / 0.5, 0) - math.log(64)
-    torch.testing.assert_close(contrastive_loss(z, positive), want, rtol=1e-6, atol=1e-8)
-    same = contrastive_loss(z, z, kind="covariance")  # of identical views only the off-diagonal is left
-    torch.testing.assert_close(same, dispersive_loss(z, kind="covariance"))
-
-
-@pytest.mark.parametrize(("alpha", "shape"), [(-0.1, (8, 6)), (1.1, (8, 6)), (1.0, (8, 5))])
-def test_wrong_alpha_or_views_are_refused(alpha, shape):
-    z, _ = views()
-    with pytest.raises(DispersiveError, match="alpha"):
-        contrastive_loss(z, torch.zeros(shape), alpha=alpha)
 
 
 def test_layer_sync_teaches_the_shallow_block_only():
@@ -86,7 +49,7 @@ def test_repa_aligns_with_efficientnet_features_of_real_images():
     for _ in range(12):
         with repa:
             model(x, t)
-        loss = repa.loss(images)
+        loss = repa.loss(x0=images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -105,9 +68,9 @@ def test_repa_takes_features_of_tokens_or_of_the_image_and_refuses_others(N, bf1
         model(x, torch.rand(3))
     if N == 9:
         with pytest.raises(DispersiveError, match=r"blocks\.0.*\(3, 16, 5\).*\(3, 9, 5\)"):
-            repa.loss(x)
+            repa.loss(x0=x)
     else:
-        assert repa.loss(x).requires_grad
+        assert repa.loss(x0=x).requires_grad
 
 
 def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
@@ -145,7 +108,52 @@ def test_rivals_are_zero_in_eval_mode_and_say_so():
         (REPA(model, encoder=nn.Identity(), projector=nn.Identity()), "REPA on blocks.0"),
     ):
         with pytest.warns(UserWarning, match=f"{at} is 0 in eval mode"):
-            assert reg.loss(*[torch.zeros(2)] * isinstance(reg, REPA)).item() == 0
+            assert reg.loss(x0=torch.zeros(2)).item() == 0
+
+
+RIVALS = {
+    "LayerSync": lambda model: LayerSync(model, "blocks.0", "blocks.1"),
+    "REPA": lambda model: REPA(model, encoder=lambda x: x.flatten(1)[:, :5], projector=nn.Linear(96, 5)),
+    "CleanPatch": lambda model: CleanPatch(model, patch_size=2, projector=nn.Linear(96, 16)),
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_that_would_do_nothing_raises(name):
+    """Mutations: `_Rival.loss` without `_take`, without its check of NaN, without its check of x0."""
+    model, x = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train(), torch.randn(3, 4, 8, 8)
+    rival = RIVALS[name](model)
+
+    def loss(scale=1.0, **given):
+        with rival:
+            model(scale * x, torch.rand(3))
+        return rival.loss(**given)
+
+    assert loss(x0=x, t=torch.rand(3), y=torch.arange(3), step=0).requires_grad
+    with pytest.raises(DispersiveError, match="captured nothing"):
+        rival.loss(x0=x)
+    with pytest.raises(DispersiveError, match="lower the learning rate"):
+        loss(scale=math.nan, x0=x)
+    with torch.no_grad(), pytest.raises(DispersiveError, match="no gradient"):
+        loss(x0=x)
+    if name != "LayerSync":
+        with pytest.raises(DispersiveError, match="x0=x0"):
+            loss()
+
+
+def test_a_clean_patch_is_that_of_its_own_token():
+    """Mutation: patches in another order than the tokens."""
+    x0, model = torch.randn(2, 3, 8, 8), nn.Sequential(nn.Identity()).train()
+    tokens = x0.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 4, 48).requires_grad_()
+    head = CleanPatch(model, "0", patch_size=4, projector=nn.Identity(), weight=0.3)
+    for given, want in ((tokens, 0.0), (tokens + 1, 0.3)):
+        with head:
+            model(given)
+        torch.testing.assert_close(head.loss(x0=x0).item(), want)
+    with head:
+        model(tokens[:, :, :16])
+    with pytest.raises(DispersiveError, match=r"\(2, 4, 16\).*\(2, 4, 48\)"):
+        head.loss(x0=x0)
 
 
 def test_a_memory_of_features_of_another_size_is_refused():

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.regularizers.gather import all_gather
+from dispersive_kit.regularizers.attach import all_gather
 
 OPTIONS = {"at": "blocks.1", "weight": 0.5, "tau": 0.5, "ignore_same_class": True}
 Y = torch.arange(6) % 4

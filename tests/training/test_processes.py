@@ -84,6 +84,19 @@ def test_groups_of_16_in_one_process_are_16_on_each_of_several(tmp_path, process
     assert apart(one, gradient(tmp_path, "ungrouped", config, 1)[0]) > (1e-6 if placebo else 1e-4)
 
 
+RIVALS = [{"preset": "repa"}, {"preset": "layersync"}, {"preset": "care", "gather": True}]
+RIVALS += [{"preset": "clean-patch", "schedule": "stop-at", "schedule_steps": 2}]
+
+
+@pytest.mark.parametrize("arm", RIVALS, ids=lambda arm: arm["preset"])
+def test_the_gradient_of_a_rival_does_not_depend_on_how_the_batch_is_split(tmp_path, arm):
+    """Its head among it; mutations: no gradient for a head of weight zero, labels of the processes taken as alike."""
+    config = PLAIN.changed(steps=4, learning_rate=1e-3, regularizer=RegularizerConfig(**arm))
+    alone = config.changed(regularizer=config.regularizer.changed(gather=None))
+    one, two = gradient(tmp_path, "one", alone, 1)[0], gradient(tmp_path, "two", config, 2)[0]
+    assert one.keys() == two.keys() and apart(one, two) < 1e-5
+
+
 TRAIN = ["train", "--preset", "smoke", "--set", "model=DiT-T/4"]
 PAPER = ["--set", "checkpoint_every=3", "--regularizer", "paper"]
 

@@ -245,7 +245,7 @@ class Session:
             self.network = accelerator.prepare_model(self.model)  # as it is called in training
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             if accelerator.is_main_process:
-                _forget_metrics_after(run_dir, self.done)
+                _forget_metrics_after(run_dir / "metrics.jsonl", self.done)
             self.frozen = self.source.held_out.frozen_batch(self.objective)
             left_out = self.source.validation
             self.validation = left_out.frozen_batch(self.objective) if left_out else None
@@ -308,13 +308,16 @@ class Session:
         self.accelerator.wait_for_everyone()
 
 
-def _forget_metrics_after(run_dir: Path, step: int) -> None:
+def _forget_metrics_after(file: Path, step: int) -> None:
     """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
-    file = run_dir / "metrics.jsonl"
     if file.exists():
-        kept = [line for line in runs.read_metrics(run_dir) if line["step"] <= step]
+        lines = []
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason not to train on
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
-            unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            unfinished.write_text("".join(f"{line}\n" for line in lines))
 
 
 LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"

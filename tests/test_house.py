@@ -65,7 +65,7 @@ def test_importing_the_kit_is_light():
 # what is aimed at (9,000 lines of the package, 10,500 of tests). The second rose once, from 12,700: a fault of files,
 # folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU.
 BUDGET = {
-    "lines of the package": 11_010,
+    "lines of the package": 11_050,
     "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,
@@ -75,7 +75,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 300,
-    "lines of tests": 12_930,
+    "lines of tests": 13_050,
     "longest line": 120,
 }
 

@@ -4,10 +4,14 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import AsyncKernelManager
-from traitlets import default
+from traitlets import Type, default
 
 from dispersive_kit.study.machine import require_home
 from dispersive_kit.study.notebook import notebooks_folder
@@ -17,10 +21,38 @@ CONSOLE = "voila/render/90_lecture_console.ipynb"
 # wrapped, so that a projector shows all of them, and no news is fetched, which would cover figures too.
 _OWN = Path(__file__).parent / "jupyter"
 _BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
+_BEGIN_S = 60  # within which a kernel must begin with a cell that it was sent
+
+
+class _Iopub(AsyncZMQSocketChannel):
+    """Notes when a cell was sent that the kernel has not begun with yet."""
+
+    sent = float("inf")
+
+    async def get_msg(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        message = await super().get_msg(*args, **kwargs)
+        if message["content"].get("execution_state") == "busy":
+            self.sent = float("inf")
+        return message
+
+
+class _Client(AsyncKernelClient):
+    """Takes a kernel for dead that does not begin with a cell, as one does that hangs or never heard of it."""
+
+    iopub_channel_class = Type(_Iopub)
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        self.iopub_channel.sent = time.monotonic()
+        return super().execute(*args, **kwargs)
+
+    async def is_alive(self) -> bool:
+        return time.monotonic() - self.iopub_channel.sent < _BEGIN_S and await super().is_alive()
 
 
 class Kernel(AsyncKernelManager):
     """A kernel reached through files in a folder of its own: a free port could be taken before the kernel binds it."""
+
+    client_factory = Type(_Client)
 
     @default("transport")
     def _transport_default(self) -> str:

@@ -38,6 +38,7 @@ What the words mean:
 - **crashed**: a run that broke down counts as ten times worse than its pair. **inactive**: at the median step the
   gradient of the loss is under a thousandth of that of denoising.
 """
+_IMAGES = {"digits": 1297, "mnist": 60_000, "cifar10": 50_000}  # to train on
 _MEASURES = {"held_out": "held-out loss", "copies": "share of copies", "probe": "probe accuracy"}
 
 Run = dict[str, Any]
@@ -213,14 +214,20 @@ def shipped_results() -> dict[str, dict[str, Any]]:
 
 
 def all_verdicts() -> list[dict[str, Any]]:
-    """The verdicts of all studies that come with the kit, each with its `study`, and the `runs` it rests on by id."""
+    """The verdicts of all studies that come with the kit, each with its `study`, the `runs` it rests on by id, and how
+    many `epochs` its base was trained: how often it saw each training image.
+    """
     found = []
     for name, results in shipped_results().items():
+        plan = load_plan(name)
+        bases = {c.condition: plan.config(c) for c in plan.cells() if c.arm == plan.reference}
         for v in results["verdicts"]:
             both = [
                 _of(results["runs"], arm, v["condition"]) for arm in (v.get("against", results["reference"]), v["arm"])
             ]
-            found.append({**v, "study": name, "runs": [run["id"] for runs in both for run in runs]})
+            base = bases[v["condition"]]
+            epochs = base.steps * base.batch_size / (base.data_share * _IMAGES[base.data])
+            found.append({**v, "study": name, "epochs": epochs, "runs": [run["id"] for runs in both for run in runs]})
     return found
 
 

@@ -41,7 +41,8 @@ LOOKS: dict[str, dict[str, Any]] = {  # of the four verdicts
     "inconclusive": {"color": "#666666", "marker": "D"},
 }
 NO_VERDICT = {"word": "", "low": math.nan, "mean": math.nan, "high": math.nan}
-MEASURES = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss", "probe": "probe accuracy"}
+MEASURES = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss", "probe": "probe accuracy",
+            "copies": "share of copies"}  # fmt: skip
 
 Interval = tuple[float, float, float]  # low, value, high
 

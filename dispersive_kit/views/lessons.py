@@ -21,7 +21,7 @@ from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath
 from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, rk4
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.views.figures import BLUE, GREY, RED, heatmaps, pairwise_distances
+from dispersive_kit.views.figures import BLUE, GREY, MEASURES, RED, forest, heatmaps, pairwise_distances
 
 # ---- noise and fields in the plane
 
@@ -152,6 +152,40 @@ def pull_of(distances: Any, B: int, tau: float) -> float:
     """
     kernel = np.exp(-distances / tau)
     return float(2 / tau * 2 * (kernel * distances).sum() / (B + 2 * kernel.sum()))
+
+
+def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
+    """The ratio of an arm to the reference for each seed alone, and the mean of all seeds with its interval."""
+    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
+    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
+    values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
+    base = results["reference"]
+    seeds = sorted(seed for name, seed in values if name == arm and (base, seed) in values)
+    rows = {f"seed {seed} alone": (values[arm, seed] / values[base, seed],) * 3 for seed in seeds}
+    low, mid, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
+    label = f"ratio, {arm}"
+    return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})
+
+
+def regime_map(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("paper", "small", "placebo")) -> Figure:
+    """Ratios to base without guidance, of rows as `all_verdicts` gives them, against the epochs of the base.
+
+    Left held-out losses, right Frechet distances. Points at one number of epochs are drawn beside each other.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, measure in zip(axes, ("held_out", "frechet"), strict=True):
+        found = [row for row in rows if row["measure"] == measure and row["arm"] in arms and "against" not in row]
+        found.sort(key=lambda row: row["epochs"])
+        for arm, color, marker in zip(arms, (RED, BLUE, GREY), "os^", strict=False):
+            own = [(row["epochs"] * 1.06 ** (k % 9 - 4), row) for k, row in enumerate(found) if row["arm"] == arm]
+            low, mid, high = (np.exp([row[end] for _, row in own]) for end in ("low", "mean", "high"))
+            how = {"color": color, "marker": marker, "label": arm, "ls": "", "capsize": 2}
+            axis.errorbar([at for at, _ in own], mid, (mid - low, high - mid), **how)
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(xscale="log", xlabel="epochs of the base (log axis)", ylabel=f"{MEASURES[measure]}, ratio to base")
+    axes[1].set_yscale("log")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
 
 
 def show_source(f: Callable[..., Any]) -> None:

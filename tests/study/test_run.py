@@ -181,6 +181,13 @@ def test_a_notebook_that_leaves_no_proper_result_has_failed(write_notebook, tmp_
     assert result.status == "failed" and re.search(words, result.error), result.error
 
 
+def test_a_kernel_that_does_not_begin_with_a_cell_has_failed(write_quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("dispersive_kit.study.lab._BEGIN_S", 3)
+    deaf = "get_ipython().kernel.shell_stream.stop_on_recv()"
+    result = run_one(write_quick("made", deaf), tmp_path / "run")
+    assert result.status == "failed" and "DeadKernelError" in result.error and result.seconds < 60
+
+
 # ---- what is run again, and what is never written over
 
 

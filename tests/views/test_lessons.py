@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dispersive_kit.data import load_images
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.diffusion.samplers import rk4
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.regularizers import dispersive_loss
+from dispersive_kit.study.verdict import all_verdicts
 from dispersive_kit.views import lessons, show_source, style
 from dispersive_kit.views.console import patches
 from dispersive_kit.views.figures import pairwise_distances
@@ -122,3 +124,37 @@ def test_code_on_a_page_is_the_code_that_runs_from_the_margin_and_in_colour(monk
     assert "def rk4(f: " in sampler.data and "def run" not in sampler.data
     assert list(inspect.signature(rk4).parameters)[:3] == ["model", "x", "ts"]
     assert "<span" in sampler._repr_html_() and "://" not in sampler._repr_html_()
+
+
+def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():
+    values = {("base", 1): 2.0, ("paper", 1): 3.0, ("base", 2): 2.0, ("paper", 2): 1.0, ("base", 3): 2.0}
+    runs = [{"arm": a, "seed": s, "condition": "one", "values": {"frechet": v}} for (a, s), v in values.items()]
+    verdict = {"arm": "paper", "measure": "frechet", "condition": "one", "low": -0.5, "mean": 0.0, "high": 0.5}
+    (axis,) = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper").axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["seed 1 alone", "seed 2 alone", "all, 95 %"]
+    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [1.5, 0.5, 1.0]
+
+
+def test_the_map_has_a_point_for_each_contrast_with_base_at_the_epochs_of_the_base():
+    drawn = [
+        ("paper", "held_out", 15, 0.0, {}),
+        ("paper", "held_out", 700, -0.05, {}),
+        ("small", "frechet", 15, 0.1, {}),
+        ("paper", "held_out", 700, 0.1, {"against": "placebo"}),
+        ("cosine", "held_out", 15, 0.1, {}),
+    ]
+    rows = [
+        {"arm": arm, "measure": measure, "epochs": epochs, "low": -0.1, "mean": mean, "high": 0.2, **more}
+        for arm, measure, epochs, mean, more in drawn
+    ]
+    held_out, frechet = lessons.regime_map(rows).axes
+    (x, y), (x2, y2) = (axis.containers[i].lines[0].get_data() for axis, i in ((held_out, 0), (frechet, 1)))
+    assert y == pytest.approx([1, np.exp(-0.05)]) and y2 == pytest.approx([np.exp(0.1)])
+    assert abs(np.log([x[0] / 15, x[1] / 700, x2[0] / 15])).max() < 0.3
+    assert sum(len(bar.lines[0].get_xdata()) for axis in (held_out, frechet) for bar in axis.containers) == 3
+
+
+def test_epochs_count_how_often_the_base_saw_each_training_image():
+    epochs = {v["study"]: v["epochs"] for v in all_verdicts()}
+    assert epochs["2a-published-short"] == pytest.approx(300 * 64 / len(load_images("digits", "train")))
+    assert epochs["5b-data-share"] in (pytest.approx(300 * 64 / 129.7), pytest.approx(300 * 64 / 389.1))

@@ -85,6 +85,8 @@ class Samples:
         outside = self.labels[(self.labels < 0) | (self.labels >= self.model.num_classes)]
         if len(outside):
             raise ConfigError(f"labels must lie in 0..{self.model.num_classes - 1}, got {int(outside[0])}")
+        if not -(2**63) <= self.first_seed < 2**63 - len(self):
+            raise ConfigError(f"seeds from {self.first_seed} on are no numbers of 64 bits")
         if not math.isfinite(self.cfg_scale):
             raise ConfigError(f"cfg_scale must be a number, got {self.cfg_scale}")
 

@@ -326,12 +326,12 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
     if asked := [name for name in of_sampling if getattr(how, name) != getattr(Evaluation, name)]:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
+    if how.data is None and not (how.reference.endswith(".npz") and how.extractor == "inception"):
+        raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
 
     def sets() -> tuple[ImageSet, ImageSet]:
-        if how.data is None:
-            raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
         size = images.shape[-1]
-        return load_images(how.data, "train", size=size), load_images(how.data, "test", size=size)
+        return load_images(str(how.data), "train", size=size), load_images(str(how.data), "test", size=size)
 
     try:  # the form of ADM's evaluation suite
         with np.load(file, allow_pickle=False) as arrays:

@@ -23,6 +23,9 @@ _OWN = Path(__file__).parent / "jupyter"
 _BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
 _BEGIN_S = 60  # within which a kernel must begin with a cell that it was sent
 
+# What Voila's pages use: others, such as that of the package notebook, are made for JupyterLab and fail there.
+_SHOWN = ["anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"]
+
 
 class _Iopub(AsyncZMQSocketChannel):
     """Notes when a cell was sent that the kernel has not begun with yet."""
@@ -102,6 +105,8 @@ def serve_lab(port: int, *, browser: bool, page: str = "lab") -> None:
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",  # the other one asks PyPI
         "--VoilaConfiguration.template=offline",
+        f"--VoilaConfiguration.extension_allowlist={_SHOWN}",
+        "--VoilaConfiguration.extension_denylist=[]",
         "--VoilaConfiguration.file_denylist=.*",  # it would give images to whoever asks, without the token
         f"--VoilaConfiguration.resources={_BUNDLED_MATHJAX}",
     ])  # fmt: skip

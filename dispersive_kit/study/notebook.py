@@ -153,10 +153,11 @@ def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigErro
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
             return json.loads(text)
-        parts = list(itertools.islice(json.JSONEncoder().iterencode(yaml.safe_load(text)), _MOST_PARTS))
-        if len(parts) == _MOST_PARTS:  # eight lines of nested aliases are a billion values
+        content = yaml.safe_load(text)
+        parts = itertools.islice(json.JSONEncoder(default=str).iterencode(content), _MOST_PARTS)
+        if len(list(parts)) == _MOST_PARTS:  # eight lines of nested aliases are a billion values
             raise ValueError("with its aliases written out it is too long")
-        return json.loads("".join(parts))
+        return content
     except OSError as fault:
         raise error(f"{missing or file} ({fault.strerror})") from fault
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as fault:

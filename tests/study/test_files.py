@@ -21,7 +21,7 @@ BAD_YAML = {
     "code": ("title: !!python/object/apply:os.system ['touch owned']", "not YAML of plain values"),
     "not closed": ("title: [", "not YAML"),
     "no text": (b"\xff\xfe\x00", "not YAML"),
-    "a date": ("title: 2026-09-09", "not YAML of plain values"),
+    "a date that is none": ("title: 2026-99-99", "not YAML"),
     "a list": ("[1, 2]", "valid dictionary"),
     "nothing": ("", "valid dictionary"),
 }

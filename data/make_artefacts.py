@@ -46,10 +46,6 @@ STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 
 
-def model_of(run: str) -> DiT:
-    return load_run(run)[0]
-
-
 def classroom() -> Nested:
     """Denoising at scales of guidance, pairs for the quiz, and whom a block takes for neighbours at a level of noise.
 
@@ -57,7 +53,7 @@ def classroom() -> Nested:
     """
     data, found = load_images("digits", "test").subset(torch.arange(400)), {}
     for arm in DIGITS:
-        levels = extract(encoder(model_of(f"digits-long-{arm}")), data.images)  # (1, blocks, N, D) each
+        levels = extract(encoder(load_run(f"digits-long-{arm}")[0]), data.images)  # (1, blocks, N, D) each
         near = torch.stack([torch.stack([nearest(x) for x in level[0]]) for level in levels])
         own = (data.labels[near] == data.labels[:, None]).double().mean((-2, -1))
         found |= {f"agreement/{arm}": own, f"nearest/{arm}": near[:, :, :6].short()}
@@ -70,7 +66,7 @@ def classroom() -> Nested:
 
 def film(run: str, scale: float, steps: int = 12) -> Tensor:
     """One image a class after each step of Heun's method: uint8 (steps + 1, 10, C, H, W)."""
-    model, labels = model_of(run), torch.arange(10)
+    model, labels = load_run(run)[0], torch.arange(10)
     states = [initial_noise(range(10), (model.in_channels, *2 * [model.input_size]))]
     guidance = ClassifierFree(labels, model.num_classes, scale)
     with torch.no_grad():
@@ -80,7 +76,7 @@ def film(run: str, scale: float, steps: int = 12) -> Tensor:
 
 def samples(run: str, scale: float, n: int) -> Tensor:
     """n uint8 images (n, C, H, W) of a shipped run, the classes in turn."""
-    model = model_of(run)
+    model = load_run(run)[0]
     return generate(model, balanced_labels(n, model.num_classes), cfg_scale=scale)
 
 
@@ -93,8 +89,11 @@ def nearest(x: Tensor, k: int = 5) -> Tensor:
 def umap() -> Nested:
     """Of both arms; of 8 X; of a made-up class drawn together; and AlignedUMAP over the training of a run made here."""
     data = load_images("digits", "test").subset(torch.arange(400))
-    features = {arm: last_block(model_of(run), data) for arm, run in DIGITS.items()}
-    found = grid_of(features)
+    features = {arm: last_block(load_run(run)[0], data) for arm, run in DIGITS.items()}
+    found: dict[str, Any] = {
+        picture_name(arm, *one): projection.umap(x, neighbours=one[0], min_dist=one[1], seed=one[2])
+        for (arm, x), one in product(features.items(), UMAPS)
+    }
     found["umap, 8 X"] = projection.umap(8 * features["base"])
     classes = torch.arange(300) % 6
     wide = 8 * torch.eye(20)[classes] + torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
@@ -116,14 +115,6 @@ def umap() -> Nested:
 def last_block(model: DiT, data: ImageSet) -> Tensor:
     """All tokens (N, E) at log-SNR 2."""
     return extract(encoder(model), data.images, (2.0,))[0][0, -1]
-
-
-def grid_of(features: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        picture_name(arm, *one): projection.umap(x, neighbours=one[0], min_dist=one[1], seed=one[2])
-        for arm, x in features.items()
-        for one in UMAPS
-    }
 
 
 def evidence() -> None:
@@ -213,9 +204,8 @@ def seal(folder: Path) -> None:
     print(f"{len(files)} files listed in {folder / SUMS}")
 
 
-MAKERS = {"classroom": classroom, "umap": umap}
 ALONE = {"evidence": evidence, "digits": digits, "autoencoder": autoencoder}
-FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}
+FILES = {"classroom": ("classroom.npz", classroom), "umap": ("umap-digits.npz", umap)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -223,5 +213,6 @@ if __name__ == "__main__":
         if wanted in ALONE:
             ALONE[wanted]()
         else:
-            np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
+            name, make = FILES[wanted]
+            np.savez_compressed(ARTEFACTS / name, **make())
     seal(ARTEFACTS)

@@ -13,7 +13,7 @@ Trained runs are made by the commands in their run.json and `dispersive-kit expo
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.samplers import heun, initial_noise, time_grid
 from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.study.practice import photographs
+from dispersive_kit.study.practice import AUTOENCODER, photographs
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
-Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
 FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at
 SCALES = (1.0, 2.0, 3.0, 5.0)
@@ -46,7 +45,7 @@ STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 
 
-def classroom() -> Nested:
+def classroom() -> dict[str, Any]:
     """Denoising at scales of guidance, pairs for the quiz, and whom a block takes for neighbours at a level of noise.
 
     Images that share a place share their noise and their label.
@@ -86,7 +85,7 @@ def nearest(x: Tensor, k: int = 5) -> Tensor:
     return torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
 
 
-def umap() -> Nested:
+def umap() -> dict[str, Any]:
     """Of both arms; of 8 X; of a made-up class drawn together; and AlignedUMAP over the training of a run made here."""
     data = load_images("digits", "test").subset(torch.arange(400))
     features = {arm: last_block(load_run(run)[0], data) for arm, run in DIGITS.items()}
@@ -139,7 +138,7 @@ def digits() -> None:
 
 
 def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
-    """An AutoencoderKL of the published one's parts, smaller, trained on cuts of the photographs from near and far.
+    """The AutoencoderKL of the shipped config.json, trained anew on cuts of the photographs from near and far.
 
     |x - decoded|, the same of means over 4 x 4 pixels (colours are learned sooner), and a little KL divergence; the
     published one also has a perceptual and an adversarial term. As there, the scaling factor is one over the spread of
@@ -148,15 +147,7 @@ def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    network: Any = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
+    network: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(AUTOENCODER))
     x = to_float(torch.from_numpy(near_and_far()).permute(0, 3, 1, 2))
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -174,7 +165,7 @@ def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
     with torch.no_grad():
         spread = torch.cat([network.encode(part).latent_dist.mean for part in x[:1000].split(100)]).std()
     network.eval().register_to_config(scaling_factor=1 / float(spread))
-    network.save_pretrained(ARTEFACTS / "autoencoders" / "photographs")
+    network.save_pretrained(AUTOENCODER)
 
 
 def near_and_far(size: int = 32, n: int = 5000) -> Any:
@@ -204,15 +195,12 @@ def seal(folder: Path) -> None:
     print(f"{len(files)} files listed in {folder / SUMS}")
 
 
-ALONE = {"evidence": evidence, "digits": digits, "autoencoder": autoencoder}
-FILES = {"classroom": ("classroom.npz", classroom), "umap": ("umap-digits.npz", umap)}
+MAKERS = {make.__name__: make for make in (classroom, umap, autoencoder, digits, evidence)}
+FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}  # of what their makers return
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        if wanted in ALONE:
-            ALONE[wanted]()
-        else:
-            name, make = FILES[wanted]
-            np.savez_compressed(ARTEFACTS / name, **make())
+        if made := MAKERS[wanted]():
+            np.savez_compressed(ARTEFACTS / FILES[wanted], **made)
     seal(ARTEFACTS)

@@ -29,29 +29,29 @@ def with_formulas(page: str) -> str:
 
 def card(page: Path, site: Path) -> str:
     """Title, goal and first picture of an executed notebook, which is copied into the site."""
+    shown, first = with_formulas(page.read_text("utf-8")), read(page.with_suffix(".ipynb"), 4).cells[0].source
     (to := site / page.parent.name / page.name).parent.mkdir()
-    to.write_text(with_formulas(page.read_text(encoding="utf-8")), encoding="utf-8")
-    title, goal = re.match(
-        r"# (.*)\n\n\*\*Goal\.\*\* (.*)", read(page.with_suffix(".ipynb"), 4).cells[0].source
-    ).groups()
-    picture = PICTURE.search(page.read_text(encoding="utf-8"))
-    shown = f'<figure style="max-width: 30rem">{picture[0]}</figure>' if picture else ""
+    to.write_text(shown, "utf-8")
+    title, goal = re.match(r"# (.*)\n\n\*\*Goal\.\*\* (.*)", first).groups()
+    picture = PICTURE.search(shown)
+    figure = f'<figure style="max-width: 30rem">{picture[0]}</figure>' if picture else ""
     link = f'<h2><a href="{to.relative_to(site)}">{html.escape(title)}</a></h2>'
-    return f"{link}<p>{with_formulas(html.escape(goal))}</p>{shown}"
+    return f"{link}<p>{with_formulas(html.escape(goal))}</p>{figure}"
 
 
 def decks(run: Path, folder: Path) -> None:
     """session-1.html and so on: goals, slides, what to ask. Of a text the heading and two paragraphs or formulas."""
     folder.mkdir(parents=True, exist_ok=True)
     course, start = notebooks_folder() / "COURSE.md", Path(__file__).with_name("deck.html")
-    text = course.read_text(encoding="utf-8")
+    text = course.read_text("utf-8")
     for number, row in re.findall(r"^\| (\d)\. (.*)", text, re.MULTILINE):
         told = re.search(rf"## Session {number}\. (.*?)\n\n(.*?)\n\n.*?(\*\*Ask\.\*\*.*?)\n\n", text, re.DOTALL)
         names = [name for name in dict.fromkeys(re.findall(r"\d\d_\w+", row)) if (run / name).exists()]
         cells = [cell for name in names for cell in read(run / name / "notebook.ipynb", 4).cells]
         cells = [cell for cell in cells if "slideshow" in cell.metadata]
         for cell in cells:
-            cell.source = "\n\n".join(cell.source.removeprefix("## Do\n\n").split("\n\n")[:3])
+            parts = cell.source.removeprefix("## Do\n\n").split("\n\n")
+            cell.source = "\n\n".join(parts[: 4 if parts[2:] and parts[2][-1] in ",:" else 3])  # a sentence stays whole
             if cell.cell_type == "code":  # of it the figures
                 cell.outputs = [one for one in cell.outputs if "text/html" in one.get("data", {})]
                 cell.metadata["transient"] = {"remove_source": True}
@@ -59,7 +59,7 @@ def decks(run: Path, folder: Path) -> None:
         page = v4.new_notebook(cells=[ends[0], *cells, ends[1]])
         body = HTMLExporter(template_name="basic").from_notebook_node(page)[0]
         body = re.sub(r'<div class="cell [^"]*text_cell', r"</section><section>\g<0>", body).removeprefix("</section>")
-        (folder / f"session-{number}.html").write_text(start.read_text() + with_formulas(body), encoding="utf-8")
+        (folder / f"session-{number}.html").write_text(start.read_text() + with_formulas(body), "utf-8")
 
 
 def main(run: Path, site: Path) -> None:
@@ -69,12 +69,12 @@ def main(run: Path, site: Path) -> None:
     cards = [card(page, site) for page in sorted(run.glob("*/notebook.html"))]
     shutil.copyfile(run / "report.html", site / "report.html")
     write_console(site / "console.html")
-    head = (run / "report.html").read_text(encoding="utf-8").partition("<body>")[0]  # its style, and what it may fetch
+    head = (run / "report.html").read_text("utf-8").partition("<body>")[0]  # its style, and what it may fetch
     title = "dispersive_kit: the notebooks"
     also = '<p><a href="console.html">Lecture console: the demos, which move in the browser</a> · '
     also += '<a href="report.html">Report: what each notebook measured</a></p>'
     page = re.sub("<title>.*?</title>", f"<title>{title}</title>", head) + f"<body>\n<h1>{title}</h1>\n{also}\n"
-    (site / "index.html").write_text(page + "\n".join(cards) + "\n</body></html>\n", encoding="utf-8")
+    (site / "index.html").write_text(page + "\n".join(cards) + "\n</body></html>\n", "utf-8")
     print(f"{len(cards)} notebooks: {site / 'index.html'}")
 
 

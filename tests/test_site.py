@@ -49,8 +49,7 @@ def test_the_site_has_a_card_for_each_notebook_and_only_links_that_lead_somewher
     for _ in range(2):  # the second time in place of the first
         make(run, site)
     index = (site / "index.html").read_text()
-    assert index.count(PICTURE) == 2
-    assert index.count("<math") == 2  # the letters of the goals, as MathML
+    assert index.count(PICTURE) == index.count("<math") == 2  # letters in the goals are MathML
     assert "Learn what t means." in words(index) and "See what τ does." in words(index)
     assert "$1 or $2" in words((site / "01_noise" / "notebook.html").read_text())  # code is no formula
     pages = list(site.rglob("*.html"))
@@ -71,7 +70,5 @@ def test_a_deck_shows_slides_and_formulas_and_fetches_nothing(run, tmp_path):
     assert "Goals." in first and "Ask." in last
     assert "See what τ does." in words(slide) and "zi<1" in words(slide) and PICTURE in slide
     assert slide.count("<math") == 2 and "$" not in slide  # neither a formula as it is written, nor code
-    assert "Not on it" not in deck
-    assert "default-src 'none'" in deck
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)|@import|url\(""", deck)
-    assert "://" not in re.sub(r"\bxmlns=\S+", "", deck)
+    assert "Not on it" not in deck and "default-src 'none'" in deck
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)|@import|url\(|(?<!xmlns="http)://""", deck)

@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | gpu | course | site | clean;  `make help` says what each does.
+# make demo | test | lab | bench | gpu | course | slides | site | clean;  `make help` says what each does.
 PYTHON ?= python3
 VENV   ?= .venv
 # Index of PyTorch wheels, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
@@ -12,7 +12,7 @@ endif
 HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lab bench gpu course site lint clean
+.PHONY: help demo test test-long lab bench gpu course slides site class lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -46,9 +46,14 @@ gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/
 course: $(VENV)/.course  ## the exercises as a course for nbgrader in build/course, and a sample of it graded
 	"$(RUN)"/python data/make_course.py build/course
 
-site: $(VENV)/.notebooks  ## all notebooks as executed in class mode, as static pages in runs/site (half an hour)
-	$(RUN)/dispersive-kit run quick --mode class --out runs/class --resume
-	$(RUN)/python data/make_site.py runs/class runs/site
+class: $(VENV)/.course
+	"$(RUN)"/dispersive-kit run quick --mode class --out runs/class --resume
+
+slides: class  ## a deck for each session of the course in build/slides, offline, from a run in class mode (half an hour)
+	"$(RUN)"/python data/make_site.py runs/class build/slides slides
+
+site: class  ## all notebooks as executed in class mode, as static pages in runs/site (half an hour)
+	"$(RUN)"/python data/make_site.py runs/class runs/site
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter
 	"$(RUN)"/ruff check .

@@ -13,7 +13,7 @@ Trained runs are made by the commands in their run.json and `dispersive-kit expo
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.samplers import heun, initial_noise, time_grid
 from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.models.dit import DiT
-from dispersive_kit.study.practice import photographs
+from dispersive_kit.study.practice import AUTOENCODER, photographs
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run, train, train_preset
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
-Nested = Mapping[str, Any]  # names -> arrays, or again such a mapping
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
 FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at
 SCALES = (1.0, 2.0, 3.0, 5.0)
@@ -46,18 +45,14 @@ STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 
 
-def model_of(run: str) -> DiT:
-    return load_run(run)[0]
-
-
-def classroom() -> Nested:
+def classroom() -> dict[str, Any]:
     """Denoising at scales of guidance, pairs for the quiz, and whom a block takes for neighbours at a level of noise.
 
     Images that share a place share their noise and their label.
     """
     data, found = load_images("digits", "test").subset(torch.arange(400)), {}
     for arm in DIGITS:
-        levels = extract(encoder(model_of(f"digits-long-{arm}")), data.images)  # (1, blocks, N, D) each
+        levels = extract(encoder(load_run(f"digits-long-{arm}")[0]), data.images)  # (1, blocks, N, D) each
         near = torch.stack([torch.stack([nearest(x) for x in level[0]]) for level in levels])
         own = (data.labels[near] == data.labels[:, None]).double().mean((-2, -1))
         found |= {f"agreement/{arm}": own, f"nearest/{arm}": near[:, :, :6].short()}
@@ -70,7 +65,7 @@ def classroom() -> Nested:
 
 def film(run: str, scale: float, steps: int = 12) -> Tensor:
     """One image a class after each step of Heun's method: uint8 (steps + 1, 10, C, H, W)."""
-    model, labels = model_of(run), torch.arange(10)
+    model, labels = load_run(run)[0], torch.arange(10)
     states = [initial_noise(range(10), (model.in_channels, *2 * [model.input_size]))]
     guidance = ClassifierFree(labels, model.num_classes, scale)
     with torch.no_grad():
@@ -80,7 +75,7 @@ def film(run: str, scale: float, steps: int = 12) -> Tensor:
 
 def samples(run: str, scale: float, n: int) -> Tensor:
     """n uint8 images (n, C, H, W) of a shipped run, the classes in turn."""
-    model = model_of(run)
+    model = load_run(run)[0]
     return generate(model, balanced_labels(n, model.num_classes), cfg_scale=scale)
 
 
@@ -90,11 +85,14 @@ def nearest(x: Tensor, k: int = 5) -> Tensor:
     return torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
 
 
-def umap() -> Nested:
+def umap() -> dict[str, Any]:
     """Of both arms; of 8 X; of a made-up class drawn together; and AlignedUMAP over the training of a run made here."""
     data = load_images("digits", "test").subset(torch.arange(400))
-    features = {arm: last_block(model_of(run), data) for arm, run in DIGITS.items()}
-    found = grid_of(features)
+    features = {arm: last_block(load_run(run)[0], data) for arm, run in DIGITS.items()}
+    found: dict[str, Any] = {
+        picture_name(arm, *one): projection.umap(x, neighbours=one[0], min_dist=one[1], seed=one[2])
+        for (arm, x), one in product(features.items(), UMAPS)
+    }
     found["umap, 8 X"] = projection.umap(8 * features["base"])
     classes = torch.arange(300) % 6
     wide = 8 * torch.eye(20)[classes] + torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
@@ -116,14 +114,6 @@ def umap() -> Nested:
 def last_block(model: DiT, data: ImageSet) -> Tensor:
     """All tokens (N, E) at log-SNR 2."""
     return extract(encoder(model), data.images, (2.0,))[0][0, -1]
-
-
-def grid_of(features: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        picture_name(arm, *one): projection.umap(x, neighbours=one[0], min_dist=one[1], seed=one[2])
-        for arm, x in features.items()
-        for one in UMAPS
-    }
 
 
 def evidence() -> None:
@@ -148,7 +138,7 @@ def digits() -> None:
 
 
 def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
-    """An AutoencoderKL of the published one's parts, smaller, trained on cuts of the photographs from near and far.
+    """The AutoencoderKL of the shipped config.json, trained anew on cuts of the photographs from near and far.
 
     |x - decoded|, the same of means over 4 x 4 pixels (colours are learned sooner), and a little KL divergence; the
     published one also has a perceptual and an adversarial term. As there, the scaling factor is one over the spread of
@@ -157,15 +147,7 @@ def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    network: Any = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
+    network: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(AUTOENCODER))
     x = to_float(torch.from_numpy(near_and_far()).permute(0, 3, 1, 2))
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -183,7 +165,7 @@ def autoencoder(steps: int = 1200, batch: int = 16, rate: float = 4e-3) -> None:
     with torch.no_grad():
         spread = torch.cat([network.encode(part).latent_dist.mean for part in x[:1000].split(100)]).std()
     network.eval().register_to_config(scaling_factor=1 / float(spread))
-    network.save_pretrained(ARTEFACTS / "autoencoders" / "photographs")
+    network.save_pretrained(AUTOENCODER)
 
 
 def near_and_far(size: int = 32, n: int = 5000) -> Any:
@@ -213,15 +195,12 @@ def seal(folder: Path) -> None:
     print(f"{len(files)} files listed in {folder / SUMS}")
 
 
-MAKERS = {"classroom": classroom, "umap": umap}
-ALONE = {"evidence": evidence, "digits": digits, "autoencoder": autoencoder}
-FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}
+MAKERS = {make.__name__: make for make in (classroom, umap, autoencoder, digits, evidence)}
+FILES = {"classroom": "classroom.npz", "umap": "umap-digits.npz"}  # of what their makers return
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for wanted in sys.argv[1:]:
-        if wanted in ALONE:
-            ALONE[wanted]()
-        else:
-            np.savez_compressed(ARTEFACTS / FILES[wanted], **MAKERS[wanted]())
+        if made := MAKERS[wanted]():
+            np.savez_compressed(ARTEFACTS / FILES[wanted], **made)
     seal(ARTEFACTS)

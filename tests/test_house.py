@@ -63,7 +63,8 @@ def test_importing_the_kit_is_light():
 
 # A change that passes one of these takes something away first, or says here why the kit needs more. Two stand above
 # what is aimed at (9,000 lines of the package, 10,500 of tests). The second rose once, from 12,700: a fault of files,
-# folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU.
+# folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU. Scripts rose from 300:
+# they also write the course, its slides and the site.
 BUDGET = {
     "lines of the package": 11_050,
     "files of the package": 65,
@@ -74,8 +75,8 @@ BUDGET = {
     "lines of the longest file": 400,
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
-    "lines of scripts that make artefacts": 300,
-    "lines of tests": 13_050,
+    "lines of scripts that make artefacts": 380,
+    "lines of tests": 13_060,
     "longest line": 120,
 }
 

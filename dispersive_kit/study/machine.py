@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,13 +159,24 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
     free = spawn.SimpleQueue()
     for gpu in gpus[:workers] or [""] * workers:
         free.put(gpu)
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(free,))
+    waiting, running = iter(items), dict[Future[R], T]()
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(free,)) as pool:
+        while True:
+            for item in islice(waiting, workers - len(running)):
+                running[_submit(pool, call, item)] = item
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
+
+
+def _submit(pool: ProcessPoolExecutor, call: Callable[[T], R], item: T) -> Future[R]:
     try:
-        futures = {pool.submit(call, item): item for item in items}
-        for future in as_completed(futures):
-            yield futures[future], future
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return pool.submit(call, item)
+    except BrokenExecutor as error:  # a worker was killed, and the others with it
+        broken: Future[R] = Future()
+        broken.set_exception(error)
+        return broken
 
 
 def _start_worker(free_gpus: Any) -> None:

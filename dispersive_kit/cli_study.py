@@ -1,6 +1,7 @@
 """The commands around notebooks, studies and a class: dispersive-kit run | study | lab | console | doctor."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,10 +95,13 @@ def _run_study(plan: Any, folder: Path, workers: int) -> None:
     total = len(plan.tuning_cells()) + len(plan.cells())
     print(printable(f"{plan.title}\nplan {plan.name}, sha256 {plan.sha256[:16]}; runs in {folder}"))
     print(f"{total} runs, {workers} at once; the plan states {plan.cpu_hours:g} CPU hours", flush=True)
+    started, here = time.monotonic(), 0
     for done, (cell, result, skipped) in enumerate(run_study(plan, folder, workers=workers), 1):
+        here += not skipped
         said = result["error"] or ", ".join(f"{name} {value:.4g}" for name, value in result["values"].items())
         how = "skipped, done before" if skipped else f"{result['cpu_seconds']:.0f} CPU s"
-        print(f"[{done}/{total}] {cell.name}: {said} ({how})", flush=True)
+        left = f"; about {(time.monotonic() - started) / here * (total - done) / 60:.0f} min left" if here else ""
+        print(f"[{done}/{total}] {cell.name}: {said} ({how}){left}", flush=True)
     conclude(plan, folder)
 
 
@@ -120,8 +124,12 @@ def _slope_graphs(results: dict[str, Any]) -> list[str]:
     elements = []
     for measure in dict.fromkeys(v["measure"] for v in results["verdicts"]):
         found = [v for v in results["verdicts"] if v["measure"] == measure]
-        said = "; ".join(f"{v['arm']} in {v['condition']}: {math.exp(v['mean']):.2f} times, {v['word']}" for v in found)
-        alt = f"Slope graph of {measure} over arms, a line a seed; ratio to {results['reference']}: {said}."
+        said = "; ".join(
+            f"{v['arm']} to {v.get('against', results['reference'])} in {v['condition']}: "
+            f"{math.exp(v['mean']):.2f} times, {v['word']}"
+            for v in found
+        )
+        alt = f"Slope graph of {measure} over arms, a line a seed; ratios: {said}."
         elements.append(figure_html(slope_graph(results, measure), alt=alt))
     return elements
 

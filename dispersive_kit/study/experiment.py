@@ -160,7 +160,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     if how.probe and decode:
         raise ConfigError("a probe is of images, and this run has latents: leave it out of the plan")
     probe = {"probe": _probe_accuracy(model, config, how.probe_pool)} if how.probe else {}
-    rank = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
+    described = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
     model = model.to(this_process().device)
     labels = balanced_labels(how.num, model.num_classes)
     interval: dict[str, Any] = {"guidance_low": how.guidance_low, "guidance_high": how.guidance_high}
@@ -174,19 +174,20 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
         protocol = {**drawn, "weights": card["weights"],
                     "step": card["step"], "first_seed": 0, "labels": "classes in turn",
                     "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
-        numbers[name] = panel.measure(images, protocol=protocol)[0]
+        features = panel.extractor(images)
+        numbers[name] = panel.measure(features, protocol=protocol)[0]
         if how.copies and not copies:
             trained_on = split_share(panel.real, config.data_share)[0]
-            found = measure_memorisation(images, trained_on, panel.reference, panel.extractor).copies
+            found = measure_memorisation(features, trained_on, panel.reference, panel.extractor).copies
             copies = {"copies": (round(found.value * how.num) + 0.5) / (how.num + 1)}  # has a logarithm where none is
-            rank["copies_of_held_out"] = found.floor
+            described["copies_of_held_out"] = found.floor
     values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **copies, **probe}
     known = {name: last[name] for name in last if name.startswith(DESCRIBED)}
     ratio = statistics.median(line["gradient_ratio"] for line in lines if "gradient_ratio" in line)
     first = numbers["frechet"]
     record = {"name": first.name, "floor_value": first.floor, "n_reference": first.n_reference, **first.protocol}
     del record["neighbours"]  # of other numbers of the panel
-    return {"values": values, "described": {"gradient_ratio": ratio, **known, **rank}, "record": record}
+    return {"values": values, "described": {"gradient_ratio": ratio, **known, **described}, "record": record}
 
 
 @lru_cache(maxsize=1)

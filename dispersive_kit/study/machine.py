@@ -144,7 +144,7 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
     """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
 
     A worker has a GPU for good, where there are some; workers: one for each GPU, or one, if not given. They end with
-    this process, also when it is killed. Where the caller stops early, what runs now ends, and at most one more.
+    this process, also when it is killed. Where the caller stops early, what runs now ends and nothing more begins.
 
     Raises:
         ConfigError: no worker, or more workers than GPUs.

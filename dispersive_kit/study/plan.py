@@ -205,8 +205,7 @@ class Plan(_Form):
         return self
 
     def _check_contrasts(self) -> None:
-        measures = self.evaluation.measures
-        known = {"against": self.arms, "condition": self.conditions, "measure": measures}
+        known = {"against": self.arms, "condition": self.conditions, "measure": self.evaluation.measures}
         if unknown := {*self.early_stopped} - {*self.arms}:
             raise ConfigError(f"early_stopped names no arm: {', '.join(sorted(unknown))}")
         if self.reference not in self.arms:

@@ -207,10 +207,9 @@ def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
     if told what to say, raises _ElsewhereError.
     """
     folder = task.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)  # the lock lies there, since the folder may be moved
-    with lock(
-        folder.with_name(f".{folder.name}.lock"), busy, _ElsewhereError
-    ):  # beside the folder, since that may be moved
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.lock")  # not in the folder, since that may be moved
+    with lock(beside, busy, _ElsewhereError):
         if done := _done(task):
             return done
         earlier = read_task(folder)

@@ -243,10 +243,10 @@ def verdict_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         digits = 3 if high - low < 0.1 else 2
         kind, _, guidance = v["measure"].partition(" ")  # "frechet cfg 2" is the number of the record, guided
         title = results["record"].get("name", "FD") if kind == "frechet" else _MEASURES[kind]
+        of_base, own = (_three_digits(means[arm]) if means[arm] else "crashed" for arm in (base, v["arm"]))
         rows.append((
-            v["role"], v["arm"] if base == results["reference"] else f"{v['arm']} against {base}", v["condition"],
-            f"{title}, {guidance.upper()}" if guidance else title,
-            *(_three_digits(means[arm]) if means[arm] else "crashed" for arm in (base, v["arm"])),
+            v["role"], v["arm"], v["condition"], f"{title}, {guidance.upper()}" if guidance else title,
+            of_base if base == results["reference"] else f"{of_base} ({base})", own,
             f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]", f"{v['p']:.3f}", f"{v['p_adjusted']:.3f}",
             f"{v['margin']:g}", v["word"], "; ".join(_notes(v, base, means)),
         ))  # fmt: skip

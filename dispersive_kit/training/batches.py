@@ -210,14 +210,15 @@ def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, cla
 
 def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
     """The first images of every class, a share of each, at least one, to train on; and of what is left the last ones,
-    `HELD_OUT` at most, to choose a step by. Smaller shares lie within larger ones.
+    `HELD_OUT` or one of every class, to choose a step by. Smaller shares lie within larger ones.
     """
     if share == 1:
         return images, None
     classes = [(images.labels == label).nonzero().flatten() for label in images.labels.unique()]
     cuts = [max(1, round(share * len(own))) for own in classes]
+    most = max(1, HELD_OUT // len(classes))
     kept = torch.cat([own[:cut] for own, cut in zip(classes, cuts, strict=True)])
-    left = torch.cat([own[cut:][-(HELD_OUT // len(classes)) :] for own, cut in zip(classes, cuts, strict=True)])
+    left = torch.cat([own[cut:][-most:] for own, cut in zip(classes, cuts, strict=True)])
     return images.subset(kept.sort().values), images.subset(left.sort().values) if len(left) else None
 
 

@@ -1,7 +1,6 @@
 """Figures. Each function returns a matplotlib Figure and draws nothing on the screen; `show` puts it on the page.
 
-One style for all: Okabe-Ito colours with a marker or a dash beside each, cividis for tables of numbers, and the legend
-outside the panels, where it covers no line.
+One style for all: Okabe-Ito colours with a marker or a dash each, cividis for tables of numbers, legends outside.
 """
 
 import base64
@@ -40,7 +39,6 @@ LOOKS: dict[str, dict[str, Any]] = {  # of the four verdicts
     "worse": {"color": RED, "marker": "v"},
     "inconclusive": {"color": "#666666", "marker": "D"},
 }
-NO_VERDICT = {"word": "", "low": math.nan, "mean": math.nan, "high": math.nan}
 MEASURES = {"frechet": "Fréchet distance", "held_out": "held-out denoising loss", "probe": "probe accuracy",
             "copies": "share of copies"}  # fmt: skip
 
@@ -261,10 +259,7 @@ def pairwise_distances(z: Tensor) -> NDArray[np.float64]:
 
 
 def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
-    """How far apart the features of a batch lie: histograms and ECDFs, raw and after division by the feature RMS.
-
-    A regulariser that only inflates the norm moves the upper row and leaves the lower one.
-    """
+    """Distances of pairs, raw, and divided by the features' mean square, which inflation of the norm does not move."""
     raw = {name: pairwise_distances(z) for name, z in features.items()}
     scaled = {name: raw[name] / float(z.double().square().mean()) for name, z in features.items()}
     figure, axes = _panels(4, 2, 5, 2.9)
@@ -325,18 +320,21 @@ def _measure_name(measure: str) -> str:
     return MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else "")
 
 
-def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
-    """A column for each condition: above, one line a seed through all arms, a gap where a run crashed; below, of each
-    arm that has a verdict, the ratio to the reference with its 95 % interval, and the margin of what counts as equal.
+def _compared(v: Mapping[str, Any]) -> str:
+    return f"{v['arm']} / {v['against']}" if "against" in v else v["arm"]
 
-    The reference stands first, then the arms by their value in the first condition. Results as in results.json.
+
+def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
+    """A column for each condition: above, one line a seed through all arms, a gap where a run crashed, the reference
+    first, then by value; below, each verdict's ratio with its 95 % interval, and the margin of what counts as equal.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
     first = [row for row in results["summary"] if row["condition"] == conditions[0]]
     means = {row["arm"]: row["values"].get(measure, {}).get("mean", math.inf) for row in first}  # all crashed: last
     arms = sorted(means, key=lambda arm: (arm != results["reference"], means[arm]))
     verdicts = [v for v in results["verdicts"] if v["measure"] == measure]
-    judged = [arm for arm in arms if any(v["arm"] == arm for v in verdicts)]
+    none = {"word": ""} | dict.fromkeys(("low", "mean", "high"), math.nan)
+    judged = list(dict.fromkeys(_compared(v) for v in sorted(verdicts, key=lambda v: arms.index(v["arm"]))))
     heights = [3.2, 0.9 + 0.27 * len(judged)] if judged else [3.2]
     figure, axes = plt.subplots(
         len(heights), len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), sum(heights)),
@@ -346,8 +344,8 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
         _slopes(column[0], results, condition, arms, measure)
         column[0].set_title(condition if len(conditions) > 1 else "")
         if judged:
-            found = {v["arm"]: v for v in verdicts if v["condition"] == condition}
-            _ratios(column[1], {arm: found.get(arm, NO_VERDICT) for arm in judged})
+            found = {_compared(v): v for v in verdicts if v["condition"] == condition}
+            _ratios(column[1], {name: found.get(name, none) for name in judged})
             for margin in {v["margin"] for v in found.values()}:
                 column[1].axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)
             column[1].set_xlabel(f"ratio to {results['reference']}")
@@ -379,15 +377,16 @@ def _ratios(axis: Axes, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def verdict_forest(rows: Sequence[Mapping[str, Any]], show: str = "all") -> Figure:
-    """Every verdict of several studies as ratio with interval, one line each; show: all of them, or those of one word.
+    """Every verdict of several studies, rows as of `all_verdicts`, as ratio with interval, one line each.
 
-    Rows: verdicts as in results.json, each with its `study`. All states have one axis and one height.
+    show: all of them, or those of one word, on the same axis at the same height.
     """
     figure, (axis,) = _panels(1, None, 10, 1.2 + 0.29 * max(len(rows), 4))
     shown = [row for row in rows if show in ("all", row["word"])]
     studies = [study for study, _ in {(row["study"], row["condition"]) for row in rows}]  # once for each condition
     where = [f", {row['condition']}" if studies.count(row["study"]) > 1 else "" for row in shown]
-    names = [f"{r['study']}: {r['arm']}{at}, {_measure_name(r['measure'])}" for r, at in zip(shown, where, strict=True)]
+    placed = zip(shown, where, strict=True)
+    names = [f"{r['study']}: {_compared(r)}{at}, {_measure_name(r['measure'])}" for r, at in placed]
     _ratios(axis, dict(zip(names, shown, strict=True)))
     for i in range(1, len(shown)):
         if shown[i]["study"] != shown[i - 1]["study"]:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from runs import run as trained
 from safetensors.torch import load_file, save_file
+from small_runs import run as trained
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import file_sha256

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same_bits, run, stopped
+from small_runs import assert_same_bits, run, stopped
 
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import RegularizerConfig, StepRecord, TrainConfig, load_run, train, train_preset

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from latent_stores import write_store
-from runs import assert_same_bits, run, stopped
+from small_runs import assert_same_bits, run, stopped
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, register_autoencoder

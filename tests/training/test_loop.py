@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from runs import assert_same_bits, stopped
+from small_runs import assert_same_bits, stopped
 from torch import nn
 
-from dispersive_kit.data import load_images
+from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.diffusion.objectives import FlowMatching
 from dispersive_kit.errors import CheckpointError, ConfigError, KitError
 from dispersive_kit.regularizers import dispersive_loss
@@ -46,6 +46,18 @@ def test_a_share_of_the_data_is_that_share_of_every_class_and_lies_within_a_larg
     session = Session(SMOKE.changed(data_share=0.1), tmp_path / "run", resume=False)
     assert session.source.card["samples"] == len(session.source.train) == len(parts[0])
     assert session.source.card["sha256"] == parts[0].sha256 != images.sha256
+
+
+@pytest.mark.parametrize(("classes", "each", "left"), [(10, 100, 510), (10, 30, 270), (600, 3, 600)])
+def test_validation_images_are_of_every_class_few_and_none_that_is_trained_on(classes, each, left):
+    pixels = torch.arange(classes * each).reshape(-1, 1, 1, 1)
+    images = torch.cat([pixels % 256, pixels // 256], dim=-1).to(torch.uint8).expand(-1, 1, 2, 2)
+    labels = torch.arange(classes).repeat(each)
+    data = ImageSet("made", "train", images, labels, tuple(map(str, range(classes))), "here", "none")
+    kept, others = split_share(data, 0.1)
+    rows = [{row.tobytes() for row in part.images.contiguous().numpy()} for part in (kept, others)]
+    assert len(rows[1]) == len(others) == left and not rows[0] & rows[1]
+    assert set(others.labels.tolist()) == set(range(classes)) and split_share(data, 1.0)[1] is None
 
 
 def test_the_placebo_brings_the_features_to_its_size_and_spreads_them_no_more_than_the_base_arm(tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import assert_same_bits, run
+from small_runs import assert_same_bits, run
 from torchvision.utils import save_image
 
 from dispersive_kit.data import load_images

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import warm
-from runs import assert_same_bits, run, tensors
 from safetensors.torch import load_file
+from small_runs import assert_same_bits, run, tensors
 
 from dispersive_kit.training import RegularizerConfig, load_run, train_preset
 from dispersive_kit.training.checkpoint import checkpoints, load_latest

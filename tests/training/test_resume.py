@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import assert_same_bits, run, stopped, tensors
+from small_runs import assert_same_bits, run, stopped, tensors
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import RegularizerConfig, checkpoint, load_run, train, train_preset

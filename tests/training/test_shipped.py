@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from runs import run as trained
-from runs import stopped
+from small_runs import run as trained
+from small_runs import stopped
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import export_run, load_run, run_folder, shipped_names, train, train_preset

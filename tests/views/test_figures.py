@@ -149,6 +149,18 @@ def test_a_line_a_seed_and_the_interval_of_the_ratio_with_its_word():
     assert len(alone.lines) == 6 and not alone.containers
 
 
+def test_an_arm_that_is_held_against_two_others_has_a_ratio_and_a_line_for_each():
+    results = study({"base": 4.0, "placebo": 8.0, "paper": 12.0}, 5, ["worse"])
+    second = {**results["verdicts"][1], "against": "placebo", "mean": 0.5}
+    results["verdicts"].append(second)
+    below = slope_graph(results).axes[1]
+    assert [label.get_text() for label in below.get_yticklabels()] == ["placebo", "paper", "paper / placebo"]
+    assert below.containers[2].lines[0].get_xdata()[0] == pytest.approx(math.exp(0.5))
+    rows = [{**v, "study": "6"} for v in results["verdicts"]]
+    names = [label.get_text() for label in verdict_forest(rows).axes[0].get_yticklabels()]
+    assert [name.partition(",")[0] for name in names] == ["6: placebo", "6: paper", "6: paper / placebo"]
+
+
 def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overlap():
     """Reference first; an arm whose runs all crashed, last."""
     means = {f"a long name {k}": float((k * 5) % 13 + 1) for k in range(11)} | {"base": 4.0, "crashed": None}
@@ -166,15 +178,8 @@ def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overl
 
 
 def test_a_forest_of_verdicts_fits_one_page_in_words_and_a_filter_keeps_axis_and_height():
-    row = {
-        "study": "1",
-        "arm": "paper",
-        "condition": "one",
-        "measure": "frechet",
-        "low": -0.1,
-        "mean": 0.0,
-        "high": 0.2,
-    }
+    row = {"study": "1", "arm": "paper", "condition": "one", "measure": "frechet"}
+    row |= {"low": -0.1, "mean": 0.0, "high": 0.2}
     rows = [{**row, "word": "better", "measure": "frechet cfg 2"}, {**row, "study": "2", "word": "worse"}]
     rows.append({**row, "study": "2", "condition": "two", "word": "worse"})
     assert [label.get_text() for label in verdict_forest(rows).axes[0].get_yticklabels()] == [

@@ -49,10 +49,10 @@ course: $(VENV)/.course  ## the exercises as a course for nbgrader in build/cour
 class: $(VENV)/.course
 	"$(RUN)"/dispersive-kit run quick --mode class --out runs/class --resume
 
-slides: class  ## a deck for each session of the course in build/slides, offline, from a run in class mode (half an hour)
+slides: class  ## a deck for each session of the course in build/slides, offline, from a run in class mode (a quarter of an hour)
 	"$(RUN)"/python data/make_site.py runs/class build/slides slides
 
-site: class  ## all notebooks as executed in class mode, as static pages in runs/site (half an hour)
+site: class  ## all notebooks as executed in class mode, as static pages in runs/site (a quarter of an hour)
 	"$(RUN)"/python data/make_site.py runs/class runs/site
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter

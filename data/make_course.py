@@ -62,6 +62,7 @@ def main() -> None:
     if (folder / "gradebook.db").exists():  # a course: all of it is made here
         shutil.rmtree(folder)
     os.environ |= {notebook.MODE_VARIABLE: "smoke", "DISPERSIVE_KIT_RUNS": str(folder / "runs")}
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic
     root = {"CourseDirectory": {"root": str(folder)}, "ClearSolutions": OPTIONS, "Execute": {"timeout": 300}}
     nbgrader, students = NbGraderAPI(config=Config(root)), ("solutions", "stub", "three-wrong")
     for number, row in re.findall(r"^\| (\d)\. (.*)", (place / "COURSE.md").read_text("utf-8"), re.MULTILINE):

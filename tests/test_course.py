@@ -17,8 +17,8 @@ CORE = "04_dispersive_loss"
 
 def make_course(folder, monkeypatch, capsys):
     """Of each notebook the points of the solutions, the stub and the three wrong answers, and how many there are."""
-    for name in (notebook.MODE_VARIABLE, "DISPERSIVE_KIT_RUNS"):
-        monkeypatch.setenv(name, "")  # which the script sets
+    for name, value in {notebook.MODE_VARIABLE: "", "DISPERSIVE_KIT_RUNS": "", "PATH": "/usr/bin:/bin"}.items():
+        monkeypatch.setenv(name, value)  # which the script sets; without the environment's own programs
     monkeypatch.setattr(sys, "argv", ["make_course.py", str(folder)])
     runpy.run_path(str(ROOT / "data" / "make_course.py"), run_name="__main__")
     rows = re.findall(

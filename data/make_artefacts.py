@@ -12,7 +12,6 @@ Trained runs are made by the commands in their run.json and `dispersive-kit expo
 
 import hashlib
 import sys
-import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -34,14 +33,13 @@ from dispersive_kit.evaluation import balanced_labels, generate
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.study.practice import AUTOENCODER, photographs
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
-from dispersive_kit.training import load_run, train, train_preset
+from dispersive_kit.training import load_run
 from dispersive_kit.views.figures import image_grid, style, verdict_forest
 
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
 FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at
 SCALES = (1.0, 2.0, 3.0, 5.0)
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
-STAGES = (100, 200, 400, 600)  # training steps of the AlignedUMAP
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 
 
@@ -58,7 +56,7 @@ def classroom() -> dict[str, Any]:
         found |= {f"agreement/{arm}": own, f"nearest/{arm}": near[:, :, :6].short()}
         for (name, run), scale in product(FILMS.items(), SCALES):
             found[f"film/{name}/{arm}/{scale:g}"] = film(f"{run}-{arm}", scale)
-        found |= {f"quiz/{name}/{arm}": samples(f"{run}-{arm}", 1.0, 60) for name, run in FILMS.items()}
+        found[f"quiz/{arm}"] = samples(f"digits-long-{arm}", 1.0, 60)
     seen = torch.stack([to_uint8(x) for _, _, x, _ in noisy(data.images[:6])])
     return found | {"digits": data.images, "labels": data.labels.byte(), "noisy": seen}
 
@@ -86,28 +84,13 @@ def nearest(x: Tensor, k: int = 5) -> Tensor:
 
 
 def umap() -> dict[str, Any]:
-    """Of both arms; of 8 X; of a made-up class drawn together; and AlignedUMAP over the training of a run made here."""
+    """Pictures of the last block of both arms, one for each setting."""
     data = load_images("digits", "test").subset(torch.arange(400))
     features = {arm: last_block(load_run(run)[0], data) for arm, run in DIGITS.items()}
-    found: dict[str, Any] = {
+    found = {
         picture_name(arm, *one): projection.umap(x, neighbours=one[0], min_dist=one[1], seed=one[2])
         for (arm, x), one in product(features.items(), UMAPS)
     }
-    found["umap, 8 X"] = projection.umap(8 * features["base"])
-    classes = torch.arange(300) % 6
-    wide = 8 * torch.eye(20)[classes] + torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
-    centre = wide[classes == 0].mean(0)
-    shrunk = torch.where(classes[:, None] == 0, centre + 0.1 * (wide - centre), wide)
-    for kind, (name, x) in product(("umap", "densmap"), {"wide": wide, "shrunk": shrunk}.items()):
-        found[f"{kind}, {name}"] = projection.umap(x, dens=kind == "densmap")
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "digits"
-        for _ in train(train_preset("digits", checkpoint_every=100, keep_last=6), run):
-            pass
-        stages = [last_block(load_run(run, step=step)[0], data) for step in STAGES]
-    drawn = projection.aligned_umap(stages)
-    found |= {f"aligned/{step}": points for step, points in zip(STAGES, drawn, strict=True)}
-    found["aligned trust"] = np.array([projection.trustworthiness(x, z) for x, z in zip(stages, drawn, strict=True)])
     return {name: points.astype(np.float16) for name, points in found.items()}
 
 

@@ -10,28 +10,21 @@ import shutil
 import sys
 from pathlib import Path
 
-from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbformat import read, v4
 
 from dispersive_kit.study.notebook import notebooks_folder
+from dispersive_kit.study.report import with_formulas
 from dispersive_kit.views.console import write_console
 
 PICTURE = re.compile(r'<img [^>]*src="data:image/png;base64,[^>]*>')
-FORMULA = re.compile(r"(<(pre|code|style)\b.*?</\2>|<[^>]*>)|\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
-
-
-def with_formulas(page: str) -> str:
-    """Those between dollars as MathML, which browsers show by themselves; tags and code stay."""
-    kinds = "inline", "block"
-    return FORMULA.sub(lambda m: m[1] or convert(html.unescape(m[3] or m[4]), display=kinds[bool(m[3])]), page)
 
 
 def card(page: Path, site: Path) -> str:
     """Title, goal and first picture of an executed notebook, which is copied into the site."""
-    shown, first = with_formulas(page.read_text("utf-8")), read(page.with_suffix(".ipynb"), 4).cells[0].source
+    shown, first = page.read_text("utf-8"), read(page.with_suffix(".ipynb"), 4).cells[0].source
     (to := site / page.parent.name / page.name).parent.mkdir()
-    to.write_text(shown, "utf-8")
+    shutil.copyfile(page, to)
     title, goal = re.match(r"# (.*)\n\n\*\*Goal\.\*\* (.*)", first).groups()
     picture = PICTURE.search(shown)
     figure = f'<figure style="max-width: 30rem">{picture[0]}</figure>' if picture else ""

@@ -4,7 +4,6 @@ Measures of pairs see the first `KEEP` images, and those of whole token grids th
 and noise for all arms, blocks and levels. Give images in random order (`draw_images`), or the first are of one class.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,17 +150,11 @@ def _gaussian(x: Tensor, normal: Tensor) -> Tensor:
     return x.double().mean(-2, keepdim=True) + normal @ root.mT
 
 
-def stored(file: str) -> dict[str, Any]:
-    """A shipped file of numbers by name: tensors, fractions in double precision, and what is kept as JSON as it was.
+def stored(file: str) -> dict[str, Tensor]:
+    """A shipped file of numbers by name: tensors, fractions in double precision.
 
     Raises:
         DataError: the file is missing or damaged.
     """
-
-    def read(value: np.ndarray) -> Any:
-        if value.dtype.kind == "U":
-            return json.loads(str(value))
-        return torch.from_numpy(value.astype(np.float64) if value.dtype.kind == "f" else value)
-
     with np.load(artefact(file), allow_pickle=False) as arrays:
-        return {name: read(arrays[name]) for name in arrays.files}
+        return {name: torch.from_numpy(x.astype(float) if x.dtype.kind == "f" else x) for name, x in arrays.items()}

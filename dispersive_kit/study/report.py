@@ -1,5 +1,6 @@
 """Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
 
+import html
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from dispersive_kit.study.plan import Plan
 from dispersive_kit.study.verdict import WORDS, verdict_rows
 
 _NUMBERS = ("measured", "value", "95 % interval", "floor", "")
+_FORMULA = re.compile(r"(<(pre|code|style)\b.*?</\2>|<[^>]*>)|\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
 _PAGES = Environment(loader=FileSystemLoader(Path(__file__).with_name("pages")), autoescape=True)
 _WORDS = {
     "cfg_scale": "guidance scale", "num_steps": "steps of the sampler", "n_reference": "real images compared with",
@@ -83,8 +85,21 @@ def _write_page(file: Path, template: str, **content: Any) -> Path:
     return file
 
 
+def with_formulas(page: str) -> str:
+    """HTML with its formulas, which stand between dollars, as MathML, which a browser shows; tags and code stay."""
+    from latex2mathml.converter import convert
+
+    def shown(found: re.Match[str]) -> str:
+        try:
+            return found[1] or convert(html.unescape(found[3] or found[4]), display="block" if found[3] else "inline")
+        except Exception as error:  # latex2mathml's errors have no class in common
+            return f"{found[0]} ({html.escape(repr(error))})"
+
+    return _FORMULA.sub(shown, page)
+
+
 def write_notebook_page(notebook: Path) -> None:
-    """Write NOTEBOOK.html beside an executed notebook, if it is there; formulas stand as they were typed."""
+    """Write NOTEBOOK.html beside an executed notebook, if it is there."""
     if not notebook.is_file():
         return
     from nbconvert import HTMLExporter
@@ -94,7 +109,7 @@ def write_notebook_page(notebook: Path) -> None:
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
-    _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=body)
+    _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 
 def write_report(tasks: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, str]:

@@ -224,7 +224,7 @@ def _console(seed: int) -> dict[str, Any]:
         "map": _map(files),
         "patch": _patches(),
         "umap": _umap(),
-        "quiz": blind_quiz({words: files[f"quiz/{FILMS[0]}/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
+        "quiz": blind_quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
     }
     return {"kind": "console", "demos": demos}
 

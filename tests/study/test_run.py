@@ -65,7 +65,7 @@ def ended(write_notebook, write_quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "out"
     made = write_notebook("made", "pass", *WHOLE, "nb.finish()")
     document = nbformat.read(made, 4)
-    document.cells[2] = nbformat.v4.new_markdown_cell(r"Below $-\log B$ it cannot sink.")
+    document.cells[2] = nbformat.v4.new_markdown_cell(r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula.")
     nbformat.write(document, made)
     broken = write_quick("broken", "assert seed != 1, 'one is not enough'")
     stages = (
@@ -86,7 +86,8 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     environment = stage["environment"]
     assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
     page = (folder / "notebook.html").read_text()
-    assert "positive" in page and r"-\log B" in page and 'alt="a dot"' in page
+    assert "positive" in page and "<mi>log</mi><mi>B</mi>" in page and 'alt="a dot"' in page
+    assert "$a^b^c$ (DoubleSuperscriptsError" in page  # it stays, and does not end the run
     assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
 
 

@@ -27,19 +27,11 @@ if TYPE_CHECKING:  # for those who check types; names as in _HOMES
 __version__ = "0.2.0"
 
 _HOMES = {
-    "MLP": "models.mlp",
-    "ClassifierFree": "diffusion.guidance",
-    "DiT": "models.dit",
-    "Dispersive": "regularizers",
-    "FlowMatching": "diffusion.objectives",
-    "KitError": "errors",
-    "build_dit": "models.dit",
-    "dispersive_loss": "regularizers",
-    "euler": "diffusion.samplers",
-    "heun": "diffusion.samplers",
-    "initial_noise": "diffusion.samplers",
-    "time_grid": "diffusion.samplers",
-}
+    "MLP": "models.mlp", "ClassifierFree": "diffusion.guidance", "DiT": "models.dit", "Dispersive": "regularizers",
+    "FlowMatching": "diffusion.objectives", "KitError": "errors", "build_dit": "models.dit",
+    "dispersive_loss": "regularizers", "euler": "diffusion.samplers", "heun": "diffusion.samplers",
+    "initial_noise": "diffusion.samplers", "time_grid": "diffusion.samplers",
+}  # fmt: skip
 __all__ = list(_HOMES)
 
 

@@ -102,7 +102,7 @@ def sample(
     from torchvision.utils import save_image
 
     from dispersive_kit.evaluation import balanced_labels, generate
-    from dispersive_kit.evaluation.generate import this_process
+    from dispersive_kit.training.parallel import this_process
 
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
@@ -125,9 +125,9 @@ def _drawn_from(run: Path | None, published: Path | None, weights: str, vae: str
     """Model, objective, decoder and name of a run or a published checkpoint."""
     from dispersive_kit.data.autoencoders import load_autoencoder
     from dispersive_kit.evaluation import decoder_of
-    from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.models.published import load_published
     from dispersive_kit.training import load_run
+    from dispersive_kit.training.parallel import this_process
 
     if (run is None) == (published is None):
         raise ConfigError("name either a run or, with --published, a checkpoint file")
@@ -178,8 +178,8 @@ def evaluate(
     from dispersive_kit.data.files import require_writable
     from dispersive_kit.evaluation import Evaluation, table, to_json
     from dispersive_kit.evaluation import evaluate as measure
-    from dispersive_kit.evaluation.generate import this_process
     from dispersive_kit.evaluation.panel import record_file, record_folder
+    from dispersive_kit.training.parallel import this_process
     from dispersive_kit.training.runs import run_folder
 
     how = Evaluation(extractor, metrics, reference, num, num_steps, cfg_scale, seed, memorisation, data, vae)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import dispersive_kit
 from dispersive_kit.cli import COMMANDS, main
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.models.dit import build_dit
@@ -121,13 +120,6 @@ def test_every_command_explains_itself(command, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert COMMANDS[command].__doc__.splitlines()[0].split(":")[0][:30] in " ".join(text.split())
-
-
-def test_the_package_runs_as_the_command_does():
-    done = subprocess.run(
-        [sys.executable, "-m", "dispersive_kit", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == f"dispersive-kit {dispersive_kit.__version__}\n"
 
 
 def test_a_progress_line_comes_every_tenth_without_a_terminal(tmp_path):

@@ -16,28 +16,3 @@ from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and
 from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
 from dispersive_kit.analysis.sweep import stored, sweep
 from dispersive_kit.evaluation import draw_images
-
-__all__ = [
-    "LEVELS",
-    "POOLS",
-    "Pull",
-    "Split",
-    "Splits",
-    "candidates",
-    "choose_and_test",
-    "cka_matrix",
-    "draw_images",
-    "encoder",
-    "extract",
-    "gradient_pull",
-    "load_with_images",
-    "mcnemar",
-    "mutual_knn",
-    "noisy",
-    "random_network",
-    "raw_pixels",
-    "shuffled",
-    "stored",
-    "sweep",
-    "tokens",
-]

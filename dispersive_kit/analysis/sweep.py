@@ -80,7 +80,9 @@ def sweep(
     whole = [torch.cat(level, 1) for level in rows]  # (blocks, N, E)
     found = [_measures(x, data.labels) for x in whole]
     nulls = [_measures(_gaussian(x, normal), data.labels) for x in whole]
-    scales = [_scale(sum(square), len(data) * z.shape[2]) for square in squares]
+    # Raw: the first confound, every distance grows with the size of the features.
+    means: list[Tensor] = [torch.stack(square).sum(0) / (len(data) * z.shape[2]) for square in squares]
+    scales = [{"feature_rms": x.mean(-1).sqrt(), "largest_channel": x.amax(-1) / x.sum(-1)} for x in means]
     values = [real | scale | own for (real, _), scale, (own, _) in zip(found, scales, local, strict=True)]
     gaussian = [null | own for (null, _), (_, own) in zip(nulls, local, strict=True)]
     kept = torch.stack([x[:, :KEEP] for x in whole])
@@ -117,12 +119,6 @@ def _measures(x: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
     }
     uniform = torch.stack([geometry.uniformity(block, UNIFORMITY_T) for block in first]).unbind(-1)
     return values | {f"uniformity_t{t:g}": one for t, one in zip(UNIFORMITY_T, uniform, strict=True)}, eigenvalues
-
-
-def _scale(square: Any, tokens: int) -> Values:
-    """Feature RMS and the largest channel's share, raw: the first confound, every distance grows with it."""
-    mean = square / tokens
-    return {"feature_rms": mean.mean(-1).sqrt(), "largest_channel": mean.amax(-1) / mean.sum(-1)}
 
 
 def _grid_measures(grids: list[Tensor]) -> Values:

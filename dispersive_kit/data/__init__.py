@@ -2,5 +2,3 @@
 
 from dispersive_kit.data.images import ImageSet, data_folder, load_images, to_float, to_uint8
 from dispersive_kit.data.toy import TOY_SETS, sample_toy
-
-__all__ = ["TOY_SETS", "ImageSet", "data_folder", "load_images", "sample_toy", "to_float", "to_uint8"]

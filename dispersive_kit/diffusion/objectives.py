@@ -129,16 +129,10 @@ class FlowMatching(Objective):
     def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, eps = draws.t, draws.eps
         pred, kept = _predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
-        per_sample = ((self._scaled(pred, t) - self._target(x0, eps, t)) ** 2).flatten(1).mean(1)  # (B,)
+        targets = {"v": self.path.velocity(x0, eps, t), "x0": x0, "eps": eps, "score": -eps}
+        pred = pred.to(t.dtype) * (self.path.sigma(expand(t, pred)) if self.prediction == "score" else 1)
+        per_sample = (pred - targets[self.prediction]).square().flatten(1).mean(1)  # (B,)
         return per_sample.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
-
-    def _target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        if self.prediction == "v":
-            return self.path.velocity(x0, eps, t)
-        return {"x0": x0, "eps": eps, "score": -eps}[self.prediction]
-
-    def _scaled(self, pred: Tensor, t: Tensor) -> Tensor:
-        return pred * self.path.sigma(expand(t, pred)) if self.prediction == "score" else pred.to(t.dtype)
 
 
 @dataclass(frozen=True)

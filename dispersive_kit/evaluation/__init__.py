@@ -11,9 +11,3 @@ from dispersive_kit.evaluation.generate import (
     pixel_gaussian,
 )
 from dispersive_kit.evaluation.panel import Evaluation, Panel, Record, evaluate, measure_memorisation, table, to_json
-
-__all__ = [
-    "Evaluation", "Panel", "Record", "balanced_labels", "decoder_of", "draw_images", "evaluate", "frechet_distance",
-    "generate", "load_reference", "make_extractor", "measure_memorisation", "pixel_gaussian", "table", "to_json",
-    "weights_sha256",
-]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,19 +21,13 @@ from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training.batches import open_store, stream
 from dispersive_kit.training.config import TrainConfig
+from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import sample_batch
 
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
 PATIENCE = 5  # seconds without a word
-
-
-def this_process() -> Any:
-    """Accelerate's `PartialState`: rank, number of processes and device; one process if no launcher is at work."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
@@ -50,8 +45,6 @@ def progress(items: Sequence[T], what: str) -> Iterable[T]:
 
 def gathered(own: list[Any]) -> list[Any]:
     """The lists of all processes, one after the other."""
-    from accelerate.utils import gather_object
-
     return own if this_process().num_processes == 1 else gather_object(own)
 
 

@@ -22,27 +22,13 @@ from torch import Tensor
 from dispersive_kit.data import ImageSet, load_images
 from dispersive_kit.data.files import versions
 from dispersive_kit.errors import ConfigError, DataError
-from dispersive_kit.evaluation import distances
+from dispersive_kit.evaluation import distances, features
 from dispersive_kit.evaluation.distances import Array, Measured
-from dispersive_kit.evaluation.features import (
-    INCEPTION,
-    INCEPTION_SHA256,
-    Extractors,
-    FeatureExtractor,
-    inception_pool3,
-    make_extractor,
-    weights_sha256,
-)
-from dispersive_kit.evaluation.generate import (
-    Samples,
-    balanced_labels,
-    decoder_of,
-    draw_images,
-    load_reference,
-    this_process,
-)
+from dispersive_kit.evaluation.features import INCEPTION, Extractors, FeatureExtractor, make_extractor
+from dispersive_kit.evaluation.generate import Samples, balanced_labels, decoder_of, draw_images, load_reference
 from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
+from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
@@ -60,7 +46,7 @@ def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -
     conditions = {
         f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
         "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
-        == INCEPTION_SHA256,
+        == features.INCEPTION_SHA256,
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
         f"{part}{reference.get('data')}": not reference.get("drawn_from"),
         "the reference set has no name": bool(reference.get("data")),
@@ -234,8 +220,8 @@ def measure_memorisation(
 ) -> Memorisation:
     """How near generated images are to training images, and how near held-out ones, which may not be among them."""
     known = extractor(train.images)
-    features = (_features(extractor, images) for images in (generated, held_out.images))
-    (distance, index), (real, _) = (distances.nearest(x, known) for x in features)
+    both = (_features(extractor, images) for images in (generated, held_out.images))
+    (distance, index), (real, _) = (distances.nearest(x, known) for x in both)
     n, usual = len(generated), float(np.median(real))
     if usual == 0:
         raise ConfigError("half of the held-out images are in the training set: the splits are not apart")
@@ -308,7 +294,7 @@ def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluat
         raise ConfigError("--memorisation compares with images, and the reference has none: give --reference test")
     device = this_process().device
     inception = how.extractor == "inception"
-    extractor = inception_pool3(device) if inception else make_extractor(how.extractor, *sets(), device=device)
+    extractor = features.inception_pool3(device) if inception else make_extractor(how.extractor, *sets(), device=device)
     if how.metrics == "FID":
         refuse_fid(extractor.card(), how.num, reference)
     if extractor.dim != len(known[0]):
@@ -358,7 +344,7 @@ def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:
     images = Samples(model.to(device), labels, objective=config.objective, decode=decode, **settings)
     protocol = {
         **{key: card[key] for key in ("run", "step", "weights")},
-        "checkpoint_sha256": weights_sha256(model.state_dict()),
+        "checkpoint_sha256": features.weights_sha256(model.state_dict()),
         "training_seed": config.seed,
         "sampler": sampler_of(config.objective)[0],
         "labels": "classes in turn",

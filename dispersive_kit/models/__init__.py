@@ -3,5 +3,3 @@
 from dispersive_kit.models.dit import DIT_CONFIGS, DiT, build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.models.published import load_published
-
-__all__ = ["DIT_CONFIGS", "MLP", "DiT", "build_dit", "load_published"]

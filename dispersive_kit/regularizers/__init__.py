@@ -5,20 +5,3 @@ from dispersive_kit.regularizers.losses import KINDS, PRESETS, RIVALS, LossOptio
 from dispersive_kit.regularizers.rivals import REPA, CleanPatch, LayerSync, NormMatched
 from dispersive_kit.regularizers.stats import Stats, depth_use
 from dispersive_kit.regularizers.taps import Schedule
-
-__all__ = [
-    "KINDS",
-    "PRESETS",
-    "REPA",
-    "RIVALS",
-    "CleanPatch",
-    "Dispersive",
-    "LayerSync",
-    "LossOptions",
-    "NormMatched",
-    "Schedule",
-    "Stats",
-    "depth_use",
-    "dispersive_loss",
-    "floor",
-]

@@ -1,5 +1,3 @@
 """Study: notebooks run headlessly, and pre-registered experiments."""
 
 from dispersive_kit.study.notebook import NotebookRun, begin
-
-__all__ = ["NotebookRun", "begin"]

@@ -29,17 +29,9 @@ from dispersive_kit.analysis.geometry import rankme, spectrum
 from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
-from dispersive_kit.evaluation import (
-    Panel,
-    balanced_labels,
-    decoder_of,
-    draw_images,
-    generate,
-    load_reference,
-    make_extractor,
-    measure_memorisation,
-)
-from dispersive_kit.evaluation.generate import Decode, this_process
+from dispersive_kit.evaluation import balanced_labels, decoder_of, draw_images, generate, load_reference, make_extractor
+from dispersive_kit.evaluation.generate import Decode
+from dispersive_kit.evaluation.panel import Panel, measure_memorisation
 from dispersive_kit.regularizers import PRESETS
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.study.machine import describe_environment, in_pool
@@ -48,6 +40,7 @@ from dispersive_kit.study.plan import Cell, Plan
 from dispersive_kit.study.verdict import CRASH, Run, summary, verdicts
 from dispersive_kit.training import TrainConfig, load_run, read_metrics, train
 from dispersive_kit.training.batches import split_share
+from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import OBJECTIVES, sampler_of
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise

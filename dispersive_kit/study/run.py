@@ -193,13 +193,6 @@ def _key(task: NotebookTask) -> str:
     return hashlib.sha256(task.notebook.read_bytes() + json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _done(task: NotebookTask) -> NotebookTask | None:
-    """The run in the folder of `task`, if it ended well and nothing changed since."""
-    ended = read_task(task.folder)
-    same = ended and ended.status == "ok" and ended.key == _key(task)
-    return ended.model_copy(update={"status": "skipped"}) if ended and same else None
-
-
 def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
     """Execute one notebook into its folder, unless that is done.
 
@@ -210,17 +203,17 @@ def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.lock")  # not in the folder, since that may be moved
     with lock(beside, busy, _ElsewhereError):
-        if done := _done(task):
-            return done
-        earlier = read_task(folder)
+        earlier, key = read_task(folder), _key(task)
+        if earlier and (earlier.status, earlier.key) == ("ok", key):
+            return earlier.model_copy(update={"status": "skipped"})
         if not earlier and folder.exists() and any(folder.iterdir()):
             raise KitError(f"{folder} holds no run of a notebook, and is not empty: name another folder with --out")
-        if earlier and earlier.key != _key(task):
+        if earlier and earlier.key != key:
             numbered = (folder.with_name(f"{folder.name}.earlier-{n}") for n in itertools.count(1))
             folder.rename(next(free for free in numbered if not free.exists()))
         folder.mkdir(exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)  # of an attempt that did not end well
-        started = {"status": "running", "key": _key(task), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        started = {"status": "running", "key": key, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         task = task.model_copy(update={**started, "environment": describe_environment()})
         write_json(folder / "stage.json", task.model_dump(mode="json"))
         began = time.perf_counter()

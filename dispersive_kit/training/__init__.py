@@ -3,19 +3,3 @@
 from dispersive_kit.training.config import TRAIN_PRESETS, RegularizerConfig, TrainConfig, train_preset, with_settings
 from dispersive_kit.training.runs import export_run, load_run, read_metrics, run_folder, shipped_names
 from dispersive_kit.training.train import StepRecord, progress, train
-
-__all__ = [
-    "TRAIN_PRESETS",
-    "RegularizerConfig",
-    "StepRecord",
-    "TrainConfig",
-    "export_run",
-    "load_run",
-    "progress",
-    "read_metrics",
-    "run_folder",
-    "shipped_names",
-    "train",
-    "train_preset",
-    "with_settings",
-]

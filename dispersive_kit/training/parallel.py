@@ -10,13 +10,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from dispersive_kit.errors import ConfigError
 
 # Of one process for another, which may read a store of 42 GB against its hashes before the first step.
 LONGEST_WAIT = timedelta(hours=4)
+
+
+def this_process() -> PartialState:
+    """Rank, number of processes and device; one process if no launcher is at work."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:

@@ -2,5 +2,3 @@
 
 from dispersive_kit.views.figures import show, style
 from dispersive_kit.views.lessons import show_source
-
-__all__ = ["show", "show_source", "style"]

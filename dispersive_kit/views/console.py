@@ -31,7 +31,7 @@ from dispersive_kit.errors import ConfigError
 from dispersive_kit.regularizers import dispersive_loss, floor
 from dispersive_kit.training.runs import load_run, run_folder
 from dispersive_kit.views.figures import RED, figure_html, heatmaps, scatter
-from dispersive_kit.views.lessons import PATHS, T_END, BlockViews, block_maps, cloud, exact_velocity, level_names
+from dispersive_kit.views.lessons import PATHS, T_END, BlockViews, cloud, exact_velocity, level_names
 from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec
 
 EACH = 6  # images of an arm in one round of the quiz
@@ -198,15 +198,6 @@ def _umap() -> dict[str, Any]:
         alt = f"UMAP of 400 digits in both runs, {setting}: a cloud each, a colour and a numeral for each class."
         frames[",".join(map(str, place))] = figure_html(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
     return frames_spec(knobs, (1, 1, 0), frames)
-
-
-def block_neighbours() -> Explorer:
-    """Whom each block of the shipped digits runs takes for neighbours at each level of noise: a map to click on."""
-    files = stored("classroom.npz")
-    shares = {words: files[f"agreement/{arm}"] for arm, words in ARMS.items()}
-    figure = block_maps(shares, LEVELS, "neighbours of the class", fmt=".0%")
-    alt = "Share of the five nearest images that have an image's own class, by block and log-SNR, in both runs."
-    return Explorer(_map(files), figure_html(figure, alt))
 
 
 def console(seed: int = 0) -> Explorer:

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-SLIDER = re.compile(r"\b(explore|scrub|latency_test|playground|block_neighbours|blind_quiz)\(")
+SLIDER = re.compile(r"\b(explore|scrub|latency_test|playground|blind_quiz)\(")
 ALIVE = sorted(file.stem for file in NOTEBOOKS.glob("*.ipynb") if SLIDER.search(file.read_text()))
 CELLS = (
     "import matplotlib.pyplot as plt\n"
@@ -22,7 +22,6 @@ CELLS = (
     "widgets.scrub({k: view(k, '#') for k in range(1, 15)}, label='step', alt='{label} signs')",
     "widgets.latency_test()",
     "playground()",
-    "block_neighbours()",
     "widgets.explore(lambda part: view(6 // part, 'x'), {'part': (1, 2, 0)}, alt='x {part}')",
     "print('done in 0 s')",
 )

@@ -18,6 +18,7 @@ from dispersive_kit.evaluation import (
     Record,
     draw_images,
     evaluate,
+    features,
     frechet_distance,
     measure_memorisation,
     pixel_gaussian,
@@ -197,7 +198,7 @@ def test_a_file_of_statistics_gives_the_frechet_distance_alone_and_names_itself(
 
 def test_features_of_inception_need_no_real_images_beside_a_file_of_statistics(statistics, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "inception_pool3", lambda device: asked.append(device) or Untrained())
+    monkeypatch.setattr(features, "inception_pool3", lambda device: asked.append(device) or Untrained())
     np.savez(tmp_path / "samples.npz", np.zeros((8, 6, 6, 3), np.uint8))  # of no data set, and none is named
     (record,) = evaluate(tmp_path / "samples.npz", Evaluation("inception", num=8, reference=str(statistics)))
     assert asked and record.n == 8 and record.protocol["extractor"]["name"] == "untrained"

@@ -85,7 +85,3 @@ def test_the_arms_of_a_quiz_change_sides_and_nothing_names_them_without_a_front_
 def test_what_cannot_be_compared_is_refused(change: Callable, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         c.blind_quiz(change(SAMPLES["a"]))
-
-
-def test_block_neighbours_are_a_figure_without_a_front_end() -> None:
-    assert 'alt="Share of the five nearest' in c.block_neighbours().still

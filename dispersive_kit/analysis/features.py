@@ -41,10 +41,8 @@ def load_with_images(run: str | pathlib.Path) -> tuple[DiT, dict[str, Any], Imag
     """Model and card of a run (as `load_run`), and the training and held-out images of the data it was trained on.
 
     run: a folder, or the name of a shipped run; of digits, MNIST, CIFAR-10 or a folder of images.
-
-    Raises:
-        CheckpointError: no run. ConfigError: a run on points or latents. DataError: the images are not here, or have
-            other classes than the run.
+    Raises CheckpointError: no run. ConfigError: a run on points or latents. DataError: the images are not here, or have
+        other classes than the run.
     """
     model, card = load_run(run)
     if not isinstance(model, DiT) or "autoencoder" in card["data"]:
@@ -92,8 +90,7 @@ def noisy(
 def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
     """Output (B, N, D) of every block, in one forward pass without gradient; y: None is the null class.
 
-    Raises:
-        ConfigError: the model has classes and no null class, so that any label would leak into its features.
+    Raises ConfigError: the model has classes and no null class, so that any label would leak into its features.
     """
     if y is None and model.num_classes:
         if model.null_label is None:
@@ -141,8 +138,7 @@ class Pooling:
 def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, **how: Any) -> Pooling:
     """Of a name in `POOLS`; the components are fitted at each level to the first uint8 images (N, C, H, W).
 
-    Raises:
-        ConfigError: no pooling has this name.
+    Raises ConfigError: no pooling has this name.
     """
     if pool not in POOLS:
         raise ConfigError(f"unknown pooling {pool!r}; there are: {', '.join(POOLS)}")

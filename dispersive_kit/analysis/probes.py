@@ -29,8 +29,7 @@ K = 5  # of the neighbour probe
 class Split:
     """Features (draws, N, D) and labels (N,) of one part of the data.
 
-    Raises:
-        DataError: other shapes; values that are not finite.
+    Raises DataError: other shapes; values that are not finite.
     """
 
     x: Tensor
@@ -133,9 +132,7 @@ def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result
 
     Of settings that are equal on validation the first is taken, so the strongest shrinkage. Also returns every
     candidate's validation accuracy, which is what maps are drawn from.
-
-    Raises:
-        ConfigError: no probe has this name.
+    Raises ConfigError: no probe has this name.
     """
     if kind not in PROBES:
         raise ConfigError(f"unknown probe {kind!r}; there are: {', '.join(PROBES)}")

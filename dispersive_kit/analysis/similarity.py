@@ -13,9 +13,7 @@ def cka_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
 
     HSIC_u(x, y) / sqrt(HSIC_u(x, x) HSIC_u(y, y)) (Kornblith et al., arXiv 1905.00414): 1 for y = s x Q + b, 0 in the
     mean for independent features. The plain estimate gives .86 for those at N = 64 and D = 384.
-
-    Raises:
-        DataError: not the same images, or fewer than 4.
+    Raises DataError: not the same images, or fewer than 4.
     """
     _check_same_images(x, y, 4)
     u = _unit(x)
@@ -39,8 +37,7 @@ def mutual_knn(x: Tensor, y: Tensor | None = None, k: int = 10) -> Tensor:
     """Mean share of the k nearest neighbours (a, b) that every block of x (a, N, D) has in common with each of y
     (b, N, E); y: None is x (Huh et al., arXiv 2405.07987). Features at random share k / (N - 1).
 
-    Raises:
-        DataError: not the same images, or not more than k.
+    Raises DataError: not the same images, or not more than k.
     """
     _check_same_images(x, y, k + 1)
     near = _is_neighbour(x, k)

@@ -57,9 +57,7 @@ def sweep(
     """Run `model` over `data` at each level (log-SNR, inf for the clean image), and measure every block.
 
     pool: how tokens become rows, a name in `POOLS`. The rows (levels, blocks, N, E) of all images are held in memory.
-
-    Raises:
-        ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
+    Raises ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
     """
     if min(batch_size, len(data)) < LOCAL_BATCH:
         raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
@@ -149,8 +147,7 @@ def _gaussian(x: Tensor, normal: Tensor) -> Tensor:
 def stored(file: str) -> dict[str, Tensor]:
     """A shipped file of numbers by name: tensors, fractions in double precision.
 
-    Raises:
-        DataError: the file is missing or damaged.
+    Raises DataError: the file is missing or damaged.
     """
     with np.load(artefact(file), allow_pickle=False) as arrays:
         return {name: torch.from_numpy(x.astype(float) if x.dtype.kind == "f" else x) for name, x in arrays.items()}

@@ -126,8 +126,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load an autoencoder by id; from `path`, where a folder was moved; the id stays.
 
-    Raises:
-        DataError: it is not here. CheckpointError: its weights are not those its configuration asks for.
+    Raises DataError: it is not here. CheckpointError: its weights are not those its configuration asks for.
         ConfigError: a kind that the kit does not read, or one of your own that lacks something.
     """
     where = path or autoencoder_id

@@ -209,9 +209,8 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
         part: which of how many such calls this is, where a launcher has started several, on one or more machines.
         progress: called after each batch of this process, and while it waits for others; a bar if not given.
 
-    Raises:
-        ConfigError: the store was begun with other settings. DataError: no images, or none that can be read; latents
-            that are not finite; a full disk, or one that cannot be read; the autoencoder is not there.
+    Raises ConfigError: the store was begun with other settings. DataError: no images, or none that can be read; latents
+        that are not finite; a full disk, or one that cannot be read; the autoencoder is not there.
     """
     encoder.begin()
     (number, calls), total = part, len(encoder.folder.files)

@@ -44,9 +44,7 @@ def list_images(root: Path) -> ImageFolder:
     """The images of a folder, at any depth: each real file once, through links to files and folders too.
 
     Hidden names, names that programs make, and what is no regular file are skipped; a warning says how many.
-
-    Raises:
-        DataError: no such folder, no image in it, or a folder that cannot be listed; train/, test/ and the like.
+    Raises DataError: no such folder, no image in it, or a folder that cannot be listed; train/, test/ and the like.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -116,8 +114,7 @@ class ImageFile:
 def read_image(root: Path, file: str, size: int) -> ImageFile:
     """Read, turn upright (EXIF), convert to RGB (transparency on white) and crop. A damaged file has a `fault`.
 
-    Raises:
-        DataError: the disk is at fault and not the file, which is not left out. ConfigError: no size.
+    Raises DataError: the disk is at fault and not the file, which is not left out. ConfigError: no size.
     """
     if size < 1:
         raise ConfigError(f"image_size must be above 0, got {size}")

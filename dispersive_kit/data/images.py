@@ -94,8 +94,7 @@ def load_images(
         data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
             own files, which may be downloaded. size: side to which images of a folder are resized and cropped.
 
-    Raises:
-        DataError: unknown name or split; damaged file; not there (the message says where to put it).
+    Raises DataError: unknown name or split; damaged file; not there (the message says where to put it).
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}; there are: train, test")

@@ -31,9 +31,7 @@ class ClassifierFree:
     null + scale (out of y - null) where t is in [low, high] (t = 1 is noise; the guidance interval of arXiv
     2404.07724); elsewhere, or at scale 1, the model is called once with y. Every channel of x is guided (the public
     DiT and SiT code guides the first three alone), a learned variance never.
-
-    Raises:
-        ConfigError: an interval that is none; y or a null class is missing where the scale is not 1.
+    Raises ConfigError: an interval that is none; y or a null class is missing where the scale is not 1.
     """
 
     y: Tensor | None

@@ -61,10 +61,8 @@ def sample(
 
     callback(i, s, x) sees x after each step. The state stays in the dtype of x, and an image depends on its own seed
     only.
-
-    Raises:
-        ConfigError: times that do not fall within [0, 1], channels of another number, no seeds where noise is added,
-            a guidance that cannot be had, and what a step says of itself.
+    Raises ConfigError: times that do not fall within [0, 1], channels of another number, no seeds where noise is added,
+        a guidance that cannot be had, and what a step says of itself.
     """
     grid = [float(t) for t in ts]
     if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN is not above anything
@@ -232,9 +230,7 @@ def dopri5(
     """Adaptive fifth order from each time to the next, so ts = [1, 0] leaves every step to it.
 
     Each sample has a step size of its own, and does not depend on its neighbours.
-
-    Raises:
-        ConfigError: the model returns NaN or infinity, or max_steps did not do.
+    Raises ConfigError: the model returns NaN or infinity, or max_steps did not do.
     """
     t = times(start, x)
     h = end - t

@@ -71,9 +71,7 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
 
     With A, B the centred features over sqrt(n - 1), the last trace is the nuclear norm of A B^T: real by construction,
     exact for n < D, and no matrix square root. For n > D the triangular factors of A and B stand in for them.
-
-    Raises:
-        ConfigError: fewer than two rows, different D, or values that are not finite.
+    Raises ConfigError: fewer than two rows, different D, or values that are not finite.
     """
     return frechet(x, y)[0]
 
@@ -171,9 +169,7 @@ def prdc(generated: NDArray, real: NDArray, *, k: int = 5) -> dict[str, Measured
 
     Precision and density are means over generated points, and have the intervals of such. Recall and coverage depend
     on all generated points together: no interval is given, since half of the points has another spread.
-
-    Raises:
-        ConfigError: a set has no k neighbours.
+    Raises ConfigError: a set has no k neighbours.
     """
     x, y = map(torch.from_numpy, _checked(generated, real))
     if min(len(x), len(y)) <= k:

@@ -61,9 +61,7 @@ class FeatureExtractor:
         """Features (N, dim) of uint8 images (N, C, H, W), drawn a batch at a time if they are not yet.
 
         Processes take batches in turn.
-
-        Raises:
-            ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
+        Raises ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
             raise KitError(f"{self.name} differs between the processes; start them with the same settings and threads")
@@ -90,9 +88,7 @@ def make_extractor(
     name: "classifier", trained on `train` (a minute at 32 pixels, an hour at 256); "pixels-pca32" and
     "effnet-lite0-pca64", whose components are fitted to `train`; "inception", whose weights lie in `data_folder()`;
     "auto" is the classifier up to 32 pixels, and EfficientNet for larger images.
-
-    Raises:
-        ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
+    Raises ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
     """
     makers: dict[str, Callable[[], FeatureExtractor]] = {
         "classifier": lambda: _small_classifier(train, held_out),

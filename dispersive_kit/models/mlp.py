@@ -24,9 +24,7 @@ class MLP(Conditioned):
 
     `taps=(i, ...)` returns `(out, [z_i, ...])`, z_i (B, hidden_size) the output of block i counted from 0.
     The class table has a null row at `null_label`; `interval=True` embeds t - r too, for MeanFlow.
-
-    Raises:
-        ConfigError: wrong point size, label outside the table, y missing or unwanted.
+    Raises ConfigError: wrong point size, label outside the table, y missing or unwanted.
     """
 
     def __init__(

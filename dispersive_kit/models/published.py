@@ -54,9 +54,7 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
 
     path: a .pt file, read with weights_only, or .safetensors with the same names. family: "DiT" or "SiT" where the
     file name does not begin with it. The model's size is read off the shapes.
-
-    Raises:
-        CheckpointError: no such file, not weights, or not of this form; every key and shape that differs is listed.
+    Raises CheckpointError: no such file, not weights, or not of this form; every key and shape that differs is listed.
         ConfigError: a family that is not known, or a depth and width of no published size.
     """
     path = Path(path)

@@ -31,9 +31,7 @@ class Dispersive(Attached):
 
     With several taps the loss is their mean. The hook never raises, `loss()` does. One thing it cannot see: in a
     model compiled as a whole, that a later layer writes over the tapped output in place.
-
-    Raises:
-        DispersiveError: unknown path or option, or options that do not fit each other.
+    Raises DispersiveError: unknown path or option, or options that do not fit each other.
     """
 
     def __init__(
@@ -74,11 +72,7 @@ class Dispersive(Attached):
 
     @property
     def stats(self) -> Stats:
-        """What the last `loss()` in training saw.
-
-        Raises:
-            DispersiveError: there was none yet.
-        """
+        """What the last `loss()` in training saw. Raises DispersiveError: there was none yet."""
         if not self._records:
             raise DispersiveError(f"no statistics of {self.where} yet: call loss() in training first")
         return Stats(self._records)
@@ -158,8 +152,7 @@ class _AllGather(torch.autograd.Function):
 def all_gather(z: Tensor) -> Tensor:
     """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
 
-    Raises:
-        DispersiveError: no process group; on a CPU, where looking costs nothing, features that do not fit together.
+    Raises DispersiveError: no process group; on a CPU, where looking costs nothing, features that do not fit together.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DispersiveError(

@@ -76,8 +76,7 @@ def preset_settings(
 class LossOptions:
     """The options of `dispersive_loss`, checked.
 
-    Raises:
-        DispersiveError: unknown, out of range, or at odds with each other.
+    Raises DispersiveError: unknown, out of range, or at odds with each other.
     """
 
     kind: str = "infonce_l2"
@@ -369,9 +368,7 @@ def floor(
     """Lower bound of the loss of `batch` rows, -inf where there is none; reached where `dispersive_loss` says.
 
     dim: that of the rows, for covariance. dropped: pairs i != j that do not count, of batch (batch - 1).
-
-    Raises:
-        DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
+    Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)
     own = batch if options.with_diagonal else 0

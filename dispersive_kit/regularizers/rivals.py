@@ -20,9 +20,7 @@ class NormMatched(Dispersive):
 
     Set `rms` to what features reach under Dispersive Loss, and all that follows from their size alone follows here
     too. Used as `Dispersive` is; `stats` are those of Dispersive Loss with the same options, which is not added.
-
-    Raises:
-        DispersiveError: rms not above 0; else as `Dispersive`.
+    Raises DispersiveError: rms not above 0; else as `Dispersive`.
     """
 
     def __init__(self, model: nn.Module, at: At = None, *, rms: float, **options: Any) -> None:

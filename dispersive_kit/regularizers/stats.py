@@ -145,9 +145,7 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     One large number and small ones after it say that this block has taken over the stream. Compare with the same
     network at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is
     the first tensor that it is given, and the first that it returns. What is compiled runs uncompiled inside.
-
-    Raises:
-        DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
+    Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
     handles = [b.register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p, b in blocks.items()]

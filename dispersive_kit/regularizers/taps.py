@@ -191,10 +191,8 @@ class Attached:
         x0: clean images, for REPA and CleanPatch. t, y: (B,), for t_window and ignore_same_class. step: the optimizer
         step, for schedule and memory. taps: features (B, ...) that the model returned itself, in the order of `paths`,
         instead of captured.
-
-        Raises:
-            DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
-                late); shapes or labels that do not fit. The message names the tap and the cure.
+        Raises DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
+            late); shapes or labels that do not fit. The message names the tap and the cure.
         """
         self._require_hooks()
         if not self.model.training:

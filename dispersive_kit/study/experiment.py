@@ -52,9 +52,8 @@ KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "de
 def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell, Run, bool]]:
     """Run what is not done yet, tuning first; yields each run as it ends, its result, and whether it was done before.
 
-    Raises:
-        ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full disk);
-            what is done is kept.
+    Raises ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full
+        disk); what is done is kept.
     """
     yield from _run_cells(plan, plan.tuning_cells(), out, workers)
     chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
@@ -248,8 +247,7 @@ def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]
 def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     """Bring all runs of a plan together, write OUT/results.json, and return its content.
 
-    Raises:
-        DataError: runs are missing, or were measured against other real images or by another extractor.
+    Raises DataError: runs are missing, or were measured against other real images or by another extractor.
     """
     tuning = _collect(plan, plan.tuning_cells(), out)
     chosen = _choose(plan, tuning)
@@ -277,8 +275,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
 def _shared_record(runs: list[Run]) -> dict[str, Any]:
     """What all runs say of how they were measured.
 
-    Raises:
-        DataError: reference or extractor differ, or, within a condition, the training images.
+    Raises DataError: reference or extractor differ, or, within a condition, the training images.
     """
     records = [(run["condition"], run["record"]) for run in runs if run["status"] == "ok"]
     for name in ("reference", "extractor", "data_sha256"):

@@ -145,9 +145,7 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
 
     A worker has a GPU for good, where there are some; workers: one for each GPU, or one, if not given. They end with
     this process, also when it is killed. Where the caller stops early, what runs now ends and nothing more begins.
-
-    Raises:
-        ConfigError: no worker, or more workers than GPUs.
+    Raises ConfigError: no worker, or more workers than GPUs.
     """
     gpus = _visible_gpus()
     workers = len(gpus) or 1 if workers is None else workers

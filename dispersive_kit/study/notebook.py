@@ -63,11 +63,7 @@ class NotebookRun(Result):
     _started: float = PrivateAttr(default_factory=time.perf_counter)
 
     def check(self, promise: str, holds: bool, detail: str = "") -> None:
-        """Print and keep a check.
-
-        Raises:
-            AssertionError: it does not hold.
-        """
+        """Print and keep a check. Raises AssertionError: it does not hold."""
         if not holds:
             raise AssertionError(f"{promise}: does not hold ({detail})")
         self.checks.append({"promise": promise, "detail": detail})
@@ -128,8 +124,7 @@ def _fault(answer: Callable[..., Any], arguments: tuple[Any, ...], right: Any) -
 def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
     """Open a run of the notebook `name`; with no `out`, in a new folder below `runs_folder()`.
 
-    Raises:
-        ConfigError: unknown mode.
+    Raises ConfigError: unknown mode.
     """
     if forced := os.environ.get(MODE_VARIABLE):
         print(f"{MODE_VARIABLE}={forced} replaces mode={mode!r}")
@@ -146,8 +141,7 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
 def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigError) -> Any:
     """The content of a YAML or JSON file.
 
-    Raises:
-        error: `missing`, and why the file cannot be read; or it is damaged, or holds more than plain values.
+    Raises error: `missing`, and why the file cannot be read; or it is damaged, or holds more than plain values.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -167,8 +161,7 @@ def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigErro
 def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = ConfigError, /, **changes: Any) -> F:
     """The content of a YAML or JSON file as a pydantic model, with fields changed.
 
-    Raises:
-        error: as `read_plain`; or a field is of another form.
+    Raises error: as `read_plain`; or a field is of another form.
     """
     content = read_plain(file, missing, error)
     try:
@@ -180,8 +173,7 @@ def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = C
 def read_result(folder: Path) -> Result:
     """What the run in `folder` measured.
 
-    Raises:
-        DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
+    Raises DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
     """
     file = folder / "result.json"
     missing = f"{file} is missing: the notebook did not come to its last cell, nb.finish()"
@@ -202,11 +194,7 @@ def notebooks_folder() -> Path:
 
 
 def read_notebook(file: Path) -> Any:
-    """A notebook as nbformat has it.
-
-    Raises:
-        DataError: the file is none.
-    """
+    """A notebook as nbformat has it. Raises DataError: the file is none."""
     import nbformat
 
     try:
@@ -220,8 +208,7 @@ def read_notebook(file: Path) -> Any:
 def find_notebook(name: str, beside: Path | None = None) -> Path:
     """A notebook by path (also one `beside` a pipeline's file), by name, or by the number its name starts with.
 
-    Raises:
-        ConfigError: there is none, or several begin so.
+    Raises ConfigError: there is none, or several begin so.
     """
     if Path(name).suffix == ".ipynb":
         places = [folder / name for folder in (beside, Path()) if folder is not None]

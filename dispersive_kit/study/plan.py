@@ -144,11 +144,7 @@ class Plan(_Form):
         return [self.primary, self.co_primary, *self.secondaries]
 
     def config(self, cell: Cell) -> TrainConfig:
-        """The training of one run.
-
-        Raises:
-            ConfigError: a setting has no such name or another type.
-        """
+        """The training of one run. Raises ConfigError: a setting has no such name or another type."""
         changes = {name: value for name, value in self.train.items() if name != "preset"}
         config = with_settings(train_preset(str(self.train.get("preset", "")), seed=cell.seed), changes)
         return with_settings(config, cell.settings)
@@ -248,9 +244,8 @@ def shipped_plans() -> list[str]:
 def load_plan(name: str) -> Plan:
     """A shipped plan by name, or one by the path of its YAML file, checked throughout.
 
-    Raises:
-        ConfigError: no such plan; not YAML of plain values; not of a plan's form; a name in it that does not exist;
-            too few seeds; unequal tuning.
+    Raises ConfigError: no such plan; not YAML of plain values; not of a plan's form; a name in it that does not exist;
+        too few seeds; unequal tuning.
     """
     file = studies_folder() / f"{name}.yaml" if name in shipped_plans() else Path(name)
     plan = read_form(file, Plan, f"no plan {name!r}; shipped are: {', '.join(shipped_plans())}", file=file)

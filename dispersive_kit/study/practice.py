@@ -22,8 +22,7 @@ _IN_SCIKIT_IMAGE = {
 def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
     """Write cuts of each photograph, a class each, into `out`; returns how they are encoded.
 
-    Raises:
-        DataError: scikit-image or scikit-learn, which bring the photographs, is not installed.
+    Raises DataError: scikit-image or scikit-learn, which bring the photographs, is not installed.
     """
     images, rng = out / "images", np.random.default_rng(0)
     for name, photograph in photographs().items():

@@ -49,11 +49,7 @@ class NotebookTask(BaseModel):
 
 
 def read_task(folder: Path) -> NotebookTask | None:
-    """The run in `folder`, if there is one.
-
-    Raises:
-        DataError: its stage.json is damaged.
-    """
+    """The run in `folder`, if there is one. Raises DataError: its stage.json is damaged."""
     if not (file := folder / "stage.json").is_file():
         return None
     return read_form(file, NotebookTask, str(file), DataError, folder=folder)

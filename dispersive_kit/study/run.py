@@ -62,10 +62,8 @@ def run(
     """Run a notebook, a shipped pipeline or a pipeline's YAML file, and write the report.
 
     parameters: of a notebook, as typed: NAME=VALUE. changes: of the fields of `Pipeline`; None is no change.
-
-    Raises:
-        ConfigError: something is unknown or of the wrong form; nothing was run. KitError: `out` holds something
-            already and `resume` is off; or a run failed.
+    Raises ConfigError: something is unknown or of the wrong form; nothing was run. KitError: `out` holds something
+        already and `resume` is off; or a run failed.
     """
     pipeline = _open(name, parameters, {field: value for field, value in changes.items() if value is not None})
     folder, ended = out or nb.runs_folder() / pipeline.file.stem, []
@@ -153,9 +151,8 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
 def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> Iterator[NotebookTask]:
     """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
 
-    Raises:
-        KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown, a
-            value has the wrong type, a name is used twice; or there cannot be so many workers.
+    Raises KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown,
+        a value has the wrong type, a name is used twice; or there cannot be so many workers.
     """
     planned = _plan(pipeline, out)
     if out.exists() and any(out.iterdir()) and not resume:

@@ -180,8 +180,7 @@ def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
     """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
     come with the kit.
 
-    Raises:
-        DataError: there are none, or they are damaged, or of the plan as it was before a change.
+    Raises DataError: there are none, or they are damaged, or of the plan as it was before a change.
     """
     here, shipped = (out or plan.folder) / "results.json", studies_folder() / f"{plan.name}.results.json"
     return _read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
@@ -206,8 +205,7 @@ def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
 def shipped_results() -> dict[str, dict[str, Any]]:
     """The results that come with the kit, by the name of their plan, whatever was run here; to be read only.
 
-    Raises:
-        DataError: some are of their plan as it was before a change.
+    Raises DataError: some are of their plan as it was before a change.
     """
     files = {name: studies_folder() / f"{name}.results.json" for name in shipped_plans()}
     return {name: _read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}

@@ -164,9 +164,8 @@ class _Source:
 def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Source:
     """The data named by `config.data`, on the device.
 
-    Raises:
-        DataError: it is not there, is damaged, or has no such name. ConfigError: mirror images asked of a store that
-            has none; a share of anything but images, flips of points, a size of anything but a folder of images.
+    Raises DataError: it is not there, is damaged, or has no such name. ConfigError: mirror images asked of a store that
+        has none; a share of anything but images, flips of points, a size of anything but a folder of images.
     """
     named = is_named_set(config.data)  # asked first: a folder may have the same name
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)

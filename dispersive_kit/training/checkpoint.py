@@ -41,8 +41,7 @@ class _Manifest(BaseModel):
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2) -> None:
     """Write `folder/step-XXXXXXXX` atomically, then remove all but the newest `keep_last`, and damaged later ones.
 
-    Raises:
-        CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
+    Raises CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
     _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
@@ -68,8 +67,7 @@ def _discard(paths: Iterable[Path]) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first.
 
-    Raises:
-        CheckpointError: it leads to a place that is not there. DataError: it cannot be listed.
+    Raises CheckpointError: it leads to a place that is not there. DataError: it cannot be listed.
     """
     if folder.is_symlink() and not folder.exists():
         raise CheckpointError(f"{folder} leads to {folder.readlink()}, which cannot be reached: is its disk mounted?")
@@ -95,8 +93,7 @@ def _load(path: Path) -> Checkpoint:
 def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
     """The newest checkpoint that is whole, or that of `step`. A damaged newer one is reported.
 
-    Raises:
-        CheckpointError: there is none, none of this step, or every one is damaged.
+    Raises CheckpointError: there is none, none of this step, or every one is damaged.
     """
     found, faults = checkpoints(folder), []
     if not found:

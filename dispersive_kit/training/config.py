@@ -157,8 +157,7 @@ class TrainConfig(_Settings):
     def from_json(cls, text: str) -> Self:
         """What `to_json` wrote, in version 0.1 too.
 
-        Raises:
-            ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
+        Raises ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
         """
         values = json.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("regularizer"), dict):

@@ -27,9 +27,8 @@ def this_process() -> PartialState:
 def make_accelerator(precision: str = "auto") -> Accelerator:
     """The number of processes comes from the launcher. precision "auto": bf16 autocast on a GPU that has it, else fp32.
 
-    Raises:
-        ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
-            another precision before.
+    Raises ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
+        another precision before.
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)

@@ -32,9 +32,7 @@ def attach_regularizer(
 
     data: what is trained on. A rival's head becomes a part of the model, `HEAD`, so that the optimizer, the
     checkpoints and the processes know it; the average, made before, is without it.
-
-    Raises:
-        ConfigError: the model has no such block, or the configuration does not fit it or the data.
+    Raises ConfigError: the model has no such block, or the configuration does not fit it or the data.
     """
     chosen = config.regularizer
     placebo = partial(NormMatched.from_preset, rms=chosen.norm_matched)

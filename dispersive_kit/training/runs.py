@@ -37,9 +37,7 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
     """Make the folder of a new run, or check that a resumed one is the same; write config.json and run.json (`card`).
 
     It is locked until the end; a killed process's is free.
-
-    Raises:
-        CheckpointError: the folder holds something else, or another run; another process is training in it.
+    Raises CheckpointError: the folder holds something else, or another run; another process is training in it.
     """
     exists = (run_dir / "config.json").exists()
     if exists and not resume:
@@ -93,8 +91,7 @@ def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, the machine.
 
-    Raises:
-        ConfigError: the batch cannot be split evenly, or only into batches of one; `gather` with one process.
+    Raises ConfigError: the batch cannot be split evenly, or only into batches of one; `gather` with one process.
     """
     processes, regularizer = accelerator.num_processes, config.regularizer
     if regularizer.gather and processes == 1:
@@ -215,8 +212,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Ten
 def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tensor]]:
     """Name and function of a sampler; the default of the objective if not named. sde is SiT's own, of 2 sigma(t).
 
-    Raises:
-        ConfigError: this objective has no such sampler.
+    Raises ConfigError: this objective has no such sampler.
     """
     _, known = OBJECTIVES[objective]
     name = name or next(iter(known))
@@ -230,9 +226,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
 
     run: its folder, or the name of a shipped one, such as "digits-base". weights: "ema" (to sample from), or "model"
     (as last trained). step: a kept checkpoint; None: the newest that is whole.
-
-    Raises:
-        CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
+    Raises CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
     """
     run_dir = run_folder(run)
     config = read_config(run_dir)
@@ -264,8 +258,7 @@ def sample_batch(
 ) -> Tensor:
     """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none; sampler: see `sampler_of`.
 
-    Raises:
-        DataError: a sample is not finite. ConfigError: no such sampler.
+    Raises DataError: a sample is not finite. ConfigError: no such sampler.
     """
     keep_freed_memory(labels.device)
     x = samplers.initial_noise(seeds, model.sample_shape).to(labels.device)
@@ -302,9 +295,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
 
     Such a folder can be loaded, sampled and evaluated, and not trained further. step: a kept checkpoint; None: the
     newest.
-
-    Raises:
-        CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
+    Raises CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
     config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
     if files.list_folder(out):

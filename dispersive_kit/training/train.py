@@ -54,10 +54,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     With `resume`, the newest whole checkpoint is taken up, and the result is the same bits as that of a run that was
     never stopped (on a GPU: as far as its kernels are deterministic). Ctrl-C and SIGTERM, to any of the processes, end
     the run after the step in hand, with a checkpoint.
-
-    Raises:
-        CheckpointError: the folder holds another run; a file could not be written; the processes do not see the same
-            folder. DataError: the data set is missing. KitError: NaN or infinity.
+    Raises CheckpointError: the folder holds another run; a file could not be written; the processes do not see the same
+        folder. DataError: the data set is missing. KitError: NaN or infinity.
     """
     run = Session(config, Path(run_dir), resume=resume)
     on_cpu = run.accelerator.device.type == "cpu"

@@ -72,9 +72,7 @@ def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
 
     A round shows `EACH` images an arm, so there are N // EACH rounds, in which the arms change sides (seed). After the
     last, it names the arms, counts the votes, and says how often a coin would part them so.
-
-    Raises:
-        ConfigError: not two arms, unequal shapes, or too few images for one round.
+    Raises ConfigError: not two arms, unequal shapes, or too few images for one round.
     """
     shapes = {name: tuple(images.shape) for name, images in samples.items()}
     if len(samples) != 2 or len(set(shapes.values())) != 1 or min(shapes.values())[0] < EACH:

@@ -11,8 +11,7 @@ from dispersive_kit.analysis.features import (
     raw_pixels,
     tokens,
 )
-from dispersive_kit.analysis.geometry import Pull, gradient_pull
+from dispersive_kit.analysis.geometry import Pull, cka_matrix, gradient_pull, mutual_knn
 from dispersive_kit.analysis.probes import Split, Splits, candidates, choose_and_test, mcnemar, shuffled
-from dispersive_kit.analysis.similarity import cka_matrix, mutual_knn
 from dispersive_kit.analysis.sweep import stored, sweep
 from dispersive_kit.evaluation import draw_images

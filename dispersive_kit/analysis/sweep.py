@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dispersive_kit.analysis import geometry
 from dispersive_kit.analysis.features import LEVELS, POOLS, encoder, noisy, pooling
-from dispersive_kit.analysis.similarity import cka_matrix
 from dispersive_kit.data import ImageSet
 from dispersive_kit.data.files import artefact, versions
 from dispersive_kit.diffusion.paths import LINEAR
@@ -90,7 +89,7 @@ def sweep(
         {name: torch.stack([one[name] for one in gaussian]) for name in gaussian[0]},
         torch.stack([eigenvalues for _, eigenvalues in found]),
         torch.stack([eigenvalues for _, eigenvalues in nulls]),
-        torch.stack([cka_matrix(own) for own in kept]),
+        torch.stack([geometry.cka_matrix(own) for own in kept]),
         kept,
         {"data": data.name, "split": data.split, "sha256": data.sha256, "images": len(data), "pool": pool,
          "pooling": f"residual stream after each block, {POOLS[pool]}",

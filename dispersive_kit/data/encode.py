@@ -205,10 +205,8 @@ class Encoder:
 def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> LatentStore | None:
     """Encode a folder of images, or go on with it; the store, but None from all calls except the first, which waits.
 
-    Args:
-        part: which of how many such calls this is, where a launcher has started several, on one or more machines.
-        progress: called after each batch of this process, and while it waits for others; a bar if not given.
-
+    part: which of how many such calls this is, where a launcher has started several, on one or more machines.
+    progress: called after each batch of this process, and while it waits for others; a bar if not given.
     Raises ConfigError: the store was begun with other settings. DataError: no images, or none that can be read; latents
         that are not finite; a full disk, or one that cannot be read; the autoencoder is not there.
     """

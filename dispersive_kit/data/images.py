@@ -86,14 +86,11 @@ def load_images(
 ) -> ImageSet:
     """Load one split of a data set by name, or a folder of images by path.
 
-    Args:
-        name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist",
-            "cifar10", or the path of a folder of images.
-        split: "train" or "test". A folder may hold `train/` and one of `test/`, `val/`, `valid/` and `validation/`,
-            whose classes are those of `train/`; otherwise every tenth image is held out.
-        data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
-            own files, which may be downloaded. size: side to which images of a folder are resized and cropped.
-
+    name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist", "cifar10",
+    or the path of a folder of images. split: "train" or "test". A folder may hold `train/` and one of `test/`, `val/`,
+    `valid/` and `validation/`, whose classes are those of `train/`; otherwise every tenth image is held out.
+    data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
+    own files, which may be downloaded. size: side to which images of a folder are resized and cropped.
     Raises DataError: unknown name or split; damaged file; not there (the message says where to put it).
     """
     if split not in ("train", "test"):

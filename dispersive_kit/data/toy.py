@@ -31,9 +31,7 @@ class GaussianMixture:
 
         Given component k, x_t is N(alpha m_k, v I) with v = alpha^2 std^2 + sigma^2, and the mean of x0 is
         m_k + (alpha std^2 / v)(x_t - alpha m_k); the components are mixed by their posterior probabilities.
-
-        Args:
-            x_t: (B, D); alpha, sigma: (B,) or scalars.
+        x_t: (B, D); alpha, sigma: (B,) or scalars.
         """
         alpha, sigma = (torch.as_tensor(c, dtype=x_t.dtype, device=x_t.device).reshape(-1, 1) for c in (alpha, sigma))
         variance = alpha**2 * self.std**2 + sigma**2  # (B or 1, 1)

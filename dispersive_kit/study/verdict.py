@@ -91,13 +91,10 @@ def judge_pairs(
     "equivalent" where the 90 % interval lies within +-margin, also if a difference inside it is certain: the margin
     was fixed as what counts as none. Else "better" or "worse" where the adjusted p is below 0.05; else "inconclusive".
 
-    Args:
-        better: -1 if less of the measure is better, 1 if more is. p_adjusted: by Holm; None: alone in its family.
-        empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
-
-    Returns:
-        The word; n; mean of the log-ratios with its 95 % t-interval, low to high; p of the sign-flip test, p_adjusted;
-        p_equivalent, of the two one-sided t-tests against +-margin; margin.
+    better: -1 if less of the measure is better, 1 if more is. p_adjusted: by Holm; None: alone in its family.
+    empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
+    Gives the word; n; mean of the log-ratios with its 95 % t-interval, low to high; p of the sign-flip test,
+    p_adjusted; p_equivalent, of the two one-sided t-tests against +-margin; margin.
     """
     from scipy.stats import sem, t
 

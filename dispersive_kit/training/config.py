@@ -150,12 +150,9 @@ class TrainConfig(_Settings):
         decay = 0.5 * (1 + math.cos(math.pi * (step / self.steps))) if self.schedule == "cosine" else 1.0
         return self.learning_rate * warmup * decay
 
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2)
-
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote, in version 0.1 too.
+        """From a run's config.json, of version 0.1 too.
 
         Raises ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
         """

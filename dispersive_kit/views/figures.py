@@ -100,11 +100,10 @@ def curves(
 ) -> Figure:  # fmt: skip
     """A line for each arm, in a panel for each y label.
 
-    Args:
-        panels: y label -> arm -> (x, y). A number in place of (x, y) is a level: dotted, across the panel.
-        nulls: y label -> arm -> (x, y) of its Gaussian null: dotted, in the colour of the arm.
-        each: y label -> what `Axes.set` takes, for one panel; `axes` are for all of them.
-        columns: panels in a row; none: all. size: of a panel, in inches.
+    panels: y label -> arm -> (x, y). A number in place of (x, y) is a level: dotted, across the panel.
+    nulls: y label -> arm -> (x, y) of its Gaussian null: dotted, in the colour of the arm.
+    each: y label -> what `Axes.set` takes, for one panel; `axes` are for all of them.
+    columns: panels in a row; none: all. size: of a panel, in inches.
     """
     figure, drawn = _panels(len(panels), columns, *size)
     arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines if isinstance(lines[arm], tuple)))
@@ -152,10 +151,9 @@ def heatmaps(
 ) -> Figure:  # fmt: skip
     """Tables (rows, columns) as colours and numbers, one panel each, on one colour scale.
 
-    Args:
-        rows, columns: names; none: counted from 1. fmt: of the numbers; empty: a colour bar in their place.
-        limits: of the colours, on a log scale if `log`; none: the range of all tables.
-        difference: beside two tables, the second less the first, on a scale of its own.
+    rows, columns: names; none: counted from 1. fmt: of the numbers; empty: a colour bar in their place.
+    limits: of the colours, on a log scale if `log`; none: the range of all tables.
+    difference: beside two tables, the second less the first, on a scale of its own.
     """
     values = {name: np.asarray(table) for name, table in tables.items()}
     low, high = limits or (min(v.min() for v in values.values()), max(v.max() for v in values.values()))

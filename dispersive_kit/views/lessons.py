@@ -80,9 +80,7 @@ def block_maps(arms: Mapping[str, Any], levels: Sequence[float], label: str, **h
 class BlockViews:
     """Attention, gates and features of each block of a DiT, at several times.
 
-    Args:
-        inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
-
+    inputs: t -> noisy images x (B, C, H, W) at that time. y: their classes (B,).
     Attributes, each t -> tensor: attention (depth, B, heads, N, N); gates (depth, 2), the RMS of the gates of attention
     and of the MLP; features (depth, B, N, D), the output of each block.
     """

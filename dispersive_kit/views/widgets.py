@@ -50,10 +50,8 @@ def explore(
 
     The kernel draws a state, once, when the browser asks for it. An error of the view is shown in place of the picture.
 
-    Args:
-        alt: alternative text, a format string of the state.
-        start: values to begin with, the first of each otherwise.
-        play: the slider whose axis is time, and which can be played.
+    alt: alternative text, a format string of the state. start: values to begin with, the first of each otherwise.
+    play: the slider whose axis is time, and which can be played.
     """
 
     @cache

@@ -44,7 +44,7 @@ def config(preset: str, **settings: Any) -> TrainConfig:
 
 
 def all_settings(of: TrainConfig) -> dict[str, Any]:
-    return json.loads(of.to_json())
+    return json.loads(of.model_dump_json())
 
 
 def train_all(configs: list[TrainConfig], folder: Path) -> None:

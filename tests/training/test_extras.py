@@ -149,7 +149,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_a_tenth_elsewhere(capsys, mo
 
 def test_the_kept_settings_of_an_old_run_are_read_and_those_that_are_no_more_refused_by_name():
     own = {name: value for name, value in RETIRED.items() if "." not in name}
-    old = json.loads(TrainConfig().to_json()) | own | {"tensorboard": True}
+    old = json.loads(TrainConfig().model_dump_json()) | own | {"tensorboard": True}
     assert TrainConfig.from_json(json.dumps(old)) == TrainConfig()
     used = {"ema_widths": [0.05, 0.1], "classes": ["n01"], "balanced": True, "fsdp": True}
     assert used.keys() == own.keys()

@@ -30,7 +30,7 @@ GATHERED = RegularizerConfig(preset="paper", gather=True)
 
 def gradient(tmp_path: Path, name: str, config, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
     out = tmp_path / name
-    warm.run(WORKER, config.to_json(), out, processes=processes)
+    warm.run(WORKER, config.model_dump_json(), out, processes=processes)
     return load_file(f"{out}.safetensors"), json.loads((out / "run.json").read_text())
 
 
@@ -182,7 +182,7 @@ def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_p
     config = PLAIN.changed(steps=2, checkpoint_every=1)
     run(config, tmp_path / "0" / "run")
     shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
-    started = warm.start(worker, config.to_json(), tmp_path, processes=2)
+    started = warm.start(worker, config.model_dump_json(), tmp_path, processes=2)
     assert started.wait() != 0 and "do not agree on the step and the data" in started.output
     assert load_latest(tmp_path / "0" / "run" / "checkpoints").step == 1
 

@@ -54,8 +54,7 @@ def test_every_prediction_gives_the_same_samples(gaussian, prediction):
 
 
 @pytest.mark.parametrize(
-    "sampler,options,steps",
-    [(ddpm, {}, 800), (euler_maruyama, {}, 500), (euler_maruyama, {"churn": 0.3}, 500)],
+    "sampler,options,steps", [(ddpm, {}, 800), (euler_maruyama, {}, 500), (euler_maruyama, {"churn": 0.3}, 500)]
 )
 def test_marginals_of_the_stochastic_samplers(gaussian, sampler, options, steps):
     """20,000 samples of each at half way and at the data: mean and variance within three standard errors."""

@@ -11,14 +11,7 @@ from torch import nn
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.models import MLP, build_dit
 from dispersive_kit.models.efficientnet import efficientnet_lite0, preprocess
-from dispersive_kit.regularizers import (
-    REPA,
-    CleanPatch,
-    Dispersive,
-    LayerSync,
-    NormMatched,
-    Schedule,
-)
+from dispersive_kit.regularizers import REPA, CleanPatch, Dispersive, LayerSync, NormMatched, Schedule
 
 
 def test_layer_sync_teaches_the_shallow_block_only():

@@ -75,12 +75,10 @@ REFUSED = {
     "a setting of another type": ({"train__steps": "many"}, r"steps.*many"),
     "no preset": ({"train": {"steps": 3}}, r"preset ''"),
     "no such preset": ({"arms__paper": {"regularizer.preset": "papre"}}, r"'papre'.*paper"),
-    "no such kind": ({"arms__paper": {**PAPER, "regularizer.kind": "cosin"}}, r"cosin"),
     "options at odds": (
         {"arms__paper": {**PAPER, "regularizer.kind": "covariance", "regularizer.tau": 1.0}}, r"has no scale",
     ),
     "a weight of no preset": ({"arms__paper": {"regularizer.weight": 0.1}}, r"weight is set"),
-    "a placebo of no preset": ({"arms__paper": {"regularizer.norm_matched": 6.5}}, r"norm_matched is set"),
     "a placebo of no size": ({"arms__paper": {**PAPER, "regularizer.norm_matched": 0.0}}, r"norm_matched"),
     "more seeds than can be tested": ({"seeds": list(range(24))}, r"seeds = .*at most 20 items.*not 24"),
     "a seed of its own for a trial": (

@@ -133,13 +133,12 @@ class VPPath(Path):
 
 
 @lru_cache
-def _ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _ddpm_log_alpha(schedule: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """log alpha at t = 0, 1/T, ..., 1 (T + 1,), half the log of DDPM's cumulative product, and its slopes there."""
-    if schedule == "linear":  # Ho et al., arXiv 2006.11239; the range is scaled so that T may differ from 1000
-        scale = 1000 / num_timesteps
-        beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    if schedule == "linear":  # Ho et al., arXiv 2006.11239
+        beta = torch.linspace(1e-4, 0.02, DDPMPath.num_timesteps, dtype=torch.float64)
     else:  # cosine: Nichol & Dhariwal, arXiv 2102.09672, equation 17
-        k = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        k = torch.arange(DDPMPath.num_timesteps + 1, dtype=torch.float64) / DDPMPath.num_timesteps
         alpha_bar = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0) / 2])
@@ -152,25 +151,22 @@ def _ddpm_log_alpha(schedule: str, num_timesteps: int, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class DDPMPath(Path):
-    """The discrete schedule of DDPM and DiT; timestep k of the papers is t = (k + 1) / num_timesteps.
+    """The discrete schedule of DDPM and DiT, "linear" or "cosine"; timestep k of the papers is t = (k + 1) / 1000.
 
     So t = 0 is data. Between the timesteps log alpha is a monotone cubic (Fritsch & Carlson 1980), which
     gives the ODE samplers a continuous velocity.
     """
 
     schedule: str = "linear"
-    num_timesteps: int = 1000
+    num_timesteps = 1000
     t_min = 1e-5
 
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "cosine"):
             raise ConfigError(f"schedule {self.schedule!r} is unknown: it is 'linear' or 'cosine'")
-        least = 21 if self.schedule == "linear" else 1
-        if self.num_timesteps < least:
-            raise ConfigError(f"{self.num_timesteps} timesteps: the {self.schedule} schedule needs at least {least}")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        table, slope = _ddpm_log_alpha(self.schedule, self.num_timesteps, t.device)
+        table, slope = _ddpm_log_alpha(self.schedule, t.device)
         position = (t.to(table.dtype) * self.num_timesteps).clamp(0, self.num_timesteps)
         k = position.long().clamp(max=self.num_timesteps - 1)
         u, left, right, rise = position - k, slope[k], slope[k + 1], table[k + 1] - table[k]

@@ -29,15 +29,9 @@ def time_grid(num_steps: int, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
     return torch.linspace(t_max, t_min, num_steps + 1, dtype=torch.float64)
 
 
-def initial_noise(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """(len(seeds), *shape) noise; row i is a function of seeds[i] alone."""
-    return _draw_each([torch.Generator().manual_seed(int(s)) for s in seeds], shape).to(device, dtype)
+def initial_noise(seeds: Sequence[int], shape: Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(len(seeds), *shape) noise on the CPU; row i is a function of seeds[i] alone."""
+    return _draw_each([torch.Generator().manual_seed(int(s)) for s in seeds], shape).to(dtype)
 
 
 def _draw_each(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

@@ -146,7 +146,7 @@ def bench_sampling(name: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """Heun from noise to latents; the kit samples in float32."""
     model = build_dit(name).eval().to(device)
     y, seeds = torch.arange(sizes.images, device=device) % 1000, list(range(sizes.images))
-    x, null = initial_noise(seeds, LATENT, device=device), model.null_label
+    x, null = initial_noise(seeds, LATENT).to(device), model.null_label
     guided = {
         "no guidance": ClassifierFree(y, null),
         "guided where t is in 0.3..0.8": ClassifierFree(y, null, scale=1.5, low=0.3, high=0.8),

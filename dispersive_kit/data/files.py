@@ -126,15 +126,15 @@ def read_json(file: Path, cure: str = "", error: type[KitError] = DataError) -> 
         with reading(file, error):
             return json.loads(file.read_text())
     except (ValueError, RecursionError) as fault:
-        raise error(f"{file} is damaged: {fault}. {cure}") from fault
+        raise error(f"{file} is damaged: {fault}. {cure}".removesuffix(". ")) from fault
 
 
-def read_form(file: Path, form: type[Form], cure: str) -> Form:
-    """A JSON file in a form that pydantic knows; DataError names the field that does not fit, and the cure."""
+def read_form(file: Path, form: type[Form], cure: str = "", error: type[KitError] = DataError) -> Form:
+    """A JSON file in a form that pydantic knows; `error` names the field that does not fit, and the cure."""
     try:
-        return TypeAdapter(form).validate_python(read_json(file, cure))
+        return TypeAdapter(form).validate_python(read_json(file, cure, error))
     except ValidationError as fault:
-        raise DataError(f"{form_error(fault, f'{file} is damaged')}. {cure}") from fault
+        raise error(f"{form_error(fault, f'{file} is damaged')}. {cure}".removesuffix(". ")) from fault
 
 
 def list_folder(folder: Path) -> list[Path]:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256, list_folder
-from dispersive_kit.errors import CheckpointError, form_error
+from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256, list_folder, read_form
+from dispersive_kit.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def _load(path: Path) -> Checkpoint:
     """Every file is verified against its sha256."""
     try:
-        manifest = _Manifest.model_validate_json((path / "manifest.json").read_bytes())
+        manifest = read_form(path / "manifest.json", _Manifest, error=CheckpointError)
         groups = {}
         for file_name, expected in manifest.sha256.items():
             if file_sha256(path / file_name) != expected:
                 raise CheckpointError(f"{path / file_name} is damaged: its sha256 is not the one in manifest.json")
             groups[file_name.removesuffix(".safetensors")] = load_file(path / file_name)
         return Checkpoint(manifest.step, groups, manifest.state)
-    except ValidationError as fault:
-        raise form_error(fault, f"{path / 'manifest.json'} is damaged", CheckpointError) from fault
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 

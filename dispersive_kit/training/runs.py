@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from dispersive_kit.data import files, to_uint8
 from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.objectives import DDPM, FlowMatching, MeanFlow, Objective
-from dispersive_kit.errors import CheckpointError, ConfigError, DataError, form_error
+from dispersive_kit.errors import CheckpointError, ConfigError, DataError
 from dispersive_kit.models.dit import build_dit
 from dispersive_kit.models.mlp import MLP
 from dispersive_kit.training.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -151,26 +151,21 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-class _DataCard(BaseModel):
+class _DataCard(BaseModel, extra="allow"):
     source: str
     sha256: str
     shape: Annotated[list[Annotated[int, Field(gt=0, le=1024)]], Field(min_length=1, max_length=3)]  # of a sample
     classes: list[str]
 
 
-class _Card(BaseModel):
+class _Card(BaseModel, extra="allow"):
     data: _DataCard
     dispersion_batch: int
 
 
 def _read_card(run_dir: Path) -> dict[str, Any]:
     """Raises CheckpointError: it cannot be read, or lacks what is needed of it."""
-    card: dict[str, Any] = files.read_json(run_dir / "run.json", error=CheckpointError)
-    try:
-        _Card.model_validate(card)
-    except ValidationError as fault:
-        raise form_error(fault, f"{run_dir / 'run.json'} is damaged", CheckpointError) from fault
-    return card
+    return files.read_form(run_dir / "run.json", _Card, error=CheckpointError).model_dump()
 
 
 def shipped_names() -> list[str]:

@@ -129,8 +129,9 @@ class FlowMatching(Objective):
     def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, eps = draws.t, draws.eps
         pred, kept = _predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
-        targets = {"v": self.path.velocity(x0, eps, t), "x0": x0, "eps": eps, "score": -eps}
-        pred = pred.to(t.dtype) * (self.path.sigma(expand(t, pred)) if self.prediction == "score" else 1)
+        pred, targets = pred.to(t.dtype), {"v": self.path.velocity(x0, eps, t), "x0": x0, "eps": eps, "score": -eps}
+        if self.prediction == "score":  # which is unbounded
+            pred = pred * self.path.sigma(expand(t, pred))
         per_sample = (pred - targets[self.prediction]).square().flatten(1).mean(1)  # (B,)
         return per_sample.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 

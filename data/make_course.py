@@ -1,17 +1,19 @@
 """`make course`, as python data/make_course.py FOLDER [NOTEBOOK...]: the exercises as a course for nbgrader.
 
 FOLDER/source is the teachers' edition, FOLDER/release the students', an assignment for each session of COURSE.md. Three
-students are graded: all solutions; empty stubs; solutions but for three wrong answers.
+students are graded: all solutions; empty stubs; solutions but for a wrong answer where one line is not enough.
 """
 
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import nbformat
+import yaml
 from nbformat import v4
 from nbgrader.api import Gradebook
 from nbgrader.apps import NbGraderAPI
@@ -20,21 +22,19 @@ from traitlets.config import Config
 from dispersive_kit.study import notebook
 
 OPTIONS = {"code_stub": {"python": "...  # your lines"}, "text_stub": "Your answer:"}
-PLANTED = {  # sees the size of features; only a bound; another scale
-    "cosine loss": "    return torch.exp(z @ z.T / tau).mean().log()",
-    "without the diagonal": "    return L + math.log(B)",
-    "temperature": "    return 2 * z.square().mean() / (share * math.log(len(z)))",
-}
+ANSWERS = yaml.safe_load(Path(__file__).with_name("wrong_answers.yaml").read_text("utf-8")).items()
+WRONG = {name: indent(f"{one.get('begins', '')}return {one['returns'][0]}", "    ") for name, one in ANSWERS}
 
 
-def graded(cells: list, wrong: Mapping[str, str]) -> Iterator:
+def graded(cells: list, *, mistaken: bool) -> Iterator:
     """Cells of a notebook as nbgrader has them: solutions in their stubs, tests with points, answers to be read."""
     code = ""  # of the solution that the next folded part holds
     for cell, after in zip(cells, [*cells[1:], None], strict=True):
         if exercise := next((t[9:] for t in cell.metadata.get("tags", []) if t.startswith("exercise:")), ""):
             stub, _, cases = cell.source.partition("\n\n\n")
             code = re.search(r"```python\ndef .*?:\n(.*?)\n```", after.source, re.DOTALL)[1]
-            body = f"    ### BEGIN SOLUTION\n{wrong.get(exercise, code)}\n    ### END SOLUTION"
+            answer = WRONG[exercise] if mistaken and "\n" in code else code
+            body = f"    ### BEGIN SOLUTION\n{answer}\n    ### END SOLUTION"
             yield marked(v4.new_code_cell(f"{stub.partition(': ...')[0]}:\n{body}"), cell.id)
             test = v4.new_code_cell(f'{cases}\nassert solved, "not yet"')
             yield marked(test, f"{cell.id}-test", 3 if "\n" in code else 1, solution=False)
@@ -64,14 +64,14 @@ def main() -> None:
     os.environ |= {notebook.MODE_VARIABLE: "smoke", "DISPERSIVE_KIT_RUNS": str(folder / "runs")}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic
     root = {"CourseDirectory": {"root": str(folder)}, "ClearSolutions": OPTIONS, "Execute": {"timeout": 300}}
-    nbgrader, students = NbGraderAPI(config=Config(root)), ("solutions", "stub", "three-wrong")
+    nbgrader, students = NbGraderAPI(config=Config(root)), ("solutions", "stub", "mistakes")
     for number, row in re.findall(r"^\| (\d)\. (.*)", (place / "COURSE.md").read_text("utf-8"), re.MULTILINE):
         session = f"session-{number}"
         for name in (name for name in re.findall(r"\d\d_\w+", row) if not wanted or name in wanted):
-            for edition in ("source", "submitted/solutions", "submitted/three-wrong"):
+            for edition in ("source", "submitted/solutions", "submitted/mistakes"):
                 (folder / edition / session).mkdir(parents=True, exist_ok=True)
                 document = nbformat.read(place / f"{name}.ipynb", 4)
-                cells = graded(document.cells, PLANTED if edition.endswith("wrong") else {})
+                cells = graded(document.cells, mistaken=edition.endswith("mistakes"))
                 document.cells = [cell for cell in cells if cell.source]
                 nbformat.write(document, folder / edition / session / f"{name}.ipynb")
         if (folder / "source" / session).exists():

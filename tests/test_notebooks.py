@@ -7,6 +7,7 @@ import statistics
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -115,10 +116,19 @@ def test_no_cell_reaches_for_the_network(path: Path) -> None:
 
 
 @each_notebook
-def test_without_the_package_its_first_import_says_what_to_install(path: Path, monkeypatch: Any) -> None:
+def test_on_a_machine_without_the_kit_it_says_what_it_installs_and_goes_on(
+    path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked or None)  # nothing is there until pip ran
+    shell = SimpleNamespace(run_line_magic=lambda magic, line: asked.append(f"%{magic} {line}"))
+    exec(CODE[path][1].source, {"get_ipython": lambda: shell})
+    (command,) = asked
+    assert re.fullmatch(r"%pip install -q '(dispersive-kit|\.\.)\[notebooks(,latents)?\]'", command)
+    assert command.replace("-q ", "") in capsys.readouterr().out
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(AssertionError, match=r"%pip install 'dispersive-kit\[notebooks"):
-        exec(CODE[path][1].source, {})
+    with pytest.raises(AssertionError, match="its message above says why"):
+        exec(CODE[path][1].source, {"get_ipython": lambda: shell})
 
 
 @each_notebook

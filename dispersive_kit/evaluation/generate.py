@@ -4,7 +4,9 @@ Under a launcher the processes take batches in turn and each gets all: the same 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -38,9 +40,14 @@ def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
     return [part for _, part in sorted(gathered(own), key=lambda pair: pair[0])]
 
 
-def progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items; after five seconds a bar says what is done and how long it will take."""
-    return tqdm(items, what, delay=PATIENCE, leave=False, disable=not this_process().is_local_main_process)
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items; after five seconds a bar on a terminal says what is done, and a line a tenth elsewhere."""
+    first, terminal, begun = this_process().is_local_main_process, sys.stderr.isatty(), time.monotonic()
+    for k, item in enumerate(tqdm(items, what, delay=PATIENCE, leave=False, disable=not (first and terminal))):
+        slow = time.monotonic() - begun > PATIENCE
+        if first and slow and not terminal and 10 * k // len(items) > 10 * (k - 1) // len(items):
+            print(f"{what}: {k} of {len(items)}", file=sys.stderr, flush=True)
+        yield item
 
 
 def gathered(own: list[Any]) -> list[Any]:

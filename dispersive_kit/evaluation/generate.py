@@ -4,9 +4,7 @@ Under a launcher the processes take batches in turn and each gets all: the same 
 """
 
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,7 +27,7 @@ from dispersive_kit.training.runs import sample_batch
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
-PATIENCE = 5  # seconds without a word
+PATIENCE = {"delay": 5, "mininterval": 5}  # seconds before the first word, and between two: a saved page has all
 
 
 def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
@@ -40,14 +38,9 @@ def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
     return [part for _, part in sorted(gathered(own), key=lambda pair: pair[0])]
 
 
-def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items; after five seconds a bar on a terminal says what is done, and a line a tenth elsewhere."""
-    first, terminal, begun = this_process().is_local_main_process, sys.stderr.isatty(), time.monotonic()
-    for k, item in enumerate(tqdm(items, what, delay=PATIENCE, leave=False, disable=not (first and terminal))):
-        slow = time.monotonic() - begun > PATIENCE
-        if first and slow and not terminal and 10 * k // len(items) > 10 * (k - 1) // len(items):
-            print(f"{what}: {k} of {len(items)}", file=sys.stderr, flush=True)
-        yield item
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items; after five seconds a bar says what is done and how long it will take."""
+    return tqdm(items, what, leave=False, disable=not this_process().is_local_main_process, **PATIENCE)
 
 
 def gathered(own: list[Any]) -> list[Any]:

@@ -89,7 +89,7 @@ function control(name, values, index, changed) {
   const menu = values.some(value => Number.isNaN(Number(value))), readout = element("output"), last = values.length - 1;
   const input = menu ? element("select", { "aria-label": name }, ...values.map(value => element("option", {}, value)))
     : element("input", { type: "range", min: 0, max: last, step: 1, "aria-label": name });
-  if (!menu) input.style.width = `${clamp(values.length / 4, 9, 16)}em`;
+  if (!menu) input.style.width = `${clamp(values.length / 4, 6, 16)}em`;
   readout.style.minWidth = `${Math.max(...values.map(value => String(value).length))}ch`;
   const made = {
     node: element("label", {}, name, input, ...(menu ? [] : [readout])),

@@ -17,7 +17,7 @@ from dispersive_kit.study.notebook import notebooks_folder
 from dispersive_kit.study.report import with_formulas
 from dispersive_kit.views.console import write_console
 
-PICTURE = re.compile(r'<img [^>]*src="data:image/png;base64,[^>]*>')
+PICTURE = re.compile(r'<img (?=[^>]*alt="[^"])[^>]*src="data:image/png;base64,[^>]*>')  # one with words
 
 
 def card(page: Path, site: Path) -> str:
@@ -27,9 +27,9 @@ def card(page: Path, site: Path) -> str:
     shutil.copyfile(page, to)
     title, goal = re.match(r"# (.*)\n\n\*\*Goal\.\*\* (.*)", first).groups()
     picture = PICTURE.search(shown)
-    figure = f'<figure style="max-width: 30rem">{picture[0]}</figure>' if picture else ""
+    figure = f"<figure>{picture[0]}</figure>" if picture else ""
     link = f'<h2><a href="{to.relative_to(site)}">{html.escape(title)}</a></h2>'
-    return f"{link}<p>{with_formulas(html.escape(goal))}</p>{figure}"
+    return f"<section>{link}<p>{with_formulas(html.escape(goal))}</p>{figure}</section>"
 
 
 def decks(run: Path, folder: Path) -> None:
@@ -67,7 +67,8 @@ def main(run: Path, site: Path) -> None:
     also = '<p><a href="console.html">Lecture console: the demos, which move in the browser</a> · '
     also += '<a href="report.html">Report: what each notebook measured</a></p>'
     page = re.sub("<title>.*?</title>", f"<title>{title}</title>", head) + f"<body>\n<h1>{title}</h1>\n{also}\n"
-    (site / "index.html").write_text(page + "\n".join(cards) + "\n</body></html>\n", "utf-8")
+    page += '<div style="display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 0 2rem">\n'
+    (site / "index.html").write_text(page + "\n".join(cards) + "\n</div>\n</body></html>\n", "utf-8")
     print(f"{len(cards)} notebooks: {site / 'index.html'}")
 
 

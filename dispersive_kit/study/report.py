@@ -99,12 +99,14 @@ def write_notebook_page(notebook: Path) -> None:
     if not notebook.is_file():
         return
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     document = read_notebook(notebook)
     document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(document)
+    lines = CoalesceStreamsPreprocessor(enabled=True)  # what a cell printed stands in one box
+    body, _ = HTMLExporter(template_name="basic", preprocessors=[lines]).from_notebook_node(document)
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -326,7 +327,7 @@ def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRec
     if os.environ.get("RANK", "0") != "0":
         yield from records
         return
-    terminal, shown, tenths, bar = sys.stderr.isatty(), "", -1, None
+    terminal, shown, tenths, bar, begun = sys.stderr.isatty(), "", -1, None, time.time()
     how: dict[str, Any] = {"dynamic_ncols": True} if terminal else {"bar_format": LINE, "delay": math.inf}
     how |= {"desc": label and f"{label}: ", "unit": " step"}
     for record in records:
@@ -335,6 +336,7 @@ def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRec
             if torch.cuda.is_available():
                 shown += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         bar = bar or tqdm(total=record.steps, initial=record.step - 1, **how)
+        bar.start_t = begun  # the first step took time too
         bar.set_postfix_str(shown, refresh=False)
         bar.update()
         if not terminal and record.step * 10 // record.steps > tenths:

@@ -119,8 +119,9 @@ def curves(
             axis.plot(*line, ":", color=OKABE_ITO[arms.index(arm)], linewidth=3, label=f"{arm}, Gaussian", alpha=0.7)
         axis.set(**{"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})})
         low, high = axis.get_ylim()
-        if axis.get_yscale() == "log" and high < 10 * low:  # within a decade powers of ten say little
+        if axis.get_yscale() == "log" and high < 300 * low:  # powers of ten alone would say little
             axis.yaxis.set_minor_formatter("{x:g}")
+            _log_if_wide(axis, "y", (low, high))
         if "xticks" in axes:
             axis.xaxis.set_minor_locator(NullLocator())
     _legend(figure)

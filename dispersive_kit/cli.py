@@ -30,17 +30,17 @@ def train(
     seed: int | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
 ) -> None:
-    """Train a model; Ctrl-C leaves a checkpoint, and --resume goes on from it to the same bits.
+    """Train a model. Ctrl-C saves a checkpoint; --resume continues from it, with the same result to the bit.
 
     Args:
         out: Folder of the run.
-        preset: Where all settings start from; those given beside it replace its own.
-        regularizer: none, paper, official-pytorch, small or care; or a rival: repa, clean-patch or layersync; that of
-            the preset if not given.
-        resume: Go on with the run in this folder; a new one is started if there is none.
+        preset: All settings at once. What is given beside it replaces single settings.
+        regularizer: none; a Dispersive Loss: paper, official-pytorch, small or care; or a rival: repa, clean-patch or
+            layersync. Default: that of the preset.
+        resume: Continue the run in this folder, or start one if there is none.
         data: digits, mnist, cifar10, a 2-D set such as two-moons, or the path of a folder of images or of latents.
         steps: Optimizer steps.
-        seed: Seed of the initialisation and of everything drawn.
+        seed: Seed of the initial weights and of everything random.
         set: Any other setting as NAME=VALUE, e.g. --set batch_size=256 --set model=DiT-S/2 --set regularizer.tau=0.5.
     """
     from dispersive_kit.training import progress, train_preset, with_settings
@@ -84,18 +84,18 @@ def sample(
 
     Args:
         run: Folder of a trained run, or name of a shipped one (digits-base).
-        out: Folder to write grid.png and samples.npz into; refused if it holds something already.
-        published: In place of a run: a public DiT or SiT checkpoint, such as DiT-XL-2-256x256.pt; it needs --vae.
+        out: Folder for grid.png and samples.npz. It must be new or empty.
+        published: Instead of a run, a public DiT or SiT checkpoint such as DiT-XL-2-256x256.pt; needs --vae.
         num: Number of images.
-        label: Class of all images; all classes in turn if not given.
-        sampler: Of flow runs heun (the default), euler, dopri5 or sde (SiT's own); of DDPM runs ddim or ddpm.
+        label: One class for all images. Default: all classes in turn.
+        sampler: For flow runs heun (default), euler, dopri5 or sde (SiT's own); for DDPM runs ddim (default) or ddpm.
         num_steps: Steps of the sampler.
         cfg_scale: Classifier-free guidance; 1 is none.
-        guidance: Times between which guidance acts; 0 is data, 1 is noise.
+        guidance: Guidance acts between these two times; 0 is data, 1 is noise.
         seed: Seed of the first image; image i has seed + i.
-        weights: The average (ema), or the weights as last trained (model).
-        vae: The autoencoder that decodes latents: of a published checkpoint its folder or hub id; of a run only if it
-            was moved, and its weights must be the same.
+        weights: The running average (ema), or the weights of the last step (model).
+        vae: Folder or hub id of the autoencoder that decodes latents. A published checkpoint needs it; a run only if
+            the autoencoder was moved, and then its weights must be the same.
     """
     import numpy as np
     import torch
@@ -138,7 +138,7 @@ def _drawn_from(run: Path | None, published: Path | None, weights: str, vae: str
         return net, net.objective, load_autoencoder(vae, device=this_process().device).images, published.name
     net, card = load_run(str(run), weights=weights)
     if len(net.sample_shape) != 3:
-        raise ConfigError(f"{run} was trained on points of the plane, which are no images: see notebook 02 for those")
+        raise ConfigError(f"{run} was trained on points in the plane, not on images: notebook 02 samples those")
     decode = decoder_of(card, device=this_process().device, path=vae)
     return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
 
@@ -161,19 +161,20 @@ def evaluate(
 
     Args:
         run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
-        out: JSON file for the records; named after the settings and beside the samples if not given.
-        extractor: Feature space, which names the numbers. auto: a classifier, trained in a minute, up to 32 pixels; for
-            larger images EfficientNet, some 0.1 s an image and core. inception needs its weights in the data folder.
-        metrics: All metrics, or the Frechet distance alone; FID is refused unless it is that of the published protocol.
-        reference: Real images to compare with (test, train), or an .npz of their mean and covariance (mu and sigma, as
-            ADM's VIRTUAL_imagenet256_labeled.npz): the Frechet distance alone, without a floor.
-        num: Number of generated images, classes in turn; of an .npz with more, so many drawn at random.
+        out: JSON file for the records. Default: a file beside the samples, named after the settings.
+        extractor: Feature space; it is part of each number's name. auto: up to 32 pixels a classifier, trained in a
+            minute; for larger images EfficientNet, about 0.1 s per image on one core. inception: its weights must lie
+            in the data folder.
+        metrics: panel: all metrics. FD: the Frechet distance alone. FID: the same, by the published protocol only.
+        reference: Real images to compare with: test, train, or an .npz with their mean and covariance (mu and sigma, as
+            in ADM's VIRTUAL_imagenet256_labeled.npz), which gives the Frechet distance alone, without a floor.
+        num: Number of generated images, classes in turn. From a larger .npz, this many are drawn at random.
         num_steps: Steps of the sampler that fits the run's objective.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Seed of the first image; image i has seed + i.
-        memorisation: Also compare distances to the nearest training image with those of held-out images.
-        data: Data set the samples of an .npz are compared with; a run knows its own.
-        vae: Where the autoencoder of a run on latents lies now, if it was moved; its weights must be the same.
+        memorisation: Also measure how near samples come to training images, beside held-out images.
+        data: Data set to compare the samples of an .npz with; a run knows its own.
+        vae: New place of the autoencoder of a run on latents, if it was moved. Its weights must be the same.
     """
     from dispersive_kit.data.files import require_writable
     from dispersive_kit.evaluation import Evaluation, table, to_json
@@ -206,21 +207,21 @@ def encode(
     batch_size: int = 32,
     plan_only: bool = False,
 ) -> None:
-    """Encode a folder of images once, into a store of latents to train on; given again, it goes on where it was.
+    """Encode a folder of images into a store of latents to train on. The same command continues after a stop.
 
-    Several processes share the work if a launcher starts them, on one machine or more, such as
-    `torchrun --nproc_per_node 8 -m dispersive_kit.cli encode ...`: each makes every eighth shard.
+    A launcher lets several processes share the work, on one machine or more. With
+    `torchrun --nproc_per_node 8 -m dispersive_kit.cli encode ...` each of them makes every eighth shard.
 
     Args:
         images: Folder of images; the first folder below it names the class.
         vae: Folder or hub id of a diffusers AutoencoderKL or AutoencoderTiny, or a registered name (module:name).
-        out: The store.
+        out: Folder of the store.
         image_size: Side of ADM's centre crop.
         flip: Store mirror images too.
         dtype: Number format of the stored posterior mean and std.
-        shard_size: Images in a file.
-        batch_size: Images through the autoencoder at once.
-        plan_only: Print the size of the store, and end.
+        shard_size: Images per file.
+        batch_size: Images per pass through the autoencoder.
+        plan_only: Only print how large the store will be.
     """
     import torch
 
@@ -249,13 +250,13 @@ def encode(
 
 
 def check(store: Folder, vae: str | None = None) -> None:
-    """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images.
+    """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images to look at.
 
-    They are written beside the store, as STORE-grid.png, to look at.
+    These are written beside the store, as STORE-grid.png.
 
     Args:
         store: Folder that `encode` wrote.
-        vae: Where the autoencoder lies now, if its folder was moved; its weights must be the same.
+        vae: New place of the autoencoder, if it was moved. Its weights must be the same.
     """
     from torchvision.utils import save_image
 

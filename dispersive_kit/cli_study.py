@@ -24,16 +24,16 @@ def run(
     """Run one notebook ("06", or a path) or a pipeline ("demo", or a YAML file) headlessly, and write a report.
 
     `run demo` is the main job: it trains a small DiT on digits without and with Dispersive Loss, samples both and
-    measures them; about five minutes on two CPU cores, no download. Jobs of a cluster that are given the same command
-    share a sweep: `sbatch --array=1-6 --gpus=1 --wrap "dispersive-kit run digits --out runs/digits --resume"`.
+    measures them, in about three minutes on two CPU cores, without a download. Cluster jobs with the same command share
+    a sweep: `sbatch --array=1-6 --gpus=1 --wrap "dispersive-kit run digits --out runs/digits --resume"`.
 
     Args:
         notebook: Start of a notebook's name, a path, the name of a shipped pipeline, or the path of its YAML file.
-        out: Folder to write; runs/NAME if not given.
-        mode: smoke (seconds), class (minutes on a laptop) or full (a GPU); a pipeline's own, or class, if not given.
+        out: Folder to write. Default: runs/NAME.
+        mode: smoke (seconds), class (minutes on a laptop) or full (a GPU). Default: that of the pipeline, else class.
         param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
-        resume: Go on in a folder that holds this run already; what is unchanged is not run again.
-        workers: At most so many runs of a sweep at once; one per GPU if not given.
+        resume: Continue in a folder that has this run already. What is unchanged does not run again.
+        workers: Runs of a sweep at the same time, at most. Default: one per GPU.
     """
     from dispersive_kit.study.run import run as run_headlessly
 
@@ -41,12 +41,12 @@ def run(
 
 
 def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
-    """Write a run's averaged weights in half precision, with its curves and card: small enough to share.
+    """Write a small copy of a run to share: its averaged weights in half precision, its curves and its card.
 
     Args:
         run: Folder of a trained run.
-        out: Folder to write; refused if it holds something already. sample and evaluate take it like a run.
-        step: A kept checkpoint; the newest if not given.
+        out: Folder to write, new or empty. sample and evaluate read it like a run.
+        step: Step of a kept checkpoint. Default: the newest.
     """
     from dispersive_kit.training import export_run
 
@@ -59,17 +59,17 @@ def study(
     out: Path | None = None,
     workers: int = 1,
 ) -> None:
-    """Run a pre-registered study, report one, or print a table of all verdicts that come with the kit.
+    """Run a pre-registered study, write its report, or print all verdicts that come with the kit.
 
-    run does what is not done yet; give the same command again after a stop or kill. report writes the page of a study
-    and prints its verdicts: of the runs made here, else of the results that come along. table is of all shipped
-    studies, with what each asked; a checkout keeps it in notebooks/studies/README.md.
+    run trains and measures what is not done yet; give the same command again after a stop or a kill. report writes a
+    study's page and prints its verdicts, from the runs made here or else from the shipped results. table prints all
+    shipped verdicts, and writes them into notebooks/studies/README.md of a checkout.
 
     Args:
-        task: What to do.
+        task: What to do, see above.
         plan: Name of a shipped plan (1-noise-floor), or the path of a YAML file.
-        out: Folder of the runs and of report.html; runs/studies/NAME-HASH if not given.
-        workers: Runs at once, each on one thread.
+        out: Folder of the runs and of report.html. Default: runs/studies/NAME-HASH.
+        workers: Runs at the same time, each on one thread.
     """
     from dispersive_kit.study.plan import load_plan, shipped_plans, studies_folder
     from dispersive_kit.study.verdict import evidence_page
@@ -135,11 +135,11 @@ def _slope_graphs(results: dict[str, Any]) -> list[str]:
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
-    """Open the notebooks in JupyterLab: on this machine alone, with a token.
+    """Open the notebooks in JupyterLab, for this machine only and behind a token.
 
     Args:
         port: The port to listen on.
-        browser: Open a browser; otherwise the address is printed.
+        browser: Open a browser. Without it, only the address is printed.
     """
     from dispersive_kit.study.lab import serve_lab
 
@@ -147,12 +147,12 @@ def lab(port: int = 8888, browser: bool = True) -> None:
 
 
 def console(out: Path | None = None, port: int = 8889, browser: bool = True) -> None:
-    """Open all demos in large type for a lecture: in Voila, on this machine alone, or as one HTML file.
+    """Open all demos in large type for a lecture: in Voila, for this machine only, or as one HTML file.
 
     Args:
-        out: Write the console as one file that needs neither Python nor a network, instead of serving it.
+        out: Instead of serving it, write the console as one file that needs neither Python nor a network.
         port: The port to listen on.
-        browser: Open a browser; otherwise the address is printed.
+        browser: Open a browser. Without it, only the address is printed.
     """
     if out is None:
         from dispersive_kit.study.lab import CONSOLE, serve_lab
@@ -165,7 +165,7 @@ def console(out: Path | None = None, port: int = 8889, browser: bool = True) -> 
 
 
 def doctor() -> None:
-    """Look at packages, device, memory and folders, and say what to do about each fault."""
+    """Check packages, device, memory and folders, and say how to mend each fault."""
     from dispersive_kit.study.machine import examine
 
     findings = examine()

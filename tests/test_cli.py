@@ -109,7 +109,7 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
 
 def test_points_are_not_written_as_images(tmp_path, capsys):
     main(["train", "--preset", "toy", "--steps", "2", "--out", str(tmp_path / "run")])
-    assert "no images" in refused(capsys, "sample", tmp_path / "run", "--out", tmp_path / "new")
+    assert "not on images" in refused(capsys, "sample", tmp_path / "run", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -112,8 +112,8 @@ def is_named_set(name: str) -> bool:
     named = name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
     if named and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise DataError(
-            f"{name!r} is a data set of the kit, and the folder {Path(name).resolve()}: write ./{name} for the folder; "
-            "for the data set rename the folder, or give the command in another one"
+            f"{name!r} is both a data set of the kit and a folder, {Path(name).resolve()}: write ./{name} for the "
+            "folder; for the data set, rename the folder, or start the command elsewhere"
         )
     return named
 

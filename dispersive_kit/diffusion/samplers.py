@@ -193,7 +193,7 @@ def _x0_and_eps(out: Tensor, x: Tensor, t: float, path: Path, prediction: str) -
     """Data and noise in x, from the model's output."""
     if prediction in ("eps", "score") and path.alpha(_at(t)) < 1e-6:
         raise ConfigError(
-            f"at t = {t:g} x is noise alone, from which a model of {prediction} says nothing of the data: begin at "
+            f"at t = {t:g} x is pure noise, and a prediction of {prediction} says nothing about the data: begin at "
             "time_grid(n, t_max=1 - 1e-3)"
         )
     return path.x0_and_eps(out, x, _at(t), prediction)

@@ -77,7 +77,7 @@ class Samples:
         if len(outside):
             raise ConfigError(f"labels must lie in 0..{self.model.num_classes - 1}, got {int(outside[0])}")
         if not -(2**63) <= self.first_seed < 2**63 - len(self):
-            raise ConfigError(f"seeds from {self.first_seed} on are no numbers of 64 bits")
+            raise ConfigError(f"a seed must fit into 64 bits, and the first is {self.first_seed}")
         if not math.isfinite(self.cfg_scale):
             raise ConfigError(f"cfg_scale must be a number, got {self.cfg_scale}")
 
@@ -114,7 +114,7 @@ def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path
     if autoencoder := card["data"].get("autoencoder"):
         return load_named(AutoencoderCard(**autoencoder), device=device, path=path).images
     if path:
-        raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} has images")
+        raise ConfigError(f"an autoencoder ({path}) is for runs on latents, and {card['run']} was trained on images")
     return None
 
 

@@ -54,7 +54,9 @@ class Dispersive(Attached):
         if group_size is not None:
             check_number("group_size", group_size, at_least=2, whole=True)
             if gather or memory:
-                raise DispersiveError("group_size parts a batch that gather and memory join: leave out one of the two")
+                raise DispersiveError(
+                    "group_size splits the batch, and gather and memory join batches: leave out one of the two"
+                )
         super().__init__(model, at, depth=depth, select=select, weight=weight, schedule=schedule)
         self.gather, self.group_size, self.memory = gather, group_size, memory
         self._forget_all()

@@ -315,13 +315,13 @@ def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Selec
     if late:
         raise DispersiveError(
             f"{path!r} holds or belongs to a {late[0]} with batch_first=False, so its features are (T, B, ...) and the "
-            "loss would spread the time steps: use batch_first=True, or turn them by a function, "
+            "loss would spread the time steps: use batch_first=True, or transpose them with a function, "
             "select=lambda out: out.transpose(0, 1)"
         )
     if isinstance(own, nn.RNNBase) and select not in (None, 0):
         raise DispersiveError(
             f"{path!r}: select={select!r} takes the last state (layers, B, ...) of a {type(own).__name__}: take its "
-            "output with select=0, or turn the state by a function, select=lambda out: out[1].transpose(0, 1)"
+            "output with select=0, or transpose the state, select=lambda out: out[1].transpose(0, 1)"
         )
 
 

@@ -69,8 +69,8 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterat
             yield cell, future.result(), False
         except (KitError, OSError, RuntimeError) as error:
             raise KitError(
-                f"{cell.name} could not be run ({type(error).__name__}: {error}). Runs that ended are kept: put it "
-                "right and give the same command again"
+                f"{cell.name} could not be run ({type(error).__name__}: {error}). Runs that ended are kept: mend "
+                "the cause, and give the same command again"
             ) from error
 
 

@@ -224,7 +224,7 @@ class Plan(_Form):
                 f"gives {best:.3g} at best; take at least {math.floor(2 + math.log2(family / LEVEL))} seeds"
             )
         if len({*self.seeds, *self.tuning.seeds}) < n + len(self.tuning.seeds):
-            raise ConfigError("a seed stands twice: each is one pair, and those for tuning are not used again")
+            raise ConfigError("a seed is listed twice: each seed is one pair, and tuning needs seeds of its own")
         if bool(trials) != bool(self.tuning.seeds):
             raise ConfigError("tuning needs both trials and seeds of its own")
         if trials and (set(trials) != set(self.arms) or len(set(map(len, trials.values()))) > 1):

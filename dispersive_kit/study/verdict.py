@@ -26,17 +26,18 @@ _INACTIVE = 1e-3  # median ratio of the gradients below which the regulariser di
 WORDS = """
 What the words mean:
 
-- **role**: the primary and co-primary contrasts are what the study was planned to answer; the others are secondary.
-- **base, arm's**: geometric means over the runs that ended. **ratio**: arm to base over pairs of runs with the same
-  seed, with Student's 95 % interval. FD and held-out loss are better where they are lower, the accuracy of the probe
-  (ridge regression on the mean over tokens) where it is higher.
-- **p**: exact two-sided sign-flip test on the paired log-ratios. **p adjusted**: by Holm over the secondary contrasts
-  of the same study; primary and co-primary stand alone.
-- **margin**: what was fixed before the runs as no difference, on the log-ratio: 0.05 is a factor of 1.05.
-- **equivalent**: the 90 % interval lies within the margin, even where a difference inside it is certain.
-  **better**, **worse**: not equivalent, and the adjusted p is below 0.05. **inconclusive**: none of these.
+- **role**: a study is planned to answer its primary and co-primary contrasts. All others are secondary.
+- **base, arm's**: geometric mean over the runs that ended. **ratio**: arm divided by base, over pairs of runs with one
+  seed, with Student's 95 % interval. Lower is better for FD, held-out loss and copies, higher for the accuracy of the
+  probe (ridge regression, on the mean over tokens; in studies 6 and 7 on all tokens).
+- **p**: exact two-sided sign-flip test on the log-ratios of the pairs. **p adjusted**: Holm's correction over the
+  secondary contrasts of a study. Primary and co-primary contrasts are not corrected.
+- **margin**: the largest difference that counts as none, fixed before the runs. It is on the log-ratio: 0.05 is a
+  factor of 1.05.
+- **equivalent**: the 90 % interval lies within the margin, even if the difference is significant. **better**,
+  **worse**: not equivalent, and the adjusted p is below 0.05. **inconclusive**: none of these.
 - **crashed**: a run that broke down counts as ten times worse than its pair. **inactive**: at the median step the
-  gradient of the loss is under a thousandth of that of denoising.
+  gradient of the loss is less than a thousandth of the gradient of denoising.
 """
 _IMAGES = {"digits": 1297, "mnist": 60_000, "cifar10": 50_000}  # to train on
 _MEASURES = {"held_out": "held-out loss", "copies": "share of copies", "probe": "probe accuracy"}

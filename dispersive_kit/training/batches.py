@@ -170,11 +170,11 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
     named = is_named_set(config.data)  # asked first: a folder may have the same name
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
     if config.data_share < 1 and (store or points):
-        raise ConfigError(f"data_share is for sets of images, and {name!r} is none")
+        raise ConfigError(f"data_share is for sets of images, not for {name!r}")
     if (named or store) and config.image_size != TrainConfig().image_size:
-        raise ConfigError(f"image_size is for folders of images, and {name!r} has a size of its own")
+        raise ConfigError(f"image_size is for folders of images; {name!r} has a fixed size")
     if config.flip and points:
-        raise ConfigError(f"flip is for images, and {name!r} has points")
+        raise ConfigError(f"flip is for images; {name!r} holds points")
     validation = None
     if store:
         parts = open_store(name, flip=config.flip)

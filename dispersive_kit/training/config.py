@@ -80,14 +80,14 @@ class RegularizerConfig(_Settings):
             idle := [name for name in changed if name not in ("at", "depth", "gather", "group_size")]
         ):
             raise ConfigError(
-                f"{idle[0]} is set and preset is none, which adds no loss: choose one of {', '.join(PRESETS)} to "
-                "start from"
+                f"{idle[0]} is set, but preset is none and adds no loss: choose a preset to start from, one of "
+                f"{', '.join(PRESETS)}"
             )
         fits = ("preset", "at", "weight", "depth", "schedule", "schedule_steps")
         if self.preset in RIVALS and (odd := [name for name in changed if name not in fits]):
             raise ConfigError(f"{odd[0]} is set, and {self.preset} takes only {', '.join(fits[1:])}: leave it out")
         if self.schedule_steps and not self.schedule:
-            raise ConfigError("schedule_steps is set, and no schedule that would use it")
+            raise ConfigError("schedule_steps is set, but no schedule: set regularizer.schedule too")
         if self.added:
             try:
                 preset_settings(self.preset, self.overrides(), RIVALS if self.preset in RIVALS else PRESETS)
@@ -137,7 +137,9 @@ class TrainConfig(_Settings):
                 f"batch_size {self.batch_size} cannot be split into accumulation {self.accumulation} equal parts"
             )
         if self.checkpointing and self.objective == "meanflow":
-            raise ConfigError("checkpointing cannot go with meanflow, whose time derivative needs what it frees")
+            raise ConfigError(
+                "checkpointing frees activations that the time derivative of meanflow needs: use one of the two"
+            )
         if self.regularizer.memory and self.accumulation == 1:
             raise ConfigError(
                 "regularizer.memory keeps rows of earlier micro-batches: with accumulation 1 there are none"

@@ -44,8 +44,8 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     alone = accelerator.num_processes == 1 and "RANK" not in os.environ
     if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
         raise ConfigError(
-            "accelerate launch was asked for several processes and has started one. It starts several with "
-            "--multi_gpu, also where there is no GPU, and not with --cpu; so does torchrun"
+            "accelerate launch started one process and not several. Add --multi_gpu, even without a GPU, and leave "
+            "out --cpu; or use torchrun"
         )
     keep_freed_memory(accelerator.device)
     return accelerator

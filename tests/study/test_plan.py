@@ -50,7 +50,7 @@ def test_the_hash_is_of_the_content_and_not_of_the_layout(load):
 PAPER = {"regularizer.preset": "paper"}
 REFUSED = {
     "five seeds": ({"seeds": [0, 1, 2, 3, 4]}, r"5 seeds cannot reach p < 0\.05.*0\.0625 at best.*at least 6 seeds"),
-    "a seed twice": ({"seeds": [0, 1, 2, 3, 4, 5, 5]}, r"a seed stands twice"),
+    "a seed twice": ({"seeds": [0, 1, 2, 3, 4, 5, 5]}, r"a seed is listed twice"),
     "too many secondaries": (
         {"secondaries": [{"arm": "paper", "measure": m} for m in ("frechet cfg 2", "frechet cfg 3")],
          "evaluation__cfg_scales": [1.0, 2.0, 3.0]},
@@ -87,7 +87,7 @@ REFUSED = {
     "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds stand in `seeds`"),
     "tuning on the confirmation seeds": (
         {"tuning__seeds": [5], "tuning__trials": {"base": [{}], "paper": [{}]}},
-        r"a seed stands twice",
+        r"a seed is listed twice",
     ),
     "unequal tuning": (
         {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{}, {"learning_rate": 0.001}]}},

@@ -175,6 +175,9 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
             described["copies_of_held_out"] = found.floor
     values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **copies, **probe}
     known = {name: last[name] for name in last if name.startswith(DESCRIBED)}
+    if how.curves:
+        curves = [name for name in last if name == "held_out" or name.startswith("depth_use")]
+        known |= {f"{name}@{line['step']}": line[name] for line in lines for name in curves if name in line}
     ratio = statistics.median(line["gradient_ratio"] for line in lines if "gradient_ratio" in line)
     first = numbers["frechet"]
     record = {"name": first.name, "floor_value": first.floor, "n_reference": first.n_reference, **first.protocol}

@@ -314,7 +314,7 @@ def test_an_arm_stopped_early_is_the_reference_where_its_validation_loss_was_low
         primary={"arm": "paper", "against": "stopped", "measure": "held_out"},
         co_primary={"arm": "paper", "measure": "copies"},
         margin={"copies": 0.2, "held_out": 0.05},
-        evaluation={**small_plan["evaluation"], "copies": True},
+        evaluation={**small_plan["evaluation"], "copies": True, "curves": True},
     )  # fmt: skip
     base, _, stopped = plan.cells()[:3]
     runs = {cell.arm: _run_cell(plan, cell, out=tmp_path) for cell in (base, stopped)}
@@ -324,6 +324,8 @@ def test_an_arm_stopped_early_is_the_reference_where_its_validation_loss_was_low
     assert (runs["base"]["record"]["step"], runs["stopped"]["record"]["step"]) == (12, best["step"])
     assert [runs[arm]["values"]["held_out"] for arm in runs] == [lines[-1]["held_out"], best["held_out"]]
     assert len({line["validation"] for line in lines}) == 3 and best["step"] < 12
+    kept = runs["base"]["described"]
+    assert all(kept[f"{name}@{at['step']}"] == at[name] for at in lines for name in ("held_out", "depth_use_1"))
     copied = runs["base"]["values"]["copies"] * 41 - 0.5  # of 40 samples
     assert copied == pytest.approx(round(copied))
     real, held_out = (load_images("digits", split) for split in ("train", "test"))

@@ -76,10 +76,10 @@ def study(
 
     if task == "table":
         page, mark = studies_folder() / "README.md", "<!-- below here: dispersive-kit study table -->\n\n"
-        print(evidence_page())
         if page.is_file():  # in a checkout; an installed kit has no such page
             page.write_text(page.read_text("utf-8").partition(mark)[0] + mark + evidence_page(), "utf-8")
             print(f"written: {page}")
+        print(evidence_page())
     elif not plan:
         raise ConfigError(f"study {task} needs a plan; shipped are: {', '.join(shipped_plans())}")
     else:

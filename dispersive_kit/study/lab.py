@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from jupyter_client.asynchronous.client import AsyncKernelClient
@@ -39,10 +40,24 @@ class _Iopub(AsyncZMQSocketChannel):
         return message
 
 
+class _Shell(AsyncZMQSocketChannel):
+    """Looks each second whether an answer has come. jupyter_client sends past the event loop, as it does with the state
+    of a widget while a cell runs; an answer that arrives in this moment wakes nobody (ZMQ_FD in libzmq's manual).
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while not await self.socket.poll(round(1000 * min(1, max(0, end - time.monotonic())))):
+            if time.monotonic() >= end:
+                raise Empty
+        return await self._recv()
+
+
 class _Client(AsyncKernelClient):
     """Takes a kernel for dead that does not begin with a cell, as one does that hangs or never heard of it."""
 
     iopub_channel_class = Type(_Iopub)
+    shell_channel_class = Type(_Shell)
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         self.iopub_channel.sent = time.monotonic()

@@ -50,7 +50,7 @@ def open_by_name(name):
 def test_a_folder_with_the_name_of_a_data_set_is_asked_about(tmp_path, monkeypatch, call, name):
     monkeypatch.chdir(tmp_path)
     write_photos(Path(name), ["a"], 10)
-    said = rf"'{name}' is a data set .* the folder {tmp_path}/{name}: write \./{name}"
+    said = rf"'{name}' is both a data set .* a folder, {tmp_path}/{name}: write \./{name}"
     for file in ("notes.txt", "spec.json"):  # a folder of images, and a store of latents
         (Path(name) / file).write_text("{}")
         with pytest.raises(DataError, match=said):

@@ -227,7 +227,7 @@ def test_callback_sees_every_step_and_a_learned_variance_is_dropped():
 
 IDENTITY, FOUR = (lambda x, t: x), time_grid(4)
 NOISE = [
-    (partial(sampler, IDENTITY, ts=FOUR, path=LinearPath(), prediction=prediction), r"t = 1 x is noise.*t_max=1 - 1e-3")
+    (partial(sampler, IDENTITY, ts=FOUR, path=LinearPath(), prediction=prediction), r"x is pure noise.*t_max=1 - 1e-3")
     for sampler in (ddim, ddpm, euler_maruyama)
     for prediction in ("eps", "score")
 ]

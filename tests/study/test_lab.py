@@ -7,6 +7,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty
 
 import pytest
@@ -90,4 +91,5 @@ def test_an_answer_that_comes_while_a_widget_sends_its_state_is_not_missed():
         kernel.close(0)
         context.destroy(0)
 
-    asyncio.run(ask())
+    with ThreadPoolExecutor(1) as thread:  # Playwright keeps a loop in the thread of the tests
+        thread.submit(asyncio.run, ask()).result()

@@ -617,7 +617,6 @@ function trajectories(root) {
 
 const SIZES = [8, 128, 128, 2]; // the point and six cosines of the time, to the velocity
 const ROWS = 64, PARTICLES = 128; // of a batch, and of the batch that is looked at
-const BUDGET_MS = 14; // of training in a frame
 const FLIGHT = 45, REST = 1.4; // steps of a particle from noise to data; and then it rests, as part of them
 
 /** A network as torch begins one, and Adam's state; W (in x out) and b of each layer are views of one array. */
@@ -702,7 +701,7 @@ function project(rows, dim, axes) {
   const [one, other] = [0, 1].map(k => part(axes, k, dim)); // and upright again
   const shared = dot(one, other) / dot(one, one);
   other.forEach((v, m) => { other[m] -= shared * one[m]; });
-  for (const axis of [one, other]) axis.set(axis.map((v, _, all) => v / (Math.hypot(...all) || 1)));
+  for (const a of [one, other]) { const size = Math.hypot(...a) || 1; a.forEach((v, m) => { a[m] = v / size; }); }
   return points(places);
 }
 
@@ -718,7 +717,7 @@ function train(root) {
   flights.style.flex = "968 1 676px";
   row.append(...runner(frame, ["50 steps", fifty], { restart }).buttons);
   picture.append(element("div", { class: "panels", style: "flex-grow: 1.3" }, pad, flights), lines);
-  let arms, random, probe, shown, flown, extent, drawing = [[0, 0]];
+  let arms, random, probe, shown, flown, extent, drawing = [[0, 0]], budget = 10; // ms of training in a frame
 
   const draws = r => (value("data") !== DRAWN ? SETS[value("data")](r)
     : blurred(drawing[Math.floor(r() * drawing.length)], 0.06, r));
@@ -758,8 +757,9 @@ function train(root) {
     });
   }
 
-  function frame() {
-    const until = performance.now() + BUDGET_MS;
+  function frame(passed) { // as many steps of training as leave time for drawing, and at least one
+    budget = passed < 1100 / FPS ? Math.min(20, budget + 0.5) : budget / 2;
+    const until = performance.now() + budget;
     do learn(); while (performance.now() < until);
     fly();
     draw();
@@ -783,13 +783,12 @@ function train(root) {
   function draw() {
     const { tap, ...loss } = options(), low = floor(loss, ROWS, SIZES[1]), steps = arms[0].net.steps;
     const seen = arms.map(arm => {
+      if (arm.seen && flown % 3) return arm.seen; // each third frame is often enough for what changes slowly
       const { after } = forward(arm.net, probe.x, probe.t), z = after[tap];
       note(arm.size, steps, rms(z));
-      if (flown % 3 === 0) { // in each third frame, which is often enough for lines
-        note(arm.held, steps, apart(after[3], probe.v) / (2 * ROWS));
-        note(arm.gap, steps, dispersive(z, SIZES[1], loss).loss - (low > -Infinity ? low : 0));
-      }
-      return project(z, SIZES[1], arm.axes);
+      note(arm.held, steps, apart(after[3], probe.v) / (2 * ROWS));
+      note(arm.gap, steps, dispersive(z, SIZES[1], loss).loss - (low > -Infinity ? low : 0));
+      return (arm.seen = project(z, SIZES[1], arm.axes));
     });
     const reach = 1.1 * Math.max(...seen.flat(2).map(Math.abs)), time = Math.max(0, 1 - flown / FLIGHT).toFixed(2);
     extent = extent ? extent + 0.1 * (reach - extent) : reach; // eased, so that the eye can follow

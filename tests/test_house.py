@@ -76,7 +76,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 12_990,
+    "lines of tests": 12_995,
     "longest line": 120,
 }
 

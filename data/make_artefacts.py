@@ -4,7 +4,7 @@
     umap        UMAP pictures of the digits runs, 10 minutes
     autoencoder the small AutoencoderKL that stands in for ImageNet's, trained on ten photographs: 10 minutes
     digits      samples that a person reads, of both long arms: notebooks/figures/digits.png
-    evidence    the count of all verdicts in README.md, and their picture, notebooks/figures/verdicts.png
+    evidence    the count of all verdicts in README.md, and the map of them, notebooks/figures/map.png
 
 Then the list of checksums, `dispersive_kit/artefacts/SHA256SUMS`, is written anew. Without a name it only does that.
 Trained runs are made by the commands in their run.json and `dispersive-kit export`.
@@ -34,7 +34,8 @@ from dispersive_kit.models.dit import DiT
 from dispersive_kit.study.practice import AUTOENCODER, photographs
 from dispersive_kit.study.verdict import all_verdicts, evidence_page
 from dispersive_kit.training import load_run
-from dispersive_kit.views.figures import image_grid, style, verdict_forest
+from dispersive_kit.views.figures import image_grid, style
+from dispersive_kit.views.lessons import regime_map
 
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
 FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at

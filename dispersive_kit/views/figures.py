@@ -373,22 +373,3 @@ def _ratios(axis: Axes, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
     _intervals(axis, rows, words, [LOOKS.get(word, {}) for word in words])
     axis.axvline(1, color="black", linestyle=":", lw=1)
     _log_if_wide(axis, "x", axis.dataLim.intervalx)
-
-
-def verdict_forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every verdict of several studies, rows as of `all_verdicts`, as ratio with interval, one line each."""
-    figure, (axis,) = _panels(1, None, 10, 1.2 + 0.29 * max(len(rows), 4))
-    studies = [study for study, _ in {(row["study"], row["condition"]) for row in rows}]  # once for each condition
-    where = [f", {row['condition']}" if studies.count(row["study"]) > 1 else "" for row in rows]
-    placed = zip(rows, where, strict=True)
-    names = [f"{r['study']}: {_compared(r)}{at}, {_measure_name(r['measure'])}" for r, at in placed]
-    _ratios(axis, dict(zip(names, rows, strict=True)))
-    for i in range(1, len(rows)):
-        if rows[i]["study"] != rows[i - 1]["study"]:
-            axis.axhline(i - 0.5, color="black", alpha=0.3, lw=0.7)
-    lows, highs = (np.exp([row[end] for row in rows]) for end in ("low", "high"))
-    reach = min(0.7, lows.min()) / 1.05, max(1.5, highs.max()) * 1.05
-    _log_if_wide(axis, "x", reach)
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlim=reach, xlabel="ratio to the reference arm (log axis)")
-    axis.grid(axis="y", visible=False)
-    return figure

@@ -168,9 +168,11 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
 def regime_map(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("paper", "small", "placebo")) -> Figure:
     """Ratios to base without guidance, of rows as `all_verdicts` gives them, against the epochs of the base.
 
-    Left held-out losses, right Frechet distances. Points at one number of epochs are drawn beside each other.
+    Left held-out losses, right Frechet distances. Points at one number of epochs are drawn beside each other. Dotted
+    lines part the states of the base in these studies: its held-out loss falls, has almost stopped falling, or rises.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    states = {4: "still learning", 190: "converged", 900: "over-fitted"}
     for axis, measure in zip(axes, ("held_out", "frechet"), strict=True):
         found = [row for row in rows if row["measure"] == measure and row["arm"] in arms and "against" not in row]
         found.sort(key=lambda row: row["epochs"])
@@ -180,8 +182,16 @@ def regime_map(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("paper"
             how = {"color": color, "marker": marker, "label": arm, "ls": "", "capsize": 2}
             axis.errorbar([at for at, _ in own], mid, (mid - low, high - mid), **how)
         axis.axhline(1, color="black", lw=0.8)
-        axis.set(xscale="log", xlabel="epochs of the base (log axis)", ylabel=f"{MEASURES[measure]}, ratio to base")
+        for at, word in states.items():
+            axis.text(at, 1.01, word, transform=axis.get_xaxis_transform(), ha="center", fontsize="x-small")
+        for edge in (100, 400):
+            axis.axvline(edge, color="black", ls=":", lw=0.8)
+        axis.set(xscale="log", xlim=(0.15, 2000), xlabel="epochs of the base (log axis)")
+        axis.set_ylabel(f"{MEASURES[measure]}, ratio to base")
+        axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     axes[1].set_yscale("log")
+    axes[1].set_yticks([1, 2, 4], ["1", "2", "4"])
+    axes[1].minorticks_off()
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dispersive_kit.views import figures
-from dispersive_kit.views.figures import LOOKS, OKABE_ITO, slope_graph, verdict_forest
+from dispersive_kit.views.figures import LOOKS, OKABE_ITO, slope_graph
 from dispersive_kit.views.lessons import block_maps
 
 WORDS = tuple(LOOKS)
@@ -156,9 +156,6 @@ def test_an_arm_that_is_held_against_two_others_has_a_ratio_and_a_line_for_each(
     below = slope_graph(results).axes[1]
     assert [label.get_text() for label in below.get_yticklabels()] == ["placebo", "paper", "paper / placebo"]
     assert below.containers[2].lines[0].get_xdata()[0] == pytest.approx(math.exp(0.5))
-    rows = [{**v, "study": "6"} for v in results["verdicts"]]
-    names = [label.get_text() for label in verdict_forest(rows).axes[0].get_yticklabels()]
-    assert [name.partition(",")[0] for name in names] == ["6: placebo", "6: paper", "6: paper / placebo"]
 
 
 def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overlap():
@@ -175,19 +172,3 @@ def test_thirteen_arms_stand_in_the_order_of_their_values_and_no_two_names_overl
     step = np.diff([label.get_window_extent().x1 for label in above.get_xticklabels()])
     assert (step > above.get_xticklabels()[0].get_fontsize()).all()  # slanted lines of text, a line apart
     assert max(word.get_window_extent().x1 for word in below.texts) <= figure.get_window_extent().x1
-
-
-def test_a_forest_of_verdicts_fits_one_page_in_words():
-    row = {"study": "1", "arm": "paper", "condition": "one", "measure": "frechet"}
-    row |= {"low": -0.1, "mean": 0.0, "high": 0.2}
-    rows = [{**row, "word": "better", "measure": "frechet cfg 2"}, {**row, "study": "2", "word": "worse"}]
-    rows.append({**row, "study": "2", "condition": "two", "word": "worse"})
-    assert [label.get_text() for label in verdict_forest(rows).axes[0].get_yticklabels()] == [
-        "1: paper, Fréchet distance at CFG scale 2",
-        "2: paper, one, Fréchet distance",  # named, since the study has several
-        "2: paper, two, Fréchet distance",
-    ]
-    rows = [{**row, "study": str(k // 5), "arm": f"arm {k}", "word": WORDS[k % 4]} for k in range(40)]
-    whole = verdict_forest(rows)
-    whole.canvas.draw()
-    assert not overlapping(whole.axes[0].get_yticklabels()) and whole.get_figheight() < 14

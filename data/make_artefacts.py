@@ -42,6 +42,10 @@ FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose i
 SCALES = (1.0, 2.0, 3.0, 5.0)
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
+MAP = """![Two panels, held-out loss and Fréchet distance: ratio to base against the epochs of the base](notebooks/figures/map.png)
+
+*Each point: one arm of one study against training without the loss, with its 95 % interval; above the line is worse.
+[All contrasts, one by one](notebooks/studies/README.md).*"""
 
 
 def classroom() -> dict[str, Any]:
@@ -103,14 +107,12 @@ def last_block(model: DiT, data: ImageSet) -> Tensor:
 def evidence() -> None:
     """Between `BEGIN` and `END` of the README; the picture carries the hash of the page that it belongs to."""
     root, said = Path(__file__).parents[1], evidence_page().splitlines()[0]
-    figure = f"![{said.replace('*', '')}](notebooks/figures/verdicts.png)"
-    text = f"\n{said}\n\n{figure}\n\n[All of them, one by one](notebooks/studies/README.md).\n"
     readme = root / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n\n{said}\n\n{MAP}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     style()
     drawn_from = {"Description": hashlib.sha256(evidence_page().encode()).hexdigest()}
-    verdict_forest(all_verdicts()).savefig(root / "notebooks" / "figures" / "verdicts.png", metadata=drawn_from)
+    regime_map(all_verdicts()).savefig(root / "notebooks" / "figures" / "map.png", metadata=drawn_from)
 
 
 def digits() -> None:

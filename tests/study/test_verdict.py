@@ -136,7 +136,7 @@ def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
 def test_the_readme_counts_the_shipped_verdicts_and_the_figure_is_drawn_from_them():
     again = "the README is of other results: python data/make_artefacts.py evidence"
     assert evidence_page().splitlines()[0] in README.read_text(), again
-    with Image.open(studies_folder().parent / "figures" / "verdicts.png") as figure:
+    with Image.open(studies_folder().parent / "figures" / "map.png") as figure:
         assert figure.text["Description"] == hashlib.sha256(evidence_page().encode()).hexdigest(), again
 
 

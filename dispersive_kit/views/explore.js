@@ -958,15 +958,15 @@ function latency(root, spec, kernel) {
 // ---- the lecture console: every demo in large type, each opened by its button or its number
 
 const DEMOS = {
-  playground: ["Playground", "Larger s: why do the arrows die, what does tau bring back? Then play: who finds rest?"],
+  playground: ["Playground", "Larger s: why do the arrows get short, and what does a larger tau do? Then play: which points come to rest?"],
   train: ["Learn", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
   noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
-  trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler survives?"],
+  trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler still reaches the data?"],
   denoising: ["Denoising", "Play: at which step can you name each digit? Raise the scale: what is gained, and lost?"],
-  training: ["Training", "Same noise in a column. Play: when can you name a digit? Do the two runs part?"],
+  training: ["Training", "Same noise in a column. Play: when can you name a digit? Do the two runs become different?"],
   map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],
   patch: ["Patches", "Click on a patch: where does each head look from there, and which patches are most like it?"],
-  umap: ["UMAP", "Does your impression survive another seed? Areas and distances say nothing about dispersion."],
+  umap: ["UMAP", "Do you see the same with another seed? Areas and distances say nothing about dispersion."],
   quiz: ["Blind test", "Six digits from each network, from the same noises. The names come after the last round."],
 };
 

@@ -42,7 +42,7 @@ FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose i
 SCALES = (1.0, 2.0, 3.0, 5.0)
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
-MAP = """![Two panels, held-out loss and Fréchet distance: ratio to base against the epochs of the base](notebooks/figures/map.png)
+MAP = """![Held-out loss and Fréchet distance, as a ratio to base, against its epochs](notebooks/figures/map.png)
 
 *Each point: one arm of one study against training without the loss, with its 95 % interval; above the line is worse.
 [All contrasts, one by one](notebooks/studies/README.md).*"""

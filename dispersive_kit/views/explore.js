@@ -958,10 +958,10 @@ function latency(root, spec, kernel) {
 // ---- the lecture console: every demo in large type, each opened by its button or its number
 
 const DEMOS = {
-  playground: ["Playground", "Larger s: why do the arrows get short, and what does a larger tau do? Then play: which points come to rest?"],
+  playground: ["Playground", "Larger s: why do the arrows get short? A larger tau? Then play: which points come to rest?"],
   train: ["Learn", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
   noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
-  trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler still reaches the data?"],
+  trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler still finds the data?"],
   denoising: ["Denoising", "Play: at which step can you name each digit? Raise the scale: what is gained, and lost?"],
   training: ["Training", "Same noise in a column. Play: when can you name a digit? Do the two runs become different?"],
   map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],

@@ -958,7 +958,7 @@ function latency(root, spec, kernel) {
 // ---- the lecture console: every demo in large type, each opened by its button or its number
 
 const DEMOS = {
-  playground: ["Playground", "Larger s: why do the arrows get short? A larger tau? Then play: which points come to rest?"],
+  playground: ["Playground", "Larger s: why do the arrows get short? Larger tau? Then play: which points rest?"],
   train: ["Learn", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
   noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
   trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler still finds the data?"],

@@ -7,14 +7,14 @@
         loss, aux = objective(model, x, y)
     (loss + reg.loss()).backward()
 
-The rooms: regularizers, models, diffusion, data; training; evaluation; study and views. What is imported here needs
-torch alone, and not before it is used.
+Subpackages: regularizers, models, diffusion, data, training, evaluation, analysis, study, views. The names imported
+here need PyTorch only, and PyTorch is imported at their first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for those who check types; names as in _HOMES
+if TYPE_CHECKING:  # for type checkers; the names are those of _HOMES
     # ruff: noqa: F401
     from dispersive_kit.diffusion.guidance import ClassifierFree
     from dispersive_kit.diffusion.objectives import FlowMatching
@@ -36,7 +36,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `dispersive-kit --help` needs no PyTorch."""
+    """Import a public name at its first use, so that `dispersive-kit --help` does not import PyTorch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"dispersive_kit.{_HOMES[name]}"), name)

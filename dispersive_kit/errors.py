@@ -1,6 +1,6 @@
 """The errors of the kit. Each message says what was wrong, where, and what to do about it.
 
-The command line prints a `KitError` without a traceback and exits with status 2; anything else is a fault of ours.
+The command line prints a `KitError` or an OSError without a traceback, status 2. Any other exception is a bug.
 """
 
 from collections.abc import Iterable
@@ -28,20 +28,20 @@ class CheckpointError(KitError):
 
 
 class DispersiveError(KitError, RuntimeError):
-    """Dispersive Loss cannot work as attached or called; the message names the tap and the cure."""
+    """Dispersive Loss was attached or called in a way that cannot work; the message names the tap and the cure."""
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere, such as the name of a file, without what a terminal would obey."""
+    """Text from outside, such as a file name, with the control characters escaped: a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def form_error(
     fault: "ValidationError", where: str, kind: type[KitError] = ConfigError, known: Iterable[str] = ()
 ) -> KitError:
-    """What pydantic found in `where` (a file, a run) as one error of the kit: each line has field, value and cure.
+    """The errors that pydantic found in `where` (a file, a run), as one `KitError` with field, value and cure of each.
 
-    known: the names there are, for a field that is none of them.
+    known: the valid field names, which the message lists where a field has an unknown name.
     """
     lines = []
     for one in fault.errors(include_url=False)[:3]:
@@ -55,6 +55,6 @@ def form_error(
 
 def _other_name(field: str, known: list[str]) -> str:
     if not known:
-        return "no field has this name: take it out"
+        return "no field has this name: remove it"
     near = get_close_matches(field, known, 1)
     return f"no setting has this name{f', did you mean {near[0]}?' if near else ';'} there are: {', '.join(known)}"

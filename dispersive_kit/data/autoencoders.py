@@ -23,7 +23,7 @@ FORM = (
 
 
 def register_autoencoder(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: make a class, or a function without arguments, known as the autoencoder `name`.
+    """Decorator: register a class, or a function without arguments, as the autoencoder `name`.
 
         @register_autoencoder("mine")
         class Mine:
@@ -47,7 +47,7 @@ def register_autoencoder(name: str) -> Callable[[Factory], Factory]:
 
 @dataclass(frozen=True)
 class AutoencoderCard:
-    """Which autoencoder, to the last bit of its weights, and how its latents are scaled for the model."""
+    """Identifies an autoencoder by the hash of its weights, and gives the scaling of its latents for the model."""
 
     id: str
     kind: str
@@ -61,7 +61,7 @@ class AutoencoderCard:
 
 
 class Autoencoder:
-    """A loaded autoencoder on its device, and its card. What goes in on another device comes back there."""
+    """A loaded autoencoder on its device, and its card. Results are on the device of the input."""
 
     def __init__(self, name: str, network: Any, device: torch.device | str = "cpu") -> None:
         if hasattr(network, "to"):
@@ -86,7 +86,7 @@ class Autoencoder:
         return self.network.decode((x / self.card.scale + self.card.shift).to(self.device)).to(x.device)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(C, h, w) for images of so many pixels; ConfigError if one image does not go there and back as it should."""
+        """(C, h, w) for images size x size; ConfigError if encoding and decoding one image does not work."""
         x = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
         try:
             mean, std = self.posterior(x).unbind(1)
@@ -96,15 +96,15 @@ class Autoencoder:
             back = self.images(self.card.to_model(mean))
             if back.shape != x.shape or not back.isfinite().all():
                 raise ValueError(f"decode gave {tuple(back.shape)} or values that are not finite; image_size may be no "
-                                 "multiple of what it divides by")  # fmt: skip
-        except Exception as error:  # whatever somebody's own network may raise; the message shows it
+                                 "multiple of the factor of its downsampling")  # fmt: skip
+        except Exception as error:  # a user's network may raise anything; the message shows it
             said = f"autoencoder {self.card.id}, tried on one image {tuple(x.shape)}"
             raise ConfigError(f"{said}: {type(error).__name__}: {error}. {FORM}") from error
         return C, h, w
 
 
 class _Diffusers:
-    """An autoencoder of diffusers in this form."""
+    """An autoencoder of diffusers with the interface of `FORM`."""
 
     def __init__(self, network: Any) -> None:
         self.of_diffusers, config = network.eval().requires_grad_(False), network.config
@@ -124,10 +124,10 @@ class _Diffusers:
 def load_autoencoder(
     autoencoder_id: str, *, device: torch.device | str = "cpu", download: bool = True, path: str | None = None
 ) -> Autoencoder:
-    """Load an autoencoder by id; from `path`, where a folder was moved; the id stays.
+    """Load an autoencoder by id. path: the new place, if its folder was moved; the id stays the same.
 
-    Raises DataError: it is not here. CheckpointError: its weights are not those its configuration asks for.
-        ConfigError: a kind that the kit does not read, or one of your own that lacks something.
+    Raises DataError: it is not found, or of a kind that the kit does not read. CheckpointError: its weights do not fit
+        its configuration. ConfigError: a registered autoencoder without the interface that the message describes.
     """
     where = path or autoencoder_id
     name = str(Path(autoencoder_id).resolve()) if Path(autoencoder_id).is_dir() else autoencoder_id
@@ -135,7 +135,7 @@ def load_autoencoder(
 
 
 def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any) -> Autoencoder:
-    """Load the autoencoder of a store or run; DataError if it was moved, or is another one."""
+    """Load the autoencoder of a store or run; DataError if it is not found, or is a different one."""
     loaded = load_autoencoder(card.id, path=path, **options)
     refuse_other(loaded.card, card)
     return loaded
@@ -152,7 +152,7 @@ def refuse_other(found: AutoencoderCard, wanted: AutoencoderCard) -> None:
 
 
 def _weights_sha256(network: Any) -> str:
-    """Of names, types, shapes and values of the weights, whatever file they came from; without any, of the class."""
+    """Hash of the names, types, shapes and values of the weights; if there are none, of the name of the class."""
     state = network.state_dict() if hasattr(network, "state_dict") else {}
     digest = hashlib.sha256(b"" if state else type(network).__qualname__.encode())
     for name, tensor in sorted(state.items()):
@@ -168,7 +168,7 @@ def _registered(name: str) -> Any:
             importlib.import_module(module)
             if last not in REGISTERED:
                 raise ImportError(f"it registers no autoencoder {last!r}, but {', '.join(REGISTERED)}")
-        except (ImportError, ValueError, TypeError) as error:  # the latter two of an empty or a relative name
+        except (ImportError, ValueError, TypeError) as error:  # the last two for an empty or a relative name
             raise DataError(
                 f"autoencoder {name!r} cannot be imported from {module!r} ({error}); give a dotted name, as in "
                 "my.package:mine, with the folder that holds it in PYTHONPATH"
@@ -188,14 +188,14 @@ def _from_diffusers(where: str, download: bool) -> _Diffusers:
         if kind not in ("AutoencoderKL", "AutoencoderTiny") or config.get("latents_mean"):
             raise ValueError(f"it is a {kind}; the kit reads AutoencoderKL and AutoencoderTiny, without latents_mean")
         network, info = getattr(diffusers, kind).from_pretrained(where, output_loading_info=True, **options)
-    except Exception as error:  # of files in another form diffusers may raise any; the message shows it
+    except Exception as error:  # diffusers may raise anything for other files; the message shows it
         raise DataError(
             f"autoencoder {where!r} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Give the folder of a diffusers autoencoder (config.json and weights; the folder vae of a whole pipeline), "
             f"a hub id, module:name{''.join(f', {name}' for name in REGISTERED)}; or, if it was moved, its new place "
             "with --vae (path= in code)"
         ) from error
-    # diffusers only warns, and leaves at random, what the file does not have
+    # if the file lacks a weight, diffusers leaves it random and only warns
     if faults := [f"{len(info[k])} {k.replace('_', ' ')}" for k in ("missing_keys", "unexpected_keys") if info[k]]:
         raise CheckpointError(f"the weights of autoencoder {where} do not fit its config.json: {', '.join(faults)}")
     return _Diffusers(network)

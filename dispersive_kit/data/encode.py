@@ -1,7 +1,7 @@
-"""Encode a folder of images once: a shard is a function of the plan, so neither kills nor company change a bit of it.
+"""Encode a folder of images once. A shard depends only on the plan: a kill or other processes do not change its bytes.
 
-Of W processes the r-th makes the shards r, r + W, ... that are not finished, and then a record of each. A batch never
-crosses a shard, and on a CPU each process has one thread. spec.json is put together from the records, and comes last.
+Process r of W makes those of the shards r, r + W, ... that are not finished, and then a record of each. A batch never
+contains images of two shards, and PyTorch uses one CPU thread. spec.json is made from the records, and written last.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ from dispersive_kit.data.latents import PLAN, RECORDS, REPAIR, SPEC, LatentStore
 from dispersive_kit.errors import ConfigError, DataError
 
 IMAGENET_IMAGES = 1_281_167
-READERS, READ_AHEAD = 4, 64  # threads that read and crop, and images that wait for the autoencoder
+READERS, READ_AHEAD = 4, 64  # threads that read and crop, and images read in advance
 Progress = Callable[[int, int], None]  # of images done by all processes, and of all images
 
 
 @checked(frozen=True)
 class _Moments:
-    """Of a shard: how many values a channel has, and the sums by channel of mean and of mean^2 + std^2."""
+    """Of one shard: the number of values per channel, and the sums per channel of mean and of mean^2 + std^2."""
 
     count: int
     total: list[float]
@@ -47,7 +47,7 @@ class _Moments:
 
 @checked(frozen=True)
 class _Record:
-    """What is known of one shard once it is made."""
+    """The record of one finished shard."""
 
     card: ShardCard
     moments: _Moments
@@ -58,7 +58,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What is encoded, with what, into which store; ConfigError of a setting that it cannot take."""
+    """The settings of an encoding: images, autoencoder, store; ConfigError if a setting is not valid."""
 
     images: Path
     autoencoder: str
@@ -86,7 +86,7 @@ class Encoder:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Of a latent (C, h, w), found with one image, on which the autoencoder is tried."""
+        """Shape of a latent (C, h, w), found by encoding and decoding one image."""
         return self.loaded.latent_shape(self.image_size)
 
     @cached_property
@@ -98,7 +98,7 @@ class Encoder:
         return self.folder.files[first : first + self.shard_size]
 
     def finished(self) -> list[str]:
-        """The shards that lie there with their records."""
+        """The shards that are in the store and have a record."""
         there = {path.name for folder in (self.store, self.store / RECORDS) for path in list_folder(folder)}
         return [shard for shard in self.shards if {shard, f"{shard}.json"} <= there]
 
@@ -107,7 +107,7 @@ class Encoder:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What decides the bytes; the head of spec.json."""
+        """All that the bytes depend on; the first part of spec.json."""
         folder, device = self.folder, torch.device(self.device).type
         return {
             "autoencoder": asdict(self.loaded.card),
@@ -121,18 +121,18 @@ class Encoder:
         }
 
     def begin(self) -> None:
-        """Write the plan, or compare it with that of the process that was first."""
+        """Write the plan, or compare it with the plan that is already there."""
         store, file, plan = self.store, self.store / RECORDS / PLAN, self.plan | {"transparency": ON_WHITE}
         if list_folder(store) not in ([], [file.parent]) and file not in list_folder(file.parent):
-            raise ConfigError(f"{store} is not empty and holds no store that was begun; choose another folder")
+            raise ConfigError(f"{store} is not empty and holds no store of latents; choose another folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         with lock(file.with_name("plan.lock")):
-            if not file.exists():  # of two that begin at once, one writes
+            if not file.exists():  # if two processes begin at once, one writes
                 write_json(file, plan)
         begun = read_form(file, dict[str, Any], "Choose another folder")
         if changed := [f"{k}: {begun.get(k)!r:.200} -> {v!r:.200}" for k, v in plan.items() if begun.get(k) != v]:
             said = f"{store} was begun with other settings or images:\n  " + "\n  ".join(changed)
-            raise ConfigError(f"{said}\nchoose another folder, or go back to the old ones")
+            raise ConfigError(f"{said}\nchoose another folder, or use the old settings and images")
 
     def make(self, shard: str, pool: ThreadPoolExecutor, progress: Progress) -> None:
         """Write a shard and then its record."""
@@ -179,14 +179,14 @@ class Encoder:
         if not found.isfinite().all():
             raise DataError(f"the autoencoder gives NaN or infinity for an image of {shard}")
         if not stored.isfinite().all():
-            raise DataError(f"latents of {shard} are beyond {self.dtype}: try --dtype bfloat16, of float32's range")
+            raise DataError(f"latents of {shard} exceed {self.dtype}: use --dtype bfloat16, with the range of float32")
         return stored
 
     def finish(self) -> None:
-        """Write spec.json from the records of all shards, unless it says just that already."""
+        """Write spec.json from the records of all shards, unless it has this content already."""
         records = [read_form(self.store / RECORDS / f"{shard}.json", _Record, REPAIR) for shard in self.shards]
         if not any(record.card.rows for record in records):
-            raise DataError(f"not one of the {len(self.folder.files)} files below {self.images} can be read")
+            raise DataError(f"none of the {len(self.folder.files)} files below {self.images} can be read")
         odd = sum((Counter(record.odd) for record in records), Counter[str]())
         counts = sum((Counter(record.class_counts) for record in records), Counter[str]())
         mean, std = _mean_and_std([record.moments for record in records])
@@ -203,20 +203,20 @@ class Encoder:
 
 
 def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> LatentStore | None:
-    """Encode a folder of images, or go on with it; the store, but None from all calls except the first, which waits.
+    """Encode a folder of images, or continue. Call 0 waits for the others and returns the store; they return None.
 
-    part: which of how many such calls this is, where a launcher has started several, on one or more machines.
-    progress: called after each batch of this process, and while it waits for others; a bar if not given.
+    part: (number of this call from 0, number of calls), where a launcher has started several, on one or more machines.
+    progress: called after each batch of this process, and while it waits for others; None: a progress bar.
     Raises ConfigError: the store was begun with other settings. DataError: no images, or none that can be read; latents
-        that are not finite; a full disk, or one that cannot be read; the autoencoder is not there.
+        that are not finite; a full disk, or one that cannot be read; the autoencoder is not found.
     """
     encoder.begin()
     (number, calls), total = part, len(encoder.folder.files)
-    seconds = 0.1 if sys.stderr.isatty() else 60  # a file gets a line of the bar once a minute
+    seconds = 0.1 if sys.stderr.isatty() else 60  # if stderr is a file, one line a minute
     bar = tqdm(total=total, initial=encoder.done(), unit="image", mininterval=seconds, disable=bool(number or progress))
     progress = progress or (lambda now, _: bar.update(now - bar.n) and None)
     pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
-    torch.set_num_threads(1)  # on which sums of a CPU may depend, as on a GPU on which algorithm was fastest
+    torch.set_num_threads(1)  # sums on a CPU may depend on it, and sums on a GPU on the algorithm
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             finished = encoder.finished()
@@ -225,7 +225,7 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
                     encoder.make(shard, pool, progress)
     finally:
         torch.set_num_threads(threads)
-        pool.shutdown(cancel_futures=True)  # a disk that is away would let each of them wait
+        pool.shutdown(cancel_futures=True)  # pending reads would wait for a disk that fails
     if number > 0:
         return None
     while encoder.done() < total:
@@ -236,7 +236,7 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
 
 
 def _moments(posterior: Tensor) -> _Moments:
-    """Of posteriors (n, flips, 2, C, h, w)."""
+    """Moments of posteriors (n, flips, 2, C, h, w)."""
     sums = []
     for part in posterior.split(256):
         mean, std = part.double().unbind(2)  # (n, flips, C, h, w)
@@ -246,17 +246,17 @@ def _moments(posterior: Tensor) -> _Moments:
 
 
 def _mean_and_std(moments: list[_Moments]) -> tuple[list[float], list[float]]:
-    """By channel, of draws from the posteriors whose moments these are; fsum does not depend on their order."""
+    """Per channel, of draws from the posteriors with these moments; fsum does not depend on their order."""
     count, sums = sum(one.count for one in moments), zip(*((one.total, one.square) for one in moments), strict=True)
     mean, square = ([math.fsum(channel) / count for channel in zip(*parts, strict=True)] for parts in sums)
     return mean, [math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)]
 
 
 def store_size(images: int, shape: tuple[int, ...], *, flip: bool = True, shard_size: int = 4096) -> tuple[int, str]:
-    """Bytes of a store of so many latents of this shape (C, h, w), by arithmetic alone, and the same in words."""
+    """Computed size in bytes of a store of `images` latents of shape (C, h, w), and the same in words."""
     each = 2 * (1 + flip) * math.prod(shape) * 2 + 8  # mean and std, of the mirror image too, in 16 bits; the label
     shards = math.ceil(images / shard_size)
-    total = images * each + shards * 168  # of a safetensors header, to within a few
+    total = images * each + shards * 168  # about the bytes of a safetensors header
     return total, (
         f"{images:,} images {'with' if flip else 'without'} mirror images, latents {'x'.join(map(str, shape))}: "
         f"{each:,} bytes each, {total / 1e6:,.1f} MB in {shards:,} shards of at most {shard_size * each / 1e6:,.1f} MB"

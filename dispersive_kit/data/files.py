@@ -1,4 +1,4 @@
-"""Files whole or not there, one writer at a time; and those that the package ships, held against their sha256."""
+"""Atomic file writes, locks for one writer at a time, and shipped files, checked against their sha256."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from dispersive_kit.errors import DataError, KitError, form_error
 
 Form = TypeVar("Form")
 PARTIAL = ".partial-"  # start of the name of what is being written or removed
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by a disk without locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # errors of a disk without locks
 LIBRARIES = ("dispersive-kit", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "accelerate",
              "torch-fidelity", "papermill", "nbclient", "ipykernel", "ipywidgets")  # fmt: skip
 ARTEFACTS = Path(__file__).resolve().parents[1] / "artefacts"
@@ -31,30 +31,30 @@ SUMS = "SHA256SUMS"  # lists them in the form of `sha256sum -c`
 
 @contextlib.contextmanager
 def writing(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
-    """Turn a write that failed into the error that says what is safe and what to do."""
+    """Turn a failed write into an error that says what is safe and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as fault:
         raise error(
             f"{what} could not be written ({fault}). What was finished before is untouched: make room or choose "
-            "another folder, then give the command again (a training with --resume)"
+            "another folder, then give the command again (for a training run, with --resume)"
         ) from fault
 
 
 @contextlib.contextmanager
 def reading(what: Path, error: type[KitError] = DataError) -> Iterator[None]:
-    """Turn a disk that cannot be read into the error that names the file or folder: it does not mean nothing there."""
+    """Turn a failed read into an error that names the file or folder, so that it is not taken for missing."""
     try:
         yield
     except OSError as fault:
-        raise error(f"{what} cannot be read ({fault.strerror}): see to the disk and to who may read it") from fault
+        raise error(f"{what} cannot be read ({fault.strerror}): check the disk and the permissions") from fault
 
 
 @contextlib.contextmanager
 def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Path]:
-    """The name under which to write a file or a folder, which gets its own name once all of it is on the disk.
+    """Yield a temporary name for a file or folder; it is renamed to `target` once all of it is on the disk.
 
-    If that fails, `error` says so, and what was there before still is, as after a kill.
+    If that fails, `error` is raised. The old content of `target` is then still there, as after a kill.
     """
     partial = target.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{target.name}")
     with writing(target, error):
@@ -63,7 +63,7 @@ def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Pa
             yield partial
             for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
                 _flush(path)
-            if target.is_dir():  # which cannot be replaced at one stroke
+            if target.is_dir():  # a folder cannot be replaced in one operation
                 _remove(target.rename(target.with_name(f"{PARTIAL}removed-{target.name}")))
             partial.replace(target)
             _flush(target.parent)
@@ -79,7 +79,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if os.name != "nt":  # where neither a folder nor a file opened for reading can be flushed
+    if os.name != "nt":  # Windows cannot flush folders, nor files opened for reading
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -89,10 +89,10 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(file: Path, busy: str = "", error: type[KitError] = KitError) -> Iterator[None]:
-    """Hold `file` against all others, in this process too; the end of a process frees it, also if it is killed.
+    """Hold an exclusive lock on `file`, also within this process; it is released when the process ends or is killed.
 
-    Where another holds it, this raises `error` with the message `busy`, or waits if there is none. A disk without locks
-    is warned of, and nothing is held.
+    If another holds it, this raises `error` with the message `busy`, or waits if `busy` is empty. On a disk without
+    locks there is a warning, and no lock.
     """
     held = FileLock(file, thread_local=False, fallback_to_soft=False)
     try:
@@ -115,7 +115,7 @@ def file_sha256(file: Path) -> str:
 
 
 def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> None:
-    """Write a JSON file that a kill leaves either as it was or whole."""
+    """Write a JSON file; a kill leaves either the old content or all of the new."""
     with atomic_write(file, error) as partial:
         partial.write_text(json.dumps(value, indent=2))
 
@@ -138,7 +138,7 @@ def read_form(file: Path, form: type[Form], cure: str = "", error: type[KitError
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted; nothing if it is no folder, and DataError where that cannot be known."""
+    """The paths in a folder, sorted; none if it is missing or no folder; DataError if it cannot be read."""
     with reading(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(folder.iterdir())
     return []
@@ -150,19 +150,19 @@ def require_writable(file: Path) -> None:
         raise DataError(f"{file} is a folder: name a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()  # os.access says yes to root, also where nobody may write
+        tempfile.TemporaryFile(dir=file.parent).close()  # for root os.access is True even where writing fails
     except OSError as error:
         raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk on which `folder` lies, or will lie."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     there = next(p for p in [folder, *folder.resolve().parents] if p.exists())
     return shutil.disk_usage(there).free
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the libraries that a number may depend on; None where one is not installed."""
+    """Versions of Python and of the libraries that a result may depend on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(LIBRARIES)}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -171,7 +171,7 @@ def versions() -> dict[str, str | None]:
 
 
 def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
-    """A shipped file, or a shipped folder; DataError unless all of it is there as it was listed."""
+    """Path of a shipped file or folder; DataError unless every file of it has the listed sha256."""
     with reading(folder / SUMS):
         listed = [line.partition("  ") for line in (folder / SUMS).read_text().splitlines()]
     own = [(digest, folder / file) for digest, _, file in listed if f"{file}/".startswith(f"{name}/")]
@@ -180,6 +180,6 @@ def artefact(name: str, folder: Path = ARTEFACTS) -> Path:
     if wrong := [file for digest, file in own if not file.is_file() or file_sha256(file) != digest]:
         raise DataError(
             f"{wrong[0]} is missing, or not the file that {SUMS} lists: install the package again, or make the file "
-            "anew with data/make_artefacts.py of a checkout"
+            "again with data/make_artefacts.py in a checkout"
         )
     return folder / name

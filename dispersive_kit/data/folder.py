@@ -1,4 +1,4 @@
-"""A folder of images of every kind, read one by one: listing, repair of the known oddities, ADM's crop."""
+"""Folders of image files of many kinds: listing, conversion of each file to upright RGB, ADM's crop."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ class ImageFolder:
 
     @property
     def sha256(self) -> str:
-        """Of the names: a folder that grew or shrank is another one."""
+        """Hash of the file names: it changes if a file is added or removed."""
         return hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
 
     def label(self, file: str) -> int:
@@ -41,10 +41,10 @@ class ImageFolder:
 
 
 def list_images(root: Path) -> ImageFolder:
-    """The images of a folder, at any depth: each real file once, through links to files and folders too.
+    """The images of a folder, at any depth. Links to files and folders are followed, and each file is listed once.
 
-    Hidden names, names that programs make, and what is no regular file are skipped; a warning says how many.
-    Raises DataError: no such folder, no image in it, or a folder that cannot be listed; train/, test/ and the like.
+    Hidden names, names made by programs, and all but regular files are skipped; a warning says how many.
+    Raises DataError: no such folder, no image in it, one that cannot be listed, or only train/, test/ and the like.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -73,7 +73,7 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
         name = (real or links).popleft()
         path, is_image = root / name, name.lower().endswith(endings)
         with reading(path):
-            if path.is_symlink() and not path.exists():  # a link that leads nowhere: its reader says so
+            if path.is_symlink() and not path.exists():  # a broken link: read_image reports it
                 files += [name] * is_image
                 continue
             found = path.stat()
@@ -103,7 +103,7 @@ def _class_of(file: str) -> str:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One file as read: uint8 (3, S, S), or why it could not be; `oddities` are what had to be put right."""
+    """One image file: pixels uint8 (3, S, S), or None and the `fault`; `oddities` lists what was converted."""
 
     file: str
     pixels: Tensor | None
@@ -114,7 +114,7 @@ class ImageFile:
 def read_image(root: Path, file: str, size: int) -> ImageFile:
     """Read, turn upright (EXIF), convert to RGB (transparency on white) and crop. A damaged file has a `fault`.
 
-    Raises DataError: the disk is at fault and not the file, which is not left out. ConfigError: no size.
+    Raises DataError: the disk cannot be read; then the file is not left out. ConfigError: size below 1.
     """
     if size < 1:
         raise ConfigError(f"image_size must be above 0, got {size}")
@@ -128,20 +128,20 @@ def read_image(root: Path, file: str, size: int) -> ImageFile:
     except MemoryError:
         raise
     except Exception as error:  # PIL documents OSError; damaged files raise SyntaxError, struct.error and more
-        said = re.sub(r" <_io.*?>", "", str(error))  # an address in memory is another one each time
+        said = re.sub(r" <_io.*?>", "", str(error))  # a memory address is different each time
         return ImageFile(file, None, fault=f"{type(error).__name__}: {said}" if content else "empty file")
     return ImageFile(file, _adm_crop(image, size), odd)
 
 
 def _upright_rgb(content: bytes) -> tuple[Any, tuple[str, ...]]:
-    """The PIL image, and what had to be put right."""
+    """The image as upright RGB, and what was converted."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as opened:
         image: Any = ImageOps.exif_transpose(opened)
         odd = [opened.mode] if opened.mode != "RGB" else []
         odd += ["EXIF-rotated"] if opened.getexif().get(0x0112, 1) != 1 else []  # the orientation tag
-        if image.mode.startswith("I;16"):  # which PIL's own conversion to RGB makes white
+        if image.mode.startswith("I;16"):  # PIL's own conversion to RGB would make it white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"32 bits a pixel (mode {image.mode}), of which nobody knows what is white")

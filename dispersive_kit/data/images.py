@@ -38,7 +38,7 @@ class ImageSet:
     classes: tuple[str, ...]  # name of each label
     source: str  # where it was read from
     resize: str = "none"  # what was done to the files, in words
-    drawn_from: int | None = None  # how many images the whole has, of which these were drawn
+    drawn_from: int | None = None  # size of the full set, if these images were drawn from it
 
     def __post_init__(self) -> None:
         x, y, top = self.images, self.labels, len(self.classes) - 1
@@ -55,7 +55,7 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        """Of images and labels, so that a number can name its data."""
+        """Hash of images and labels, so that a result can name its data."""
         return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
     def subset(self, index: Tensor) -> "ImageSet":
@@ -68,7 +68,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped, the one rule of the kit; DataError of NaN."""
+    """Float in [-1, 1] -> uint8: round(127.5 x + 127.5), clamped; DataError for NaN or infinity."""
     if wrong := int((~x.isfinite()).sum()):
         raise DataError(f"{wrong:,} of {x.numel():,} values are NaN or infinite: they are no picture")
     return (127.5 * x + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -89,7 +89,7 @@ def load_images(
     name: "digits" (8x8) and "photos" (32x32 crops of two photographs), both inside scikit-learn, "mnist", "cifar10",
     or the path of a folder of images. split: "train" or "test". A folder may hold `train/` and one of `test/`, `val/`,
     `valid/` and `validation/`, whose classes are those of `train/`; otherwise every tenth image is held out.
-    data_dir: where mnist and cifar10 lie; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
+    data_dir: folder of mnist and cifar10; `data_folder()` if not given. `NAME.npz` is preferred, then torchvision's
     own files, which may be downloaded. size: side to which images of a folder are resized and cropped.
     Raises DataError: unknown name or split; damaged file; not there (the message says where to put it).
     """
@@ -108,7 +108,7 @@ def load_images(
 
 
 def is_named_set(name: str) -> bool:
-    """Whether the kit has a set of this name; DataError if a folder here has it too, unless it is a trained run."""
+    """Whether the kit has a set of this name; DataError if a folder here has it too, unless it is a run folder."""
     named = name in (*BUNDLED_SETS, *TORCHVISION_SETS, *TOY_SETS)
     if named and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise DataError(
@@ -122,7 +122,7 @@ def _inside_scikit_learn(name: str) -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise DataError(f"{name[5:]} lie inside scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
+        raise DataError(f"{name[5:]} are part of scikit-learn: pip install 'dispersive-kit[notebooks]'") from error
     return getattr(datasets, name)()
 
 
@@ -159,7 +159,7 @@ def _packed(name: str, split: str, file: Path) -> ImageSet:
             images = torch.from_numpy(arrays["images"][keep]).permute(0, 3, 1, 2).contiguous()
             labels = torch.from_numpy(arrays["labels"][keep]).long()
             classes = tuple(str(c) for c in arrays["classes"])
-    except Exception as error:  # of a damaged archive numpy may raise almost any; the message shows it
+    except Exception as error:  # numpy may raise almost anything for a damaged file; the message shows it
         raise DataError(
             f"{file} cannot be read ({error}); it must hold images (N, H, W, C), labels, split and classes. "
             "Replace it, or delete it to use torchvision's own files"
@@ -170,7 +170,7 @@ def _packed(name: str, split: str, file: Path) -> ImageSet:
 def _torchvision(name: str, split: str, folder: Path, download: bool) -> ImageSet:
     from torchvision import datasets
 
-    try:  # torchvision checks the md5 of what it unpickles, and downloads nothing that is there
+    try:  # torchvision checks the md5 of what it unpickles, and downloads only what is missing
         found = getattr(datasets, name.upper())(folder, train=split == "train", download=download)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise DataError(

@@ -1,7 +1,7 @@
-"""A store of latents: shards of posterior mean and std in safetensors, spec.json that says what they are, and records/.
+"""A store of latents: shards of posterior mean and std in safetensors, spec.json, which describes them, and records/.
 
-A row of `posterior` (n, flips, 2, C, h, w) holds mean and std of the raw latents of an image and of its mirror image:
-a training step reads one place for an image. Shards are memory-mapped: the processes of a machine share what was read.
+A row of `posterior` (n, flips, 2, C, h, w) holds mean and std of the raw latents of an image and of its mirror image,
+so a training step reads one place per image. Shards are memory-mapped: the processes of a machine share their pages.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from dispersive_kit.errors import DataError
 
 SPEC, RECORDS, PLAN = "spec.json", "records", "plan.json"
 REPAIR = "Delete it and give the encode command again, which makes only what is missing"
-HELD_OUT_ROWS = 512  # at most; at most a tenth. ImageNet gives up 0.04 % of its images for them
+HELD_OUT_ROWS = 512  # at most, and at most a tenth of all rows; for ImageNet this is 0.04 %
 EXACT = ConfigDict(extra="forbid")
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, config=EXACT)
 class ShardCard:
-    file: Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]  # beside the spec, and nowhere else
+    file: Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]  # in the folder of the spec only
     rows: NonNegativeInt
     bytes: int
     sha256: str
@@ -67,7 +67,7 @@ class Spec:
 
     @property
     def sha256(self) -> str:
-        """Of everything in it, the shards' checksums among them."""
+        """Hash of all fields; these include the checksums of the shards."""
         told = {name: value for name, value in asdict(self).items() if name not in ("format", "spec_sha256")}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -96,7 +96,7 @@ def _read_spec(store: Path) -> Spec:
 
 
 class LatentStore:
-    """A finished store, open for reading; DataError if it is not whole, as far as spec and headers say."""
+    """A finished store, open for reading; DataError if its spec, file sizes or headers show that it is damaged."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -131,7 +131,7 @@ class LatentStore:
             raise DataError(f"{self.path}: {', '.join(faults)} damaged: the sha256 is not the one in {SPEC}. {REPAIR}")
 
     def check(self) -> Iterator[str]:
-        """Verify, and say what the store holds, in lines."""
+        """Verify the checksums, and yield lines that say what the store contains."""
         spec = self.spec
         self.verify()
         yield f"checksums of {len(spec.shards)} shards"
@@ -149,7 +149,7 @@ class LatentStore:
 
 
 def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
-    """`posterior` and `labels` of one file, as tensors that lie on the disk."""
+    """`posterior` and `labels` of one file, as memory-mapped tensors."""
     file = folder / shard.file
     with reading(file):
         if not file.is_file():
@@ -170,9 +170,9 @@ def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
 
 
 class Selection:
-    """The training or the held-out part ("test") of a store, and the order in which its rows come.
+    """The training part ("train") or the held-out part ("test") of a store, and the order of its rows.
 
-    The first rows of one fixed shuffle are held out, whatever the seed; DataError where there are too few rows for it.
+    The first rows of one fixed shuffle are held out, for every seed; DataError if the store has too few rows.
     """
 
     def __init__(self, store: LatentStore, part: str = "train") -> None:
@@ -202,11 +202,11 @@ def _key(*parts: object) -> NDArray[np.uint64]:
 
 
 def _shuffled(position: Rows, n: int, key: NDArray[np.uint64]) -> Rows:
-    """Where `position` (B,) goes in the permutation of 0..n-1 that `key` names, one for all or one for each.
+    """The new places of `position` (B,) in a permutation of 0..n-1, chosen by `key`: one key for all, or one for each.
 
-    The swap-or-not shuffle: in each round x has a partner K - x mod n, and one bit, drawn for the pair, says whether
-    the two change places. Hoang, Morris & Rogaway (arXiv 1208.1176). Not torch.randperm: that is 10 MB a time for
-    ImageNet, a step in the middle of an epoch would draw all of it, and what older runs held out must stay so.
+    The swap-or-not shuffle: in each round x has a partner K - x mod n, and one bit, drawn for the pair, decides whether
+    the two are swapped. Hoang, Morris & Rogaway (arXiv 1208.1176). torch.randperm would need 10 MB for ImageNet, draw
+    all of it for a step in the middle of an epoch, and change the rows that older runs held out.
     """
     x, size = position.astype(np.uint64), np.uint64(n)
     for number in range(32):
@@ -218,7 +218,7 @@ def _shuffled(position: Rows, n: int, key: NDArray[np.uint64]) -> Rows:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele et al. 2014); unsigned overflow is meant."""
+    """The finalizer of splitmix64 (Steele et al. 2014); unsigned overflow is intended."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,6 +1,6 @@
 """Generated 2-D sets: points (n, 2) in about [-2, 2]^2 and their class (n,).
 
-`GaussianMixture` also knows its own exact denoiser, so a trained network can be held against the truth.
+`GaussianMixture` also knows its own exact denoiser, so a trained network can be compared with the exact answer.
 """
 
 import math
@@ -81,7 +81,7 @@ TOY_SETS: dict[str, Callable[[int, torch.Generator | None], tuple[Tensor, Tensor
 
 
 def sample_toy(name: str, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw n points of the 2-D set `name`: x float32 (n, 2) and class y int64 (n,); DataError of an unknown name."""
+    """Draw n points of the 2-D set `name`: x float32 (n, 2) and class y int64 (n,); DataError for an unknown name."""
     if name not in TOY_SETS:
         raise DataError(f"unknown 2-D set {name!r}; there are: {', '.join(TOY_SETS)}")
     return TOY_SETS[name](n, torch.Generator().manual_seed(seed))

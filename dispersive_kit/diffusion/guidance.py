@@ -1,7 +1,7 @@
-"""Guidance: a callable `guidance(model, x, t)` that a sampler uses in the model's place.
+"""Guidance: a callable `guidance(model, x, t)` that a sampler calls instead of the model.
 
-t is a number where all samples share one time (fixed-step samplers), so that deciding costs no
-synchronisation, or a tensor (B,).
+t is a number where all samples share one time (fixed-step samplers), so that the comparison with the interval
+costs no synchronisation; otherwise it is a tensor (B,).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from dispersive_kit.diffusion.paths import expand
 from dispersive_kit.errors import ConfigError
 
-SLACK = 1e-6  # of an end of the interval: a step at 0.3 may come as 0.30000000000000004, or in float32
+SLACK = 1e-6  # tolerance at both ends of the interval: a time 0.3 may be 0.30000000000000004, or float32
 
 
 def times(t: float | Tensor, x: Tensor) -> Tensor:
@@ -26,12 +26,12 @@ def times(t: float | Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """Ho & Salimans, arXiv 2207.12598: away from the null class towards y (B,), both in one batch of 2B.
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) towards y (B,), in one batch of 2B.
 
-    null + scale (out of y - null) where t is in [low, high] (t = 1 is noise; the guidance interval of arXiv
-    2404.07724); elsewhere, or at scale 1, the model is called once with y. Every channel of x is guided (the public
-    DiT and SiT code guides the first three alone), a learned variance never.
-    Raises ConfigError: an interval that is none; y or a null class is missing where the scale is not 1.
+    Returns null + scale (given - null), of the outputs for the null class and for y, where t is in [low, high] (t = 1
+    is noise; the guidance interval of arXiv 2404.07724); elsewhere, or at scale 1, the output for y. All channels of x
+    are guided (the public DiT and SiT code guides the first three only), those of a learned variance are not.
+    Raises ConfigError: low and high are no interval in [0, 1]; y or a null class is missing and the scale is not 1.
     """
 
     y: Tensor | None

@@ -1,7 +1,7 @@
 """Training objectives with one interface: `loss, aux = objective(model, x0, y, draws=..., taps=...)`.
 
 Every random number is in `draws`, so a training loop can draw the global batch once and give each process
-its slice. The model is any callable `model(x_t, t, y)`; labels are dropped by whoever calls the objective.
+its slice. The model is any callable `model(x_t, t, y)`; the caller drops labels, for guidance.
 """
 
 import math
@@ -21,7 +21,7 @@ from dispersive_kit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one batch, first axis the sample: times t and r (B,), noise eps like x0; `draws[a:b]`."""
+    """The random numbers of one batch: times t and r (B,), noise eps shaped as x0; `draws[a:b]` selects samples."""
 
     t: Tensor
     eps: Tensor
@@ -33,7 +33,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Aux:
-    """What an objective saw: t (B,); per_sample (B,), the unweighted loss of each, detached; taps, with gradient."""
+    """Returned with the loss: t (B,); per_sample (B,), the unweighted losses, detached; taps, with gradient."""
 
     t: Tensor
     per_sample: Tensor
@@ -50,7 +50,7 @@ def _noise_like(x0: Tensor, generator: torch.Generator) -> Tensor:
 def _draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, mean: float = 0.0) -> Tensor:
     """(B,) times: uniform on [t_min, 1], or the logistic of N(mean, 1) (arXiv 2403.03206, section 3.1).
 
-    In float32 at least, and so is all that is computed from them: bf16 has 128 numbers between 1/2 and 1.
+    They, and all that is computed from them, are float32 or float64: bf16 has only 128 numbers between 1/2 and 1.
     """
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if how == "uniform":
@@ -66,7 +66,7 @@ def _draw_times(x0: Tensor, generator: torch.Generator, how: str, t_min: float, 
 def _predict(
     model: Callable, x: Tensor, t: Tensor, y: Tensor | None, taps: Sequence[int], channels: int, **times: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The model's output with its channels checked, and its taps; models that know no taps are never asked for them."""
+    """The model's output with its channels checked, and its taps; `taps` is an argument only if it is not empty."""
     args = (x, t) if y is None else (x, t, y)
     out = model(*args, taps=tuple(taps), **times) if taps else model(*args, **times)
     out, kept = out if taps else (out, ())
@@ -79,7 +79,7 @@ def _predict(
 
 
 class Objective(ABC):
-    """`draw(x0, generator)` gives the random numbers of a batch, and the call is a function of them."""
+    """`draw(x0, generator)` returns the random numbers of a batch; the loss is a function of them."""
 
     path: Path
 
@@ -111,7 +111,7 @@ class Objective(ABC):
 class FlowMatching(Objective):
     """Mean squared error of a prediction about x_t. "v" on the linear path is SiT's and rectified flow's objective.
 
-    prediction: "v", "x0", "eps", or "score", which is weighted by sigma^2 (denoising score matching), being unbounded.
+    prediction: "v", "x0", "eps", or "score", weighted by sigma^2 (denoising score matching), since it is unbounded.
     t_sampling: "uniform" or "logit_normal".
     """
 
@@ -130,7 +130,7 @@ class FlowMatching(Objective):
         t, eps = draws.t, draws.eps
         pred, kept = _predict(model, self.path.x_t(x0, eps, t).to(x0.dtype), t, y, taps, x0.shape[1])
         pred, targets = pred.to(t.dtype), {"v": self.path.velocity(x0, eps, t), "x0": x0, "eps": eps, "score": -eps}
-        if self.prediction == "score":  # which is unbounded
+        if self.prediction == "score":  # it is unbounded near the data
             pred = pred * self.path.sigma(expand(t, pred))
         per_sample = (pred - targets[self.prediction]).square().flatten(1).mean(1)  # (B,)
         return per_sample.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
@@ -140,8 +140,8 @@ class FlowMatching(Objective):
 class DDPM(Objective):
     """Ho et al. (arXiv 2006.11239, equation 14), the "simple" loss on eps; with learn_sigma Nichol & Dhariwal's hybrid.
 
-    learn_sigma: the model gives 2C channels, the second half in [-1, 1] choosing the log variance between
-    its bounds, and the variational bound, in bits per dimension, trains that half alone (arXiv 2102.09672,
+    learn_sigma: the model returns 2C channels. The second half, in [-1, 1], interpolates the log variance between
+    its bounds, and only this half is trained by the variational bound, in bits per dimension (arXiv 2102.09672,
     equations 15 and 16; the weight 0.001 there times T = 1000 timesteps is 1 here, as in DiT).
     """
 
@@ -166,11 +166,11 @@ class DDPM(Objective):
         return loss.mean(), Aux(t=t, per_sample=per_sample.detach(), taps=kept)
 
     def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, share: Tensor) -> Tensor:
-        """One term of the bound (B,) in bits per dimension: a KL of Gaussians, at the last timestep the likelihood."""
+        """One term of the bound (B,) in bits per dimension: a KL of Gaussians; at t = 1 / T, -log likelihood."""
         T = self.path.num_timesteps
         t = expand(t, x)
         a, b, _, step_var = self.path.posterior(t, t - 1 / T)
-        # Next to the data the posterior variance is 0: its neighbour stands in (arXiv 2102.09672, 3.1).
+        # At t = 1 / T the posterior variance is 0: that of t = 2 / T is used instead (arXiv 2102.09672, 3.1).
         late = t.clamp(min=2 / T)
         low = self.path.posterior(late, late - 1 / T)[2].log()
         log_var = (share + 1) / 2 * step_var.log() + (1 - share) / 2 * low
@@ -195,10 +195,10 @@ class MeanFlow(Objective):
     """u(x_t, r, t) = 1/(t - r) times the integral of v from r to t, from the identity u = v - (t - r) du/dt.
 
     The model is called as model(x, t, y, r=r). The time derivative is a Jacobian-vector product, so the
-    model must allow forward-mode differentiation (no activation checkpointing); the taps leave it through
-    has_aux, with their gradient. Under DDP give the wrapped model: the forward pass goes through it.
+    model must allow forward-mode differentiation (no activation checkpointing); the taps are returned by
+    has_aux, with their gradient. Under DDP give the wrapped model, whose forward pass prepares the reduction.
 
-    equal_share: part of the samples with r = t. power: weight 1 / (|error|^2 + 1e-3)^power, the error summed over the
+    equal_share: share of the samples with r = t. power: weight 1 / (|error|^2 + 1e-3)^power, the error summed over the
     dimensions. Logit-normal times have mean -0.4 before the logistic, as published.
     """
 
@@ -216,9 +216,9 @@ class MeanFlow(Objective):
     def loss(self, model: Callable, x0: Tensor, y: Tensor | None, draws: Draws, taps: Sequence[int]) -> LossAndAux:
         t, r, eps = draws.t, draws.r, draws.eps
         if r is None:
-            raise ConfigError("MeanFlow needs draws of its own, with r: use MeanFlow.draw")
+            raise ConfigError("MeanFlow needs draws with r: use MeanFlow.draw")
         x = self.path.x_t(x0, eps, t)
-        # DDP lays out its buckets anew in its second forward pass, which it cannot within a derivative: do it before.
+        # DDP rebuilds its buckets in its second forward pass, which fails inside jvp: do it here.
         if isinstance(model, DistributedDataParallel):
             model.reducer._rebuild_buckets()
         v = self.path.velocity(x0, eps, t)
@@ -226,7 +226,7 @@ class MeanFlow(Objective):
         def u(x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             return _predict(model, x.to(x0.dtype), t, y, taps, x.shape[1], r=r)
 
-        # The fused attention kernels have no forward-mode derivative; the plain mathematics has.
+        # The fused attention kernels have no forward-mode derivative; the MATH backend has one.
         with sdpa_kernel(SDPBackend.MATH):
             tangents = (v, torch.ones_like(t), torch.zeros_like(r))
             out, du_dt, kept = torch.func.jvp(u, (x, t, r), tangents, has_aux=True)  # type: ignore[misc]

@@ -1,9 +1,9 @@
 """Samplers with one signature: `sampler(model, x, ts, *, guidance=None, callback=None, seeds=None, **options)`.
 
-Each is a step from time t to an earlier time s, `step(f, x, t, s, **options)`, and `sample` walks along the times. x
-(B, ...) starts as noise (`initial_noise`) and ts falls from noise to data (`time_grid`). euler, heun, rk4 and dopri5
-take a model of the velocity; the others say in `prediction` what the model gives. Of a model with twice the channels,
-the second half, a learned variance, is read by ddpm(learned_variance=True) and dropped by the others.
+Each is a step from time t to an earlier time s, `step(f, x, t, s, **options)`, and `sample` loops over the times. x
+(B, ...) starts as noise (`initial_noise`); ts decreases from noise to data (`time_grid`). euler, heun, rk4 and dopri5
+need a model of the velocity, meanflow one of the average velocity; the others have `prediction`. If the model returns
+twice the channels, the second half is a learned variance: ddpm(learned_variance=True) uses it, the others drop it.
 """
 
 import functools
@@ -19,23 +19,23 @@ from dispersive_kit.diffusion.guidance import times
 from dispersive_kit.diffusion.paths import DDPM_LINEAR, LINEAR, Path, expand
 from dispersive_kit.errors import ConfigError
 
-NOISE_STREAM = 0x5DEECE66D  # sets the noise added on the way apart from the noise started from
+NOISE_STREAM = 0x5DEECE66D  # the noise that steps add is independent of the initial noise
 
 
 def time_grid(num_steps: int, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
-    """num_steps + 1 equal steps from t_max down to t_min, float64; on `DDPMPath` this is "trailing" spacing."""
+    """num_steps + 1 equally spaced times from t_max down to t_min, float64: on `DDPMPath`, "trailing" spacing."""
     if num_steps < 1:
         raise ConfigError(f"num_steps {num_steps} must be at least 1")
     return torch.linspace(t_max, t_min, num_steps + 1, dtype=torch.float64)
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(len(seeds), *shape) noise on the CPU; row i is a function of seeds[i] alone."""
+    """(len(seeds), *shape) noise on the CPU; row i depends on seeds[i] only."""
     return _draw_each([torch.Generator().manual_seed(int(s)) for s in seeds], shape).to(dtype)
 
 
 def _draw_each(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """One N(0, I) sample a generator, on the CPU in float32, so that devices and dtypes share it."""
+    """One N(0, I) sample from each generator, drawn on the CPU in float32: the same for all devices and dtypes."""
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
@@ -53,14 +53,14 @@ def sample(
 ) -> Tensor:
     """x = step(f, x, t, s, **options) from each time to the next; the loop of every sampler.
 
-    callback(i, s, x) sees x after each step. The state stays in the dtype of x, and an image depends on its own seed
+    callback(i, s, x) is called after each step. The state stays in the dtype of x, and an image depends on its own seed
     only.
-    Raises ConfigError: times that do not fall within [0, 1], channels of another number, no seeds where noise is added,
-        a guidance that cannot be had, and what a step says of itself.
+    Raises ConfigError: times that do not decrease within [0, 1], another number of channels, no seeds where noise is
+        added, guidance without y or null class, and the errors of the step.
     """
     grid = [float(t) for t in ts]
-    if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN is not above anything
-        raise ConfigError(f"ts must fall within [0, 1], from noise to data, and begins {grid[:3]}: use time_grid")
+    if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN fails every comparison
+        raise ConfigError(f"ts must decrease within [0, 1], from noise to data, and begins {grid[:3]}: use time_grid")
     f = _Field(model, guidance, seeds)
     for i, (t, s) in enumerate(pairwise(grid)):
         x = step(f, x, t, s, **options)
@@ -77,11 +77,11 @@ class _Field:
         self.generators = [torch.Generator().manual_seed(int(s) ^ NOISE_STREAM) for s in seeds or ()]
 
     def __call__(self, x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
-        """r: MeanFlow's model gives the velocity averaged from r to t."""
+        """Without a learned variance. r: MeanFlow's model returns the velocity averaged from r to t."""
         return self.all_channels(x, t, r)[:, : x.shape[1]]
 
     def all_channels(self, x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
-        """Those of a learned variance after the others."""
+        """With the channels of a learned variance, if the model has them, after the others."""
         model: Callable = self.model
         if r is not None:
             model = lambda x, t, *y: self.model(x, t, *y, r=torch.full_like(t, r))  # noqa: E731
@@ -105,7 +105,7 @@ def _sampler(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return sample(step, model, x, ts, **options)
 
     called_as = inspect.signature(run)
-    functools.update_wrapper(run, step).__dict__["__signature__"] = called_as  # its source is the step's
+    functools.update_wrapper(run, step).__dict__["__signature__"] = called_as  # inspect.getsource shows the step
     return run
 
 
@@ -144,8 +144,8 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) between any two times of any path; needs seeds.
 
-    The variance is that of the posterior, its lower bound; learned_variance: the model's second half of the channels
-    interpolates the logarithms of its bounds (arXiv 2102.09672, equation 15).
+    The variance is that of the posterior, its lower bound; learned_variance: the second half of the model's channels
+    interpolates between the logarithms of its two bounds (arXiv 2102.09672, equation 15).
     """
     a, b, low, high = path.posterior(_at(t), _at(s))
     out = f.all_channels(x, t)
@@ -153,7 +153,7 @@ def ddpm(
         raise ConfigError("learned_variance=True needs a model with learn_sigma, which has twice the channels")
     x0, _ = _x0_and_eps(out, x, t, path, prediction)
     mean = a * x + b * x0
-    if low <= 0:  # s is data: nothing left to draw
+    if low <= 0:  # s is the data: no noise is added
         return mean
     share = (out[:, x.shape[1] :] + 1) / 2 if learned_variance else 0.0
     return mean + (0.5 * (share * high.log() + (1 - share) * low.log())).exp() * f.noise(x)
@@ -193,7 +193,7 @@ def _x0_and_eps(out: Tensor, x: Tensor, t: float, path: Path, prediction: str) -
     """Data and noise in x, from the model's output."""
     if prediction in ("eps", "score") and path.alpha(_at(t)) < 1e-6:
         raise ConfigError(
-            f"at t = {t:g} x is pure noise, and a prediction of {prediction} says nothing about the data: begin at "
+            f"at t = {t:g} x is pure noise, and a prediction of {prediction} does not determine the data: begin at "
             "time_grid(n, t_max=1 - 1e-3)"
         )
     return path.x0_and_eps(out, x, _at(t), prediction)
@@ -201,7 +201,7 @@ def _x0_and_eps(out: Tensor, x: Tensor, t: float, path: Path, prediction: str) -
 
 @_sampler
 def meanflow(f: _Field, x: Tensor, t: float, s: float) -> Tensor:
-    """x_s = x - (t - s) u(x, r=s, t), MeanFlow's equation 12 (arXiv 2505.13447): exact in one step if u is."""
+    """x_s = x - (t - s) u(x, r=s, t), MeanFlow's equation 12 (arXiv 2505.13447): one step is exact if u is exact."""
     return x - (t - s) * f(x, t, r=s)
 
 
@@ -221,10 +221,10 @@ DOPRI5_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 5
 def dopri5(
     f: _Field, x: Tensor, start: float, end: float, rtol: float = 1e-5, atol: float = 1e-5, max_steps: int = 1000
 ) -> Tensor:
-    """Adaptive fifth order from each time to the next, so ts = [1, 0] leaves every step to it.
+    """Adaptive, fifth order, from each time of ts to the next; with ts = [1, 0] it chooses all steps itself.
 
-    Each sample has a step size of its own, and does not depend on its neighbours.
-    Raises ConfigError: the model returns NaN or infinity, or max_steps did not do.
+    Each sample has its own step size, and does not depend on the other samples.
+    Raises ConfigError: the model returns NaN or infinity, or max_steps is not enough.
     """
     t = times(start, x)
     h = end - t
@@ -239,7 +239,7 @@ def dopri5(
         error = error / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))
         size = error.square().flatten(1).mean(1).sqrt()  # (B,)
         if not bool(size.isfinite().all()):
-            raise ConfigError(f"dopri5 met NaN or infinity near t = {float(t.min()):.3g}: the model returned it")
+            raise ConfigError(f"dopri5 found NaN or infinity near t = {float(t.min()):.3g}: the model returned it")
         taken = size <= 1
         x, slope = torch.where(expand(taken, x), x_new, x), torch.where(expand(taken, x), ks[-1], slope)
         t = torch.where(taken, torch.where(h <= end - t, end, t + h), t)

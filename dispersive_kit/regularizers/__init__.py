@@ -1,4 +1,4 @@
-"""Dispersive Loss: the family as functions, the plug-in for any `nn.Module`, and what it is compared with."""
+"""Dispersive Loss: the functions, the plug-in for any `nn.Module`, and the methods it is compared with."""
 
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.losses import KINDS, PRESETS, RIVALS, LossOptions, dispersive_loss, floor

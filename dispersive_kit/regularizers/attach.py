@@ -22,16 +22,16 @@ class Dispersive(Attached):
 
     at: a dotted path, one with `*` in place of a name ("blocks.*"), a module of the model, or a list of these.
         None: from the list named `blocks`, block max(1, int(depth * n)) of n, counted from 1.
-    weight: lambda; 0 measures without touching the gradient. schedule: factor on it over the steps.
+    weight: lambda; with 0 the loss is measured and adds no gradient. schedule: factor on the weight, by step.
     select: which part of a tuple or dict output is z (B, ...): an index, a key, or a function of the output.
-    gather: all processes' batches are one dispersion batch; otherwise each has its own, as published.
-    group_size: images, in their order, that are one dispersion batch; the loss is the mean over these groups.
-    memory: rows of earlier micro-batches of the same `step` that are kept, detached, and repelled too.
+    gather: the batches of all processes form one dispersion batch; otherwise each has its own, as published.
+    group_size: number of consecutive images that form one dispersion batch; the loss is the mean over these groups.
+    memory: number of rows of earlier micro-batches of the same `step` kept, detached, and paired with the new rows.
     options: those of `dispersive_loss`.
 
-    With several taps the loss is their mean. The hook never raises, `loss()` does. One thing it cannot see: in a
-    model compiled as a whole, that a later layer writes over the tapped output in place.
-    Raises DispersiveError: unknown path or option, or options that do not fit each other.
+    With several taps the loss is the mean over them. Errors are raised by `loss()`, never by the hook. One error is not
+    detected: in a model compiled as a whole, a later layer that overwrites the tapped output in place.
+    Raises DispersiveError: unknown path or option, or options that contradict each other.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Dispersive(Attached):
 
     @classmethod
     def from_preset(cls, model: nn.Module, name: str, at: At = None, **overrides: Any) -> "Dispersive":
-        """With `PRESETS[name]`, changed by `overrides`; another kind comes with its own tau, unless given."""
+        """Attach with `PRESETS[name]` and `overrides`. A changed kind uses its own default tau, unless tau is given."""
         return cls(model, at, **preset_settings(name, overrides))
 
     @property
     def stats(self) -> Stats:
-        """What the last `loss()` in training saw. Raises DispersiveError: there was none yet."""
+        """Statistics of the last `loss()` in training mode. Raises DispersiveError: there was none yet."""
         if not self._records:
             raise DispersiveError(f"no statistics of {self.where} yet: call loss() in training first")
         return Stats(self._records)
@@ -98,7 +98,7 @@ class Dispersive(Attached):
         return weight * torch.stack(losses).mean() if weight else self._zero()
 
     def _groups(self, z: Tensor, t: Tensor | None, y: Tensor | None) -> list[tuple[Any, ...]]:
-        """Of each dispersion batch; what does not fit is left whole, and refused further on."""
+        """(z, t, y) of each dispersion batch; shapes that do not fit are not split, and `measure` raises."""
         size, labels = self.group_size, [label for label in (t, y) if label is not None]
         if not (size and z.ndim) or any(getattr(label, "shape", None) != z.shape[:1] for label in labels):
             return [(z, t, y)]
@@ -119,7 +119,7 @@ class Dispersive(Attached):
         return measured.loss
 
     def _remember(self, path: str, *new: Any) -> tuple[Any, ...]:
-        """z, t, y with what earlier micro-batches left, which carries no gradient."""
+        """z, t, y, followed by the rows kept from earlier micro-batches, which carry no gradient."""
         old = self._kept.get(path, (None,) * len(new))
         if old[0] is not None and old[0].shape[1:] != new[0].shape[1:]:
             raise DispersiveError(
@@ -132,7 +132,7 @@ class Dispersive(Attached):
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all processes in the order of rank; the backward sums every process's gradient for the own rows."""
+    """Rows of all processes in the order of rank; backward sums all processes' gradients of this process's rows."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Every process computes the same loss, and DDP and FSDP average: with the sum, the mean is the gradient
-        # of one process with the whole batch. The own slot's gradient alone would make 1 / W of it.
+        # Every process computes the same loss, and DDP and FSDP average the gradients. The average of these sums is
+        # the gradient of one process with the whole batch; without the sum it would be 1 / W of that.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         start = dist.get_rank() * ctx.rows
@@ -152,9 +152,9 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(z: Tensor) -> Tensor:
-    """z (B, ...) of every process as (W B, ...), differentiable; itself where there is one process.
+    """z (B, ...) of all W processes as (W B, ...), differentiable; z itself if there is one process.
 
-    Raises DispersiveError: no process group; on a CPU, where looking costs nothing, features that do not fit together.
+    Raises DispersiveError: no process group; different shapes or dtypes, which are compared on a CPU only.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DispersiveError(

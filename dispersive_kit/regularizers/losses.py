@@ -39,18 +39,18 @@ KINDS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4},  # JAX, local batch 16
     "official-pytorch": {"kind": "infonce_l2", "weight": 0.25, "tau": 1.0, "depth": 1.0},  # local batch 32
-    # For small models and short runs: of the eleven forms in study 3-why, tuned alike on 8 x 8 digits, the one with the
-    # least mean, and not shown to be better than no loss: Frechet distance 0.96 times as large, [0.90, 1.02], over nine
-    # seeds; 5.1 times with `paper`. At one learning rate for all it is equivalent to no loss at weights of 0.003 and
-    # below, and worse from 0.03 on (study 3b-dose).
+    # For small models and short training runs. Study 3-why tuned eleven forms in the same way on 8 x 8 digits. This one
+    # had the lowest mean Frechet distance: 0.96 times that of no loss, [0.90, 1.02], over nine seeds, which does not
+    # show that it is better (`paper`: 5.1 times). With one learning rate for all arms it is equivalent to no loss at
+    # weights of 0.003 and below, and worse from 0.03 on (study 3b-dose).
     "small": {"kind": "infonce_cosine", "weight": 0.01, "tau": 0.5, "pool": "mean", "depth": 1 / 4},
-    # After CARE, arXiv 2609.28561, whose repulsion is weighted by how alike the conditions are. Our reading of its
-    # abstract, which is all that we had: as `paper`, and a pair is repelled in proportion to how unlike its conditions
-    # are, which for classes is 1 or 0: not at all within one class. An image whose label was dropped repels all.
+    # After CARE, arXiv 2609.28561, which weights the repulsion of a pair by the similarity of its conditions. Only its
+    # abstract was available. Our reading: as `paper`, each pair weighted by the dissimilarity of its conditions. For
+    # classes this is 0 within a class and 1 otherwise. An image whose label was dropped repels all others.
     "care": {"kind": "infonce_l2", "weight": 0.5, "tau": 0.5, "depth": 1 / 4, "ignore_same_class": True},
 }
-# What it is compared with in training (rivals.py); weights and depths of a pilot on digits. layersync: the block at
-# `depth` is taught by the one at twice the depth.
+# The methods it is compared with in training (rivals.py); weights and depths are from a pilot study on digits.
+# layersync: the block at `depth` is aligned with the block at twice the depth.
 RIVALS: dict[str, dict[str, Any]] = {
     "repa": {"weight": 0.5, "depth": 1 / 2},
     "clean-patch": {"weight": 0.3, "depth": 1 / 2},
@@ -61,7 +61,7 @@ RIVALS: dict[str, dict[str, Any]] = {
 def preset_settings(
     name: str, overrides: Mapping[str, Any], presets: Mapping[str, dict[str, Any]] = PRESETS
 ) -> dict[str, Any]:
-    """`presets[name]`, changed by `overrides` and checked; another kind comes with its own tau, unless given."""
+    """`presets[name]` and `overrides`, checked. A changed kind uses its own default tau, unless tau is given."""
     check_choice("preset", name, tuple(presets))
     settings = dict(presets[name])
     if overrides.get("kind", settings.get("kind")) != settings.get("kind"):
@@ -76,7 +76,7 @@ def preset_settings(
 class LossOptions:
     """The options of `dispersive_loss`, checked.
 
-    Raises DispersiveError: unknown, out of range, or at odds with each other.
+    Raises DispersiveError: an option is unknown, out of range, or contradicts another one.
     """
 
     kind: str = "infonce_l2"
@@ -105,7 +105,7 @@ class LossOptions:
         elif self.of_channels and (self.t_window or self.ignore_same_class):
             why = "compares channels, not pairs of images: leave out t_window and ignore_same_class"
         elif self.norm_penalty and (kind.unit or self.normalize != "none"):
-            why = "sees normalised rows here, whose norm needs no penalty: leave out norm_penalty"
+            why = "has normalised rows here, so the norm needs no penalty: leave out norm_penalty"
         if why:
             raise DispersiveError(f"kind {self.kind!r} {why}")
 
@@ -204,20 +204,20 @@ def dispersive_loss(
 
 
 class Measured(NamedTuple):
-    """The loss (0-d, differentiable) and what else came out; `mass` and `tau` are nan where there is none."""
+    """The loss (0-d, differentiable) and intermediate results; `mass` and `tau` are nan for a kind that has none."""
 
     loss: Tensor
-    dropped: Tensor  # pairs i != j that did not count
-    mass: Tensor  # share of sum exp(-D / tau) that the pairs i != j hold
+    dropped: Tensor  # number of pairs i != j that do not count
+    mass: Tensor  # share of the pairs i != j in the sum of exp(-D / tau)
     tau: Tensor
-    gram: Tensor  # of the rows the loss saw, or of the first of them where they are many
+    gram: Tensor  # Gram matrix of the rows; of the first rows only, where there are many
     rows: int
     dim: int
 
 
 @torch._disable_dynamo  # as torch.compiler.disable, but does not import Dynamo (2 s) before something is compiled
 def measure(z: Tensor, options: LossOptions, *, t: Tensor | None = None, y: Tensor | None = None) -> Measured:
-    """`dispersive_loss` and what came out on the way."""
+    """`dispersive_loss` with its intermediate results."""
     _check_features(z, t, y)
     with full_precision(z.device):
         x = _rows_of(z, options)  # (R, dim)
@@ -239,13 +239,13 @@ def _check_features(z: Any, t: Any, y: Any) -> None:
         if label is not None and (not isinstance(label, Tensor) or label.shape != z.shape[:1]):
             given = tuple(label.shape) if isinstance(label, Tensor) else f"a {type(label).__name__}"
             raise DispersiveError(
-                f"{name} is {given} beside features {tuple(z.shape)}: give a tensor ({len(z)},), or, where the first "
-                "axis of the features is not the batch, turn it with select="
+                f"{name} is {given} for features {tuple(z.shape)}: give a tensor ({len(z)},), or, if the first axis of "
+                "the features is not the batch, transpose them with select="
             )
 
 
 def _rows_of(z: Tensor, options: LossOptions) -> Tensor:
-    """Rows (R, dim) that the pairs are made of: pooled, normalised, in the precision of the computation."""
+    """Rows (R, dim) whose pairs are compared: pooled, normalised, in the precision of the computation."""
     if options.pool != "none" or options.normalize == "layer":
         z = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z.reshape(len(z), -1, z.shape[-1])  # (B, N, C)
     dtype = compute_dtype(z)
@@ -272,7 +272,7 @@ def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: T
 def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
     if label is None:
         raise DispersiveError(f"{option} needs {name}: pass {name}= (B,)")
-    if label.device.type == "cpu" and not label.isfinite().all():  # elsewhere looking would make the device wait
+    if label.device.type == "cpu" and not label.isfinite().all():  # on a GPU the check would synchronise
         raise DispersiveError(f"{option} needs {name}, and it holds NaN or infinity: give finite numbers")
     return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
@@ -298,7 +298,7 @@ def distance(u: Tensor, kind: str, dim: int) -> Tensor:
 
 
 def _angular_slope(u: Tensor, tau: Tensor) -> Tensor:
-    """d(-D / tau) / du; sin(angle / 2) is kept off 0 and 1, where the angle has no derivative."""
+    """d(-D / tau) / du; sin(angle / 2) is kept away from 0 and 1, where the angle has no derivative."""
     s = (u / 4).clamp(min=1e-12, max=1 - 1e-7).sqrt()
     return (s * (1 - s.square()).sqrt()).mul_(-4 * math.pi * tau).reciprocal_()
 
@@ -318,7 +318,7 @@ SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
 
 
 def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y: Tensor | None) -> Measured:
-    """From the sum over the pairs i != j; the diagonal, where D is 0 exactly, is added in closed form."""
+    """The loss from the sum over the pairs i != j; the diagonal, where D is exactly 0, is added in closed form."""
     kernel, rows = _kernel_of(options.kind, tau, x.shape[1]), len(x)
     total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
     own = rows if options.with_diagonal else 0
@@ -337,12 +337,12 @@ def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y:
 
 
 def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
-    """From sum_mn C_mn^2 = |X X^T|_F^2 of rows whose products are covariances, or correlations."""
+    """The loss from sum_mn C_mn^2 = |X X^T|_F^2, rows scaled so that X^T X holds covariances or correlations."""
     (B, dim), of_correlations = x.shape, options.kind == "covariance"
     if B < 2:
         raise DispersiveError(f"kind {options.kind!r} needs a batch of at least 2")
     x = x - x.mean(0)
-    x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice: the first mean is rounded where the offset is large
+    x = (x - x.mean(0)) / math.sqrt(B - 1)  # twice, because a large mean is rounded
     variance = x.square().sum(0)
     if of_correlations:
         x = x / (variance + EPS).sqrt()
@@ -365,15 +365,15 @@ def floor(
     dim: int | None = None,
     dropped: int = 0,
 ) -> float:
-    """Lower bound of the loss of `batch` rows, -inf where there is none; reached where `dispersive_loss` says.
+    """Lower bound of the loss of `batch` rows, or -inf; `dispersive_loss` says for which features it is reached.
 
-    dim: that of the rows, for covariance. dropped: pairs i != j that do not count, of batch (batch - 1).
+    dim: width of the rows, for covariance. dropped: pairs i != j that do not count, out of batch (batch - 1).
     Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)
     own = batch if options.with_diagonal else 0
     if batch + own < 2 or options.scale == "auto":
-        raise DispersiveError(f"the floor of {batch} rows at tau={tau!r}: give rows with a pair, and tau as a number")
+        raise DispersiveError(f"no floor for {batch} rows at tau={tau!r}: give at least 2 rows, and tau as a number")
     if kind == "covariance":
         trace = 0.0 if own else 1 / dim if dim else 1 / (batch - 1)
         return 1 / max(1, min(batch - 1, dim or batch)) - trace
@@ -390,7 +390,7 @@ def floor(
 
 def _largest_mean(kind: str, B: int) -> float:
     """Largest mean of D over the pairs i != j: by Jensen it bounds the log-mean-exp."""
-    if kind == "angular":  # a random plane parts at most floor(B^2 / 4) of the B (B - 1) / 2 pairs
+    if kind == "angular":  # a random plane separates at most floor(B^2 / 4) of the B (B - 1) / 2 pairs
         return (B * B // 4) / (B * (B - 1) / 2)
     cosine = -1 / (B - 1)  # the simplex
     return -cosine if kind == "infonce_cosine" else 2 - 2 * cosine

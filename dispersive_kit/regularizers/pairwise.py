@@ -1,7 +1,7 @@
-"""Sums over all pairs of rows through one Gram product: what the pairwise losses are made of.
+"""Sums over all pairs of rows, computed from one Gram matrix. The pairwise losses are built from these sums.
 
-The released code takes `pdist`, which walks every pair apart and has no half precision. The Gram matrix of the
-centred rows is one matrix product, and its backward is another:
+The released code uses `pdist`, which computes each pair separately and does not support half precision. The Gram
+matrix of the centred rows is one matrix product, and its backward is another:
 d/dx_i sum_ij f(|x_i - x_j|^2) = 4 sum_j f'_ij (x_i - x_j), a graph Laplacian times the rows.
 """
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WHOLE = 2**24  # entries of R x R that are kept for backward; beyond, blocks of rows are worked out twice,
-BLOCK = 2**22  # of so many entries (a handful of 16 MiB matrices at a time)
-SMALL = 2**22  # multiply-adds of a Gram product up to which float64 costs next to nothing
-CORNER = 1024  # rows of the Gram matrix handed out for statistics
+WHOLE = 2**24  # up to so many entries, R x R is kept for backward; a larger one is computed in blocks, twice
+BLOCK = 2**22  # entries of one block; a few matrices of 16 MiB exist at a time
+SMALL = 2**22  # up to so many multiply-adds, a Gram product costs almost nothing more in float64
+CORNER = 1024  # rows of the Gram matrix that are returned for statistics
 
 
 class Kernel(NamedTuple):
@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which pairs i != j count: not those of one class y (R,), only those with |t_i - t_j| <= t_window."""
+    """Which pairs i != j count: those of two different classes y (R,), and with |t_i - t_j| <= t_window."""
 
     y: Tensor | None = None
     t: Tensor | None = None
@@ -71,15 +71,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class PairSum(torch.autograd.Function):
-    """Of rows x (R, D): (sum or log-sum-exp of the kernel over the pairs, pairs dropped, corner of the Gram).
+    """Of rows x (R, D): (sum or log-sum-exp of the kernel over pairs, number dropped, corner of the Gram matrix).
 
-    Keeps the centred rows and, up to `WHOLE`, the derivative f' of every pair.
+    Saves the centred rows for backward and, up to `WHOLE` entries, the derivative f' of every pair.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Kernel, pairs: Pairs) -> tuple[Tensor, ...]:
         with full_precision(x.device):
-            # Distances do not see a shift, and the product of centred rows has four digits more.
+            # A shift does not change distances, and the product of centred rows has four more correct digits.
             rows = x if kernel.inner else x - x.mean(0)
             squared = torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
             blocks, weight, sums, drops, corner = _split(len(x)), None, [], [], None
@@ -102,7 +102,7 @@ class PairSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        # Refused also where `grad` is a constant, and a second derivative would silently lack this part.
+        # Raises in a second derivative also if `grad` is a constant; the result would silently lack this term.
         return PairSum._backward(ctx, grad.detach().requires_grad_() if torch.is_grad_enabled() else grad)
 
     @staticmethod
@@ -152,7 +152,7 @@ def _symmetric_product(rows: Tensor) -> Tensor:
 
 
 def _log_sum_exp(f: Tensor) -> Tensor:
-    """Finite, with a softmax of zero, where no pair counts."""
+    """log-sum-exp of f; where no pair counts it is finite, and its softmax is zero."""
     info = torch.finfo(f.dtype)
     top = f.max().clamp(min=info.min / 2)
     return (f - top).exp_().sum().clamp(min=info.tiny).log() + top

@@ -1,4 +1,4 @@
-"""What Dispersive Loss is compared with: a placebo of norms, LayerSync, REPA, and a head for clean patches."""
+"""The methods that Dispersive Loss is compared with: a norm placebo, LayerSync, REPA, a head for clean patches."""
 
 import math
 from abc import abstractmethod
@@ -16,11 +16,11 @@ from dispersive_kit.regularizers.taps import At, Attached
 
 
 class NormMatched(Dispersive):
-    """weight * (log RMS(z) - log rms)^2: a placebo that gives the features a size, and spreads nothing.
+    """weight * (log RMS(z) - log rms)^2: a placebo that sets the size of the features and does not spread them.
 
-    Set `rms` to what features reach under Dispersive Loss, and all that follows from their size alone follows here
-    too. Used as `Dispersive` is; `stats` are those of Dispersive Loss with the same options, which is not added.
-    Raises DispersiveError: rms not above 0; else as `Dispersive`.
+    With `rms` set to the value reached under Dispersive Loss, all effects of the size alone appear here too. Used
+    like `Dispersive`; `stats` are those of Dispersive Loss with the same options, which is measured but not added.
+    Raises DispersiveError: rms not above 0; otherwise as `Dispersive`.
     """
 
     def __init__(self, model: nn.Module, at: At = None, *, rms: float, **options: Any) -> None:
@@ -40,18 +40,18 @@ class _Rival(Attached):
     def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor:
         term = self._term(features, x0)
         self.value = term.detach()
-        if term.device.type == "cpu" and not term.isfinite():  # elsewhere a look would make the device wait
+        if term.device.type == "cpu" and not term.isfinite():  # on a GPU the check would synchronise
             raise DispersiveError(f"taps {self.where}: the loss is {float(self.value)}: lower the learning rate")
-        return weight * term  # also of a zero weight: DDP waits for a gradient of each parameter
+        return weight * term  # also at weight 0: DDP waits for a gradient of every parameter
 
     @abstractmethod
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor: ...
 
 
 class LayerSync(_Rival):
-    """weight * -E cos(shallow token, deep token without gradient): a deeper block teaches an earlier one.
+    """weight * -E cos(shallow token, deep token without gradient): an earlier block learns from a deeper one.
 
-    Used as `Dispersive` is. options: weight, select, schedule.
+    Used like `Dispersive`. options: weight, select, schedule.
     """
 
     def __init__(self, model: nn.Module, shallow: str | nn.Module, deep: str | nn.Module, **options: Any) -> None:
@@ -72,9 +72,9 @@ class LayerSync(_Rival):
 class REPA(_Rival):
     """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
 
-    Used as `Dispersive` is, with loss(x0=x0). encoder: any callable of the clean images, giving (B, E), aligned with
-    the mean of the tokens, or (B, N, E), token by token. projector: from the block's width to E (the paper's: three
-    layers with SiLU); its parameters belong into the optimizer. options: weight, depth, select, schedule.
+    Used like `Dispersive`, with loss(x0=x0). encoder: any function of the clean images that returns (B, E), compared
+    with the mean of the tokens, or (B, N, E), compared token by token. projector: from the block's width to E (in the
+    paper three layers with SiLU); add its parameters to the optimizer. options: weight, depth, select, schedule.
     """
 
     squared = False
@@ -99,7 +99,7 @@ class REPA(_Rival):
             target = self.encoder(x0)
         for path, z in zip(self.paths, features, strict=True):
             tokens = z.flatten(2).transpose(1, 2) if z.ndim > 3 else z  # (B, N, C)
-            if not torch.is_autocast_enabled(tokens.device.type):  # a block under autocast gives bf16, also outside it
+            if not torch.is_autocast_enabled(tokens.device.type):  # under autocast the block returned bf16
                 tokens = tokens.to(next((p.dtype for p in self.projector.parameters()), tokens.dtype))
             if target.ndim == 2 and tokens.ndim == 3:
                 tokens = tokens.mean(1)
@@ -108,7 +108,7 @@ class REPA(_Rival):
 
 
 class CleanPatch(REPA):
-    """weight * E |projector(token) - its patch of the clean image|^2 / dim: the block is to see through the noise.
+    """weight * E |projector(token) - its patch of the clean image|^2 / dim: the block learns to predict it.
 
     projector: a linear map from the block's width to the C p p values of a patch of side p = `patch_size`.
     """

@@ -1,4 +1,4 @@
-"""Statistics of what the regulariser saw, and depth use of each block, without a wait for the device."""
+"""Statistics of the features that were regularised, and depth use of each block, without waiting for the device."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, floor
 from dispersive_kit.regularizers.taps import block_list
 
-AT_FLOOR = 1e-3  # share of sum exp(-D / tau) of the pairs i != j below which the gradient is almost zero
+AT_FLOOR = 1e-3  # below this share of the pairs i != j in the sum of exp(-D / tau), the gradient is almost zero
 VITALS = 5
 
 
@@ -69,12 +69,12 @@ def _effective_rank(gram: Tensor) -> float:
 
 
 class Stats:
-    """Of the last `loss()`, as attributes, the mean over taps: unweighted loss, floor, gap (loss - floor),
-    off_diagonal_mass, feature_rms (of the raw features), effective_rank (of the rows the loss saw, the first
-    1,024 of them), batch_size (the dispersion batch), pairs, tau, weight (lambda times schedule).
+    """Statistics of the last `loss()` as attributes, means over taps: unweighted loss, floor, gap (loss - floor),
+    off_diagonal_mass, feature_rms (of the raw features), effective_rank (of the first 1,024 rows of the loss),
+    batch_size (of the dispersion batch), pairs, tau, weight (lambda times schedule).
 
-    Nothing is copied from the device until the first number is read, and then all, once. `read()` gives them
-    as a dict.
+    Nothing is copied from the device until the first value is read; then all values are copied, once. `read()`
+    returns them as a dict.
     """
 
     def __init__(self, records: list[Record]) -> None:
@@ -97,7 +97,7 @@ class Stats:
 
 
 class Watch:
-    """Raises on NaN and warns once at the floor: at once on a CPU, elsewhere a step later, without waiting."""
+    """Raises on NaN, warns once at the floor: at once on a CPU, on an accelerator one step later, without waiting."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, Any, list[Record]] | None = None
@@ -125,10 +125,10 @@ class Watch:
                 )
             why = ""
             if dropped >= record.rows * (record.rows - 1):
-                why = "ignore_same_class and t_window leave no pair of this batch: take a larger batch or window"
+                why = "ignore_same_class and t_window leave no pair of this batch: use a larger batch or window"
             elif KINDS[record.options.kind].log and mass < AT_FLOOR:
-                why = "the features have grown apart beyond what tau sees, and the gradient is almost zero: "
-                why += "diagonal=False, tau='auto', or a kind blind to scale (infonce_cosine)"
+                why = "the distances are large compared with tau, so the gradient is almost zero: "
+                why += "use diagonal=False, tau='auto', or a kind that ignores scale (infonce_cosine)"
             if why and not self._warned:
                 self._warned = True
                 warnings.warn(f"Dispersive Loss, tap {record.path!r}: {why}", stacklevel=5)
@@ -136,20 +136,20 @@ class Watch:
 
 @contextlib.contextmanager
 def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """RMS of each block's update over RMS of the residual stream that it enters.
+    """RMS of each block's update, divided by the RMS of the residual stream at its input.
 
         with torch.no_grad(), depth_use(model) as use:
-            model(x, t, y)          # at the noise level that is asked about
+            model(x, t, y)          # at the noise level of interest
         use                         # {"blocks.0": 0.4, ...}: 0-d tensors, of each block's last call
 
-    One large number and small ones after it say that this block has taken over the stream. Compare with the same
-    network at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is
-    the first tensor that it is given, and the first that it returns. What is compiled runs uncompiled inside.
+    If one value is large and those after it are small, this block dominates the stream. Compare with the same network
+    at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the
+    first tensor that it is given, and the first that it returns. Compiled modules run uncompiled inside `with`.
     Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
     handles = [b.register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p, b in blocks.items()]
-    compiles = "torch._dynamo" in sys.modules  # else nothing was compiled, and asking would import it (2 s)
+    compiles = "torch._dynamo" in sys.modules  # else nothing was compiled, and the call would import it (2 s)
     try:
         with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
             yield use

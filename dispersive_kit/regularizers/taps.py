@@ -1,4 +1,4 @@
-"""Modules found by path, hooked, and read, and a schedule: what every regulariser on inner activations needs."""
+"""Taps on modules found by path, and a schedule of the weight: the base of every regulariser of activations."""
 
 import copy
 import difflib
@@ -27,12 +27,12 @@ LAYERS = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, *LAYERS)
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
 SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
-Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with how often each was written to
+Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with their version counters
 UNSEEN = (
-    "has captured nothing since the last loss(): call the model in training mode inside `with`. If you did, it does "
-    "not call this module, or torch.compile had compiled it before the hook was set: attach before the first call, or "
-    "torch.compiler.reset() after attaching, or compile block by block. A compiled copy of the model (an average) "
-    "that is called with gradients on hides the hook too: call it under no_grad"
+    "has captured nothing since the last loss(): call the model in training mode inside `with`. If you did, the model "
+    "does not call this module, or torch.compile compiled it before the hook was set: attach before the first call, or "
+    "call torch.compiler.reset() after attaching, or compile block by block. A compiled copy of the model (an average) "
+    "that is called with gradients on also hides the hook: call it under no_grad"
 )
 
 
@@ -41,7 +41,7 @@ class Schedule:
     """Factor on the weight of a regulariser at an optimizer step counted from 0.
 
     constant: 1. warmup: min(1, (step + 1) / steps). cosine-to-zero: (1 + cos(pi min(1, step / steps))) / 2.
-    stop-at: 1 before `steps`, then 0 (HASTE: stop once it hurts).
+    stop-at: 1 before `steps`, then 0 (early stopping, as in HASTE).
     """
 
     shape: str = "constant"
@@ -68,8 +68,8 @@ class Schedule:
 class _Tap:
     """A forward hook that keeps the first output of its module while armed, and never raises.
 
-    A copy of the model (an EMA by deepcopy) carries the same hook: the check of the module's identity keeps the copy
-    from writing here.
+    A copy of the model (an EMA by deepcopy) has the same hook. The check `module is not self.module` ignores calls of
+    the copy.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
@@ -84,7 +84,7 @@ class _Tap:
         versions = []
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1 or threading.current_thread() is not self.thread:
-                return  # a checkpoint recomputes this module inside backward; an evaluation runs beside the training
+                return  # recomputed in backward by activation checkpointing, or evaluated in another thread
             tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
             versions = [(one, one._version) for one in tensors if not one.is_inference()]
         self.output = output, versions
@@ -94,7 +94,7 @@ class _Tap:
 
 
 class Attached:
-    """Taps on a model: armed by `with`, read once a call, taken off by `remove()`."""
+    """Taps on a model: armed by `with`, read by `loss()`, removed by `remove()`."""
 
     def __init__(
         self,
@@ -111,11 +111,11 @@ class Attached:
             raise DispersiveError(f"schedule is a {type(schedule).__name__}: give a Schedule, or None")
         self.model, self.select, self.weight, self.schedule = model, select, weight, schedule or Schedule()
         self.taps = _find_taps(model, at, depth, select)
-        self._thread: threading.Thread | None = None  # which has armed it, until loss()
-        self._removed = self._told = False  # told: that it is 0 in eval mode
+        self._thread: threading.Thread | None = None  # the one that armed the taps, until loss()
+        self._removed = self._told = False  # told: warned that it is 0 in eval mode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Attached anew, to the copy of the model; a copy of taps would be those of the original."""
+        """Attached to the copy of the model; copied taps would still be hooks of the original."""
         twin = copy.copy(self)
         memo[id(self)] = twin
         for name, value in vars(self).items():
@@ -127,7 +127,7 @@ class Attached:
         return twin
 
     def _forget_all(self) -> None:
-        """What a subclass has measured: a copy begins without it, as its taps do."""
+        """Clear what a subclass has measured: a copy starts without it."""
 
     @property
     def paths(self) -> list[str]:
@@ -139,7 +139,7 @@ class Attached:
 
     @property
     def captured(self) -> list[Tensor]:
-        """Features z (B, ...) of the last armed call, one a tap, until `loss()` takes them."""
+        """Features z (B, ...) of the last armed call, one for each tap, until `loss()` takes them."""
         return [_pick(tap.output[0], self.select) for tap in self.taps if tap.output is not None]
 
     def __enter__(self) -> Self:
@@ -156,14 +156,14 @@ class Attached:
             self._let_go()
 
     def _let_go(self) -> list[Captured | None]:
-        """Forgets what was captured, and hands it out."""
+        """Clear the captured outputs, and return them."""
         outputs, self._thread = [tap.output for tap in self.taps], None
         for tap in self.taps:
             tap.output = None
         return outputs
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Remove the hooks from the model."""
         for tap in self.taps:
             tap.armed = False
             tap.handle.remove()
@@ -172,7 +172,7 @@ class Attached:
 
     def _require_hooks(self) -> None:
         if self._removed:
-            raise DispersiveError(f"the taps {self.where} were removed: attach anew")
+            raise DispersiveError(f"the taps {self.where} were removed: attach again")
         if self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
             why = "were armed by another thread, which has not called loss() yet"
             raise DispersiveError(f"the taps {self.where} {why}: give each thread a model and regulariser of its own")
@@ -186,11 +186,11 @@ class Attached:
         step: int | None = None,
         taps: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Weighted loss (0-d) of what was captured last; zero in eval, which is said once where gradients are on.
+        """Weighted loss (0-d) of what was captured last; zero in eval mode, with one warning if gradients are on.
 
         x0: clean images, for REPA and CleanPatch. t, y: (B,), for t_window and ignore_same_class. step: the optimizer
         step, for schedule and memory. taps: features (B, ...) that the model returned itself, in the order of `paths`,
-        instead of captured.
+        used instead of the captured ones.
         Raises DispersiveError: nothing captured or given; no gradient; a batch of one; NaN (on an accelerator one step
             late); shapes or labels that do not fit. The message names the tap and the cure.
         """
@@ -215,7 +215,7 @@ class Attached:
         return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
 
     def _take(self, taps: Sequence[Tensor] | None) -> list[Tensor]:
-        """One z (B, ...) a tap, with gradient, captured or given."""
+        """One z (B, ...) for each tap, with gradient, captured or given."""
         outputs = self._let_go()
         if taps is None:
             return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
@@ -240,7 +240,7 @@ class Attached:
             )
         elif self.weight and not z.requires_grad:
             why = (
-                "the loss would do nothing, for it carries no gradient: it was computed under no_grad, or inside a "
+                "the loss would do nothing, because its output has no gradient: it was computed under no_grad, in a "
                 "reentrant checkpoint (use use_reentrant=False), or by frozen parameters only (tap a later block). "
                 "weight=0 measures without a gradient"
             )
@@ -257,9 +257,9 @@ class Attached:
 
 
 def _overwritten(z: Tensor, versions: list[tuple[Tensor, int]]) -> bool:
-    """Whether a module's output was written to after it returned, where it is z or shares its memory.
+    """Whether an output tensor that is z, or shares memory with z, was overwritten after the module returned.
 
-    What `select` computed from the output shares no memory with it: then any tensor of the output counts.
+    If `select` computed z from the output, no memory is shared: then every tensor of the output is checked.
     """
     own = [one for one in versions if one[0] is z]
     if versions and not own:
@@ -272,10 +272,10 @@ def _pick(output: Any, select: Select) -> Tensor:
     """z of a module's output: the tensor, the only tensor of a tuple, or what `select` says."""
     kind = type(output).__name__
     if isinstance(select, int | str) and isinstance(output, Tensor):
-        raise DispersiveError(f"select={select!r} would cut into the output, a tensor already: leave select out")
+        raise DispersiveError(f"select={select!r} would index the output, which is a tensor: leave select out")
     try:
         z = select(output) if callable(select) else output if select is None else output[select]
-    except Exception as error:  # whatever a user's own function may raise
+    except Exception as error:  # a user's function may raise anything
         raise DispersiveError(f"select={select!r} fails on its output, a {kind}: {error!r}; correct select") from error
     if select is None and isinstance(output, tuple | list):
         tensors = [part for part in output if isinstance(part, Tensor)]
@@ -308,7 +308,7 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
 
 
 def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Select) -> None:
-    """Neither the module, nor one inside it, nor one of torch's around it, may have the batch on its second axis."""
+    """Raise if the module, one inside it, or a torch sequence module around it has the batch on its second axis."""
     own, around = modules[path], [modules[path[:i]] for i, letter in enumerate(path) if letter == "."]
     parts = [part for one in (own, *around) if one is own or isinstance(one, SEQUENCES) for part in one.modules()]
     late = [type(part).__name__ for part in parts if getattr(part, "batch_first", None) is False]
@@ -330,7 +330,7 @@ def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _bare(name: str) -> str:
-    """A path without the names that wrappers put in: 'module.blocks.2' is 'blocks.2'."""
+    """A path without the names that wrappers add: 'module.blocks.2' is 'blocks.2'."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -338,11 +338,11 @@ def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
     names = ", ".join(list(modules)[:8])
     paths, hint = [], f"at= holds a {type(one).__name__}: give paths such as 'blocks.2', or modules"
     if isinstance(one, nn.Module):
-        compiled = getattr(one, "_orig_mod", one)  # `modules` has the block itself, not what torch.compile put round it
+        compiled = getattr(one, "_orig_mod", one)  # `modules` has the block, not the wrapper of torch.compile
         paths = [path for path, module in modules.items() if module in (one, compiled)][:1]
         hint = f"at= is a {type(one).__name__} that is not inside the model: take a module from it ({names}, ...)"
     elif isinstance(one, str):
-        patterns = _bare(one).split(".")  # a * stands for one name
+        patterns = _bare(one).split(".")  # a * matches one name
         long = [path.split(".") for path in modules if path.count(".") + 1 == len(patterns)]
         paths = [".".join(parts) for parts in long if all(map(fnmatch.fnmatchcase, parts, patterns))]
         near = ", ".join(difflib.get_close_matches(one, list(modules), 3))
@@ -364,7 +364,7 @@ def block_list(model: nn.Module, at: str | None = None) -> dict[str, nn.Module]:
 
 
 def block_at(model: nn.Module, depth: float) -> str:
-    """depth 1/4 of 12 blocks is the third, `blocks.2`."""
+    """Path of the block at a relative depth: 1/4 of 12 blocks is the third, `blocks.2`."""
     check_number("depth", depth, above=0.0)
     blocks = list(block_list(model))
     if depth > 1:

@@ -231,7 +231,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_image(tmp_path):
     encoder = Encoder(root, "patches", tmp_path / "store", **SMALL)
     assert len(encoder.folder.files) == 12
     away = root.rename(tmp_path / "elsewhere")  # as a network folder may be
-    with pytest.raises(DataError, match=r"png cannot be read \(No such file or directory\): see to the disk"):
+    with pytest.raises(DataError, match=r"png cannot be read \(No such file or directory\): check the disk"):
         encode(encoder)
     away.rename(root)
     assert make(root, tmp_path / "store").spec.images["left_out"] == []

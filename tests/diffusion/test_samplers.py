@@ -232,7 +232,7 @@ NOISE = [
     for prediction in ("eps", "score")
 ]
 TIMES = [
-    (partial(ddim, IDENTITY, ts=ts), rf"ts must fall within \[0, 1\].*{ts[0]}")
+    (partial(ddim, IDENTITY, ts=ts), rf"ts must decrease within \[0, 1\].*{ts[0]}")
     for ts in ([0, 0.5, 1], [999, 500, 0], [1.0, math.nan, 0.0], [1.0], [0.5, 0.5], [1.0, -0.1])
 ]
 

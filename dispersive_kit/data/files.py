@@ -63,10 +63,12 @@ def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Pa
             yield partial
             for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
                 _flush(path)
-            if target.is_dir():  # a folder cannot be replaced in one operation
-                _remove(target.rename(target.with_name(f"{PARTIAL}removed-{target.name}")))
+            old = target.with_name(f"{PARTIAL}removed-{target.name}")
+            if target.is_dir():  # a folder cannot be replaced in one operation: for a moment there is none
+                target.rename(old)
             partial.replace(target)
             _flush(target.parent)
+            _remove(old)
         finally:
             _remove(partial)
 

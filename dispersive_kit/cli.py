@@ -34,7 +34,7 @@ def train(
 
     Args:
         out: Folder of the run.
-        preset: All settings at once. What is given beside it replaces single settings.
+        preset: Name of a complete set of settings. The other options replace single settings of it.
         regularizer: none; a Dispersive Loss: paper, official-pytorch, small or care; or a rival: repa, clean-patch or
             layersync. Default: that of the preset.
         resume: Continue the run in this folder, or start one if there is none.
@@ -78,9 +78,9 @@ def sample(
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
 ) -> None:
-    """Draw images from a trained run or a published checkpoint: a grid of the first hundred, and one .npz.
+    """Draw images from a trained run or a published checkpoint.
 
-    The .npz holds arr_0, uint8 NHWC.
+    Writes a picture of the first 100 images, and all images as one .npz with the array arr_0, uint8 NHWC.
 
     Args:
         run: Folder of a trained run, or name of a shipped one (digits-base).
@@ -94,8 +94,8 @@ def sample(
         guidance: Guidance acts between these two times; 0 is data, 1 is noise.
         seed: Seed of the first image; image i has seed + i.
         weights: The running average (ema), or the weights of the last step (model).
-        vae: Folder or hub id of the autoencoder that decodes latents. A published checkpoint needs it; a run only if
-            the autoencoder was moved, and then its weights must be the same.
+        vae: Folder or hub id of the autoencoder that decodes latents. A published checkpoint needs it. A run needs it
+            only if its autoencoder was moved; the weights must be the same.
     """
     import numpy as np
     import torch
@@ -138,7 +138,7 @@ def _drawn_from(run: Path | None, published: Path | None, weights: str, vae: str
         return net, net.objective, load_autoencoder(vae, device=this_process().device).images, published.name
     net, card = load_run(str(run), weights=weights)
     if len(net.sample_shape) != 3:
-        raise ConfigError(f"{run} was trained on points in the plane, not on images: notebook 02 samples those")
+        raise ConfigError(f"{run} was trained on points in the plane, not on images: for points, see notebook 02")
     decode = decoder_of(card, device=this_process().device, path=vae)
     return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
 
@@ -157,23 +157,23 @@ def evaluate(
     data: str | None = None,
     vae: str | None = None,
 ) -> None:
-    """Measure samples: a panel of distances to real images, each with interval, floor and record.
+    """Measure samples: distances to real images, each with its interval, its floor (of real images) and its record.
 
     Args:
         run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
         out: JSON file for the records. Default: a file beside the samples, named after the settings.
-        extractor: Feature space; it is part of each number's name. auto: up to 32 pixels a classifier, trained in a
-            minute; for larger images EfficientNet, about 0.1 s per image on one core. inception: its weights must lie
-            in the data folder.
+        extractor: Feature space; it is part of each number's name. auto: a classifier for images of up to 32 pixels
+            (trained in a minute), EfficientNet for larger ones (about 0.1 s per image on one core). inception: its
+            weights must be in the data folder.
         metrics: panel: all metrics. FD: the Frechet distance alone. FID: the same, by the published protocol only.
         reference: Real images to compare with: test, train, or an .npz with their mean and covariance (mu and sigma, as
             in ADM's VIRTUAL_imagenet256_labeled.npz), which gives the Frechet distance alone, without a floor.
         num: Number of generated images, classes in turn. From a larger .npz, this many are drawn at random.
-        num_steps: Steps of the sampler that fits the run's objective.
+        num_steps: Steps of the default sampler of the run's objective.
         cfg_scale: Classifier-free guidance; 1 is none.
         seed: Seed of the first image; image i has seed + i.
-        memorisation: Also measure how near samples come to training images, beside held-out images.
-        data: Data set to compare the samples of an .npz with; a run knows its own.
+        memorisation: Also measure how near samples are to training images, compared with held-out images.
+        data: Data set to compare the samples with. Default: that of the run. An .npz of samples has no default.
         vae: New place of the autoencoder of a run on latents, if it was moved. Its weights must be the same.
     """
     from dispersive_kit.data.files import require_writable
@@ -186,7 +186,7 @@ def evaluate(
     how = Evaluation(extractor, metrics, reference, num, num_steps, cfg_scale, seed, memorisation, data, vae)
     if out:
         require_writable(out)
-    elif run_folder(run).exists():  # anything else is named by what follows
+    elif run_folder(run).exists():  # for a run that does not exist, `measure` raises the error
         require_writable(record_folder(run) / "evaluation.json")
     records = measure(run, how)
     if this_process().is_main_process:
@@ -231,7 +231,7 @@ def encode(
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(images, vae, out, image_size, flip, dtype, shard_size, batch_size, device)
     number, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if number == 0:  # a folder too high or too low, and a disk too small, are seen here, before the night
+    if number == 0:  # show a wrong level of folders or a full disk before the long work
         classes = encoder.folder.classes
         total, size = store_size(len(encoder.folder.files), encoder.shape, flip=flip, shard_size=shard_size)
         missing = (total - sum((out / shard).stat().st_size for shard in encoder.finished())) / 1e6
@@ -290,7 +290,7 @@ def main(args: Sequence[str] | None = None) -> None:
             _run(list(sys.argv[1:] if args is None else args))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # what read it has ended, such as `head`
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
@@ -307,13 +307,13 @@ def _run(args: list[str]) -> None:
     except KitError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
-    except OSError as error:  # a folder that is a file, that may not be written, a full disk
+    except OSError as error:  # such as a file in place of a folder, a missing permission, a full disk
         if isinstance(error, BrokenPipeError):
-            print(flush=True)  # which fails again where it is the pipe that is printed to
+            print(flush=True)  # raises again if stdout is the broken pipe: see `main`
         print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print("interrupted; go on with the same command, and --resume where it has that", file=sys.stderr)
+        print("interrupted; to continue, give the same command again, with --resume if it has that", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -32,8 +32,8 @@ def run(
         out: Folder to write. Default: runs/NAME.
         mode: smoke (seconds), class (minutes on a laptop) or full (a GPU). Default: that of the pipeline, else class.
         param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
-        resume: Continue in a folder that has this run already. What is unchanged does not run again.
-        workers: Runs of a sweep at the same time, at most. Default: one per GPU.
+        resume: Continue in the folder of an earlier run. What has ended and is unchanged is not run again.
+        workers: Largest number of runs of a sweep at the same time. Default: one per GPU.
     """
     from dispersive_kit.study.run import run as run_headlessly
 
@@ -129,13 +129,13 @@ def _slope_graphs(results: dict[str, Any]) -> list[str]:
             f"{math.exp(v['mean']):.2f} times, {v['word']}"
             for v in found
         )
-        alt = f"Slope graph of {measure} over arms, a line a seed; ratios: {said}."
+        alt = f"Slope graph of {measure} over arms, one line for each seed; ratios: {said}."
         elements.append(figure_html(slope_graph(results, measure), alt=alt))
     return elements
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
-    """Open the notebooks in JupyterLab, for this machine only and behind a token.
+    """Open the notebooks in JupyterLab, which only this machine can reach, with a token.
 
     Args:
         port: The port to listen on.
@@ -165,7 +165,7 @@ def console(out: Path | None = None, port: int = 8889, browser: bool = True) -> 
 
 
 def doctor() -> None:
-    """Check packages, device, memory and folders, and say how to mend each fault."""
+    """Check packages, device, memory and folders, and say how to repair each fault."""
     from dispersive_kit.study.machine import examine
 
     findings = examine()

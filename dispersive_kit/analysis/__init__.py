@@ -1,4 +1,4 @@
-"""Analysis: the geometry of features by block and noise level, what they know, and how they may be pictured."""
+"""Analysis: geometry of features by block and noise level, probes, and pictures of features."""
 
 from dispersive_kit.analysis.features import (
     LEVELS,

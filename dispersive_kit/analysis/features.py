@@ -1,7 +1,7 @@
 """Features of images at a level of noise: the same images and the same noise for every network, block and level.
 
-Always of the null class: a label given to the network would be read back from its features (notebook 10 shows it).
-How the tokens of a block become one row is named everywhere, and is the same for networks and controls.
+The class is always the null class: a probe would find a given label again in the features (notebook 10 shows it).
+The pooling of a block's tokens into one row is always stated, and is the same for networks and controls.
 """
 
 import copy
@@ -72,9 +72,9 @@ def noisy(
     path: Path = LINEAR,
     batch_size: int = 250,
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """One pass over uint8 images (N, C, H, W): (which, level, x_t (B, C, H, W), t (B,)), all levels of a batch in turn.
+    """One pass over uint8 images (N, C, H, W); yields (slice, level's index, x_t (B, C, H, W), t (B,)).
 
-    Image i has one noise for each `draw`, at all levels, whatever the batch size.
+    Each batch comes at all levels in turn. Image i has one noise for each `draw`, at all levels and batch sizes.
     """
     times = [time_of(level, path) for level in levels]
     for start in range(0, len(images), batch_size):
@@ -101,15 +101,15 @@ def tokens(model: DiT, x: Tensor, t: Tensor, y: Tensor | None = None) -> list[Te
 
 
 def encoder(model: DiT, *, y: Tensor | None = None) -> Encoder:
-    """What `extract` applies: the residual stream after each block.
+    """The encoder for `extract`: it returns the residual stream after each block.
 
-    y: labels (N,) of all images, for showing the leak and nothing else.
+    y: labels (N,) of all images; only to show how labels leak into features.
     """
     return lambda x, t, where: torch.stack(tokens(model, x, t, None if y is None else y[where]))
 
 
 def raw_pixels(patch_size: int) -> Encoder:
-    """An encoder too, the control without any network: the patches of x_t as tokens, (1, B, N, C p p)."""
+    """An encoder without a network, as a control: the patches of x_t as tokens, (1, B, N, C p p)."""
     return lambda x, t, where: F.unfold(x, patch_size, stride=patch_size).mT[None]
 
 
@@ -117,7 +117,7 @@ def raw_pixels(patch_size: int) -> Encoder:
 class Pooling:
     """How the tokens of a block become one row: see `POOLS`. Dispersive Loss itself acts on "tokens", all of them.
 
-    bases: of each level the axes (blocks, N D, k) of a long row.
+    bases: for each level, the axes (blocks, N D, k) on which long rows are projected, or None.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Pooling:
 
 
 def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, **how: Any) -> Pooling:
-    """Of a name in `POOLS`; the components are fitted at each level to the first uint8 images (N, C, H, W).
+    """The pooling of a name in `POOLS`. At each level, components are fitted to the first of uint8 images (N, C, H, W).
 
     Raises ConfigError: no pooling has this name.
     """
@@ -149,8 +149,8 @@ def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] 
 
 
 def _axes(rows: Tensor) -> Tensor | None:
-    """First principal axes (blocks, D, k) of long rows (blocks, B, D), turned by a fixed rotation: every column then
-    has about the same variance, and a probe that standardises columns does not blow up the last components.
+    """First principal axes (blocks, D, k) of long rows (blocks, B, D), turned by a fixed rotation. Every column then
+    has about the same variance, so a probe that standardises columns does not amplify the last components.
     """
     k = min(WIDTH, rows.shape[1] - 1)
     if rows.shape[2] <= WIDTH:
@@ -173,7 +173,7 @@ def extract(
     """For each level the rows (draws, blocks, N, E) of uint8 images (N, C, H, W); `how` as of `noisy`.
 
     pool: a name in `POOLS`, whose components are fitted to these images, or a `pooling` fitted to others. The clean
-    image has one draw, there being no noise in it.
+    image has one draw, since it has no noise.
     """
     pooled = pool if isinstance(pool, Pooling) else pooling(pool, encode, images, levels, **how)
     parts: list[list[list[Tensor]]] = [[[] for _ in range(draws)] for _ in levels]
@@ -187,8 +187,8 @@ def extract(
 def random_network(model: DiT, seed: int = 0) -> DiT:
     """The first null: the same architecture with random weights.
 
-    As initialised for training every block is the identity (its gates are zero) and the output is zero. So the zero
-    layers are drawn too, and the gates are 1 before the condition moves them, as in a plain transformer.
+    With initial weights, every block is the identity (its gates are zero) and the output is zero. So the zero layers
+    are random here too, and the gates are 1 plus what the condition adds, as in a plain transformer.
     """
     network = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):

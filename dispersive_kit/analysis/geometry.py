@@ -1,7 +1,7 @@
-"""The geometry of features: how far apart rows lie, in which directions, what is signal, what pulls; two sets compared.
+"""The geometry of features: distances, directions, signal and noise, gradients, and comparisons of two sets.
 
-Rows (..., N, D) are images after pooling; everything is worked out in float64 and, but where it says "raw", about the
-mean row. Leading axes (blocks) are kept.
+Rows (..., N, D) are images after pooling. Everything is computed in float64 and, unless it says "raw", on rows minus
+their mean. Leading axes (blocks) are kept.
 """
 
 import math
@@ -18,19 +18,19 @@ from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.batches import DeviceSet
 
-TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers bend the line
+TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers would change the slope
 BINS = 4  # parts of t for which the gradients are compared
 
 
 def finite(x: Tensor) -> Tensor:
-    """The features x, or DataError where a number would be made of NaN."""
+    """The features x. Raises DataError: they hold NaN or infinite values."""
     if not x.isfinite().all():
         raise DataError("the features hold NaN or infinite values: look at the network that they come from")
     return x
 
 
 def centred(x: Tensor) -> Tensor:
-    """Rows (..., N, D) less their mean, in float64; twice, since the first mean is rounded where it is large."""
+    """Rows (..., N, D) minus their mean, in float64; done twice, since a large mean is rounded."""
     x = finite(x).double()
     x = x - x.mean(-2, keepdim=True)
     return x - x.mean(-2, keepdim=True)
@@ -39,8 +39,8 @@ def centred(x: Tensor) -> Tensor:
 def uniformity(x: Tensor, t: Sequence[float] = (2.0,)) -> Tensor:
     """log E exp(-t |u_i - u_j|^2) over i != j, u the directions about the mean, for each t (..., len(t)).
 
-    Any isotropic cloud of high dimension is at the floor, -2 t + log 0F1(; D / 2; t^2), so being there says little.
-    Wang & Isola, arXiv 2005.10242; theirs is raw.
+    Any isotropic set of high dimension is at the floor, -2 t + log 0F1(; D / 2; t^2), so this value says little.
+    Wang & Isola, arXiv 2005.10242; their rows are raw.
     """
     u = F.normalize(centred(x), dim=-1)
     cosine = u @ u.mT
@@ -64,7 +64,7 @@ def signal_to_noise(x: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Eigenvalues (..., min(N, D)) of the covariance of rows, falling, through the smaller of the two products."""
+    """Eigenvalues (..., min(N, D)) of the covariance of rows, largest first, from the smaller Gram matrix."""
     x = centred(x)
     N, D = x.shape[-2:]
     product = x @ x.mT if N < D else x.mT @ x
@@ -72,9 +72,9 @@ def spectrum(x: Tensor) -> Tensor:
 
 
 def entropy_rank(weights: Tensor) -> Tensor:
-    """exp of the entropy of weights (..., k) scaled to sum 1: r for r equal ones.
+    """exp of the entropy of weights (..., k) scaled to sum 1: r for r equal weights.
 
-    Of variances it is also called effective rank, and smaller than `rankme`, since it weighs the tail less.
+    For variances it is also called effective rank. It is smaller than `rankme`, since the tail has less weight.
     """
     p = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     return torch.special.xlogy(p, p).sum(-1).neg().exp()
@@ -82,7 +82,7 @@ def entropy_rank(weights: Tensor) -> Tensor:
 
 def rankme(eigenvalues: Tensor) -> Tensor:
     """`entropy_rank` of the singular values (RankMe, arXiv 2210.02885; effective rank of Roy & Vetterli, 2007; the
-    `effective_rank` of the training log), here of centred rows. At most N - 1: 31 at N = 32 for a true 256.
+    `effective_rank` of the training log), here of centred rows. At most N - 1: 31 at N = 32 if the true one is 256.
     """
     return entropy_rank(eigenvalues.clamp(min=0).sqrt())
 
@@ -92,7 +92,7 @@ def two_nn(x: Tensor) -> Tensor:
 
     The slope through the origin of -log(1 - F(mu)) against log mu, without the largest tenth of the ratios.
     """
-    x = centred(x)  # or the Gram matrix inside would cancel: float32 and a large mean lose two digits
+    x = centred(x)  # otherwise cancellation in cdist's Gram matrix: float32 and a large mean lose two digits
     near = torch.cdist(x, x).topk(3, largest=False).values.clamp(min=1e-300)  # (..., N, 3), itself first
     ratio = (near[..., 2] / near[..., 1]).log().sort(-1).values  # log mu, rising
     kept = ratio[..., : int(ratio.shape[-1] * (1 - TWONN_DISCARD))]
@@ -101,10 +101,10 @@ def two_nn(x: Tensor) -> Tensor:
 
 
 def token_structure(z: Tensor) -> Tensor:
-    """Cosine of neighbouring tokens less that of tokens at least half the grid apart, z (B, N, D) on a square grid.
+    """Cosine of neighbouring tokens minus that of tokens at least half the grid apart, z (B, N, D) on a square grid.
 
-    Each position's mean over the images is subtracted first, so that the fixed position code does not count. 0 where
-    tokens know nothing of where they are; after the local-against-distant index of iREPA.
+    Each position's mean over the images is subtracted first, so that the fixed position code does not count. 0 if
+    near and distant tokens are equally alike. It follows the index of iREPA for local and distant tokens.
     """
     u = F.normalize(centred(z.transpose(0, 1)).transpose(0, 1), dim=-1)
     grid = math.isqrt(z.shape[1])
@@ -120,7 +120,7 @@ def mean_pairwise(x: Tensor) -> Tensor:
 
 
 def mean_cosine(x: Tensor) -> Tensor:
-    """Mean cosine over the pairs i != j of rows (..., N, D) about the mean row; raw ones may be 1 for a large mean."""
+    """Mean cosine over the pairs i != j of centred rows (..., N, D). For raw rows with a large mean it may be 1."""
     u, N = F.normalize(centred(x), dim=-1), x.shape[-2]
     return (u.sum(-2).square().sum(-1) - N) / (N * (N - 1))
 
@@ -129,7 +129,7 @@ def participation_ratio(x: Tensor) -> Tensor:
     """(tr S)^2 / tr S^2 of rows (..., N, D), numerator and denominator each without bias.
 
     Both are U-statistics over quadruples of rows (tr S^2 is the unbiased HSIC of x with itself, Song et al. 2012),
-    written out in sums. The plain ratio is at most N - 1 whatever the truth.
+    written out in sums. The plain ratio is at most N - 1 for any true value.
     """
     x, n = centred(x), x.shape[-2]
     length = x.square().sum(-1)  # (..., N)
@@ -186,7 +186,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def mutual_knn(x: Tensor, y: Tensor | None = None, k: int = 10) -> Tensor:
     """Mean share of the k nearest neighbours (a, b) that every block of x (a, N, D) has in common with each of y
-    (b, N, E); y: None is x (Huh et al., arXiv 2405.07987). Features at random share k / (N - 1).
+    (b, N, E); y: None is x (Huh et al., arXiv 2405.07987). Random features share k / (N - 1).
 
     Raises DataError: not the same images, or not more than k.
     """
@@ -213,10 +213,10 @@ def _check_same_images(x: Tensor, y: Tensor | None, least: int) -> None:
 
 @dataclass(frozen=True)
 class Pull:
-    """Gradient of the weighted dispersive loss against that of the denoising loss, at the features.
+    """Gradient of the weighted dispersive loss compared with that of the denoising loss, at the features.
 
-    ratio: |g_disp| / |g_denoise|; cosine: between them, below 0 where they pull apart; each (bins of t, blocks), the
-    first bin being the least noise.
+    ratio: |g_disp| / |g_denoise|; cosine: between them, below 0 if they act against each other; each (bins of t,
+    blocks). The first bin has the least noise.
     """
 
     ratio: Tensor
@@ -228,8 +228,8 @@ def gradient_pull(
 ) -> Pull:
     """Compare both gradients on `batches` batches of 64 as training draws them: times mixed, a tenth of labels dropped.
 
-    The loss of each block is that of a tap on this block alone. Rows are put into four equal parts of t afterwards: a
-    batch of one t would be another loss. options: of the dispersive loss, tau 0.5 by default.
+    The loss of each block is that of a tap at this block only. Rows are put into four equal parts of t afterwards: a
+    batch of a single t would have another loss. options: of the dispersive loss, tau 0.5 by default.
     """
     options, objective = options or LossOptions("infonce_l2", 0.5), FlowMatching()
     images, blocks = DeviceSet.of(data, "cpu"), len(model.blocks)  # type: ignore[arg-type]

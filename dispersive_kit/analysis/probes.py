@@ -1,8 +1,8 @@
-"""What the features know: linear and neighbour probes, chosen on validation images and tested once.
+"""Linear and nearest-neighbour probes of features, chosen on validation images and tested once.
 
-Features are (draws, N, D): each image under several draws of noise. A probe is fitted on all draws, standardised with
-the training statistics; its accuracy is the mean over draws and images, its interval that of N images, and an image
-counts as right for McNemar's test if most of its draws are.
+Features are (draws, N, D): each image with several draws of noise. A probe is fitted on all draws, standardised with
+the training statistics. Its accuracy is the mean over draws and images, and its interval that of N images. For
+McNemar's test an image counts as right if most of its draws are classified correctly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from dispersive_kit.evaluation.distances import wilson
 
 LAMBDAS = tuple(10.0**k for k in range(4, -5, -1))  # of ridge, in units of a feature's variance; strongest first
 Predict = Callable[[Tensor], Tensor]  # rows (n, D) -> labels (settings, n), one row a setting
-K = 5  # of the neighbour probe
+K = 5  # neighbours of the knn probe
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def candidates(
 ) -> dict[tuple[int, int], Splits]:  # fmt: skip
     """(level, block) -> features of training, validation and test images, to choose among.
 
-    Each part has noise of its own: a training image under the noise of a test image would be its nearest neighbour.
-    pool: how tokens become rows, a name in `POOLS`; components are fitted to training images. path: that the network
-    was trained on, which says at which time it meets a log-SNR.
+    Each part has different noise: with equal noise, a training image would be the nearest neighbour of a test image.
+    pool: how tokens become rows, a name in `POOLS`; components are fitted to training images. path: the one that the
+    network was trained on; it gives the time of each log-SNR.
     """
     pooled = pooling(pool, encode, parts[0].images, levels, path=path)
     features = [
@@ -87,7 +87,7 @@ def standardise(train: Split) -> Callable[[Tensor], Tensor]:
 
 
 def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
-    """Least squares on one-hot labels for the whole path of lambda, from one eigendecomposition.
+    """Ridge regression on one-hot labels for all lambdas, from one eigendecomposition.
 
     W(lambda) = V (L + lambda n)^-1 V^T X^T Y with X^T X = V L V^T, X standardised, Y centred; with fewer rows than
     features the same from X X^T = U L U^T, as W(lambda) = X^T U (L + lambda n)^-1 U^T Y.
@@ -105,7 +105,7 @@ def ridge(train: Split, lambdas: Sequence[float] = LAMBDAS) -> Predict:
 def _knn(train: Split) -> Predict:
     """Vote of the K nearest training rows."""
     mean, hot = train.rows.mean(0), F.one_hot(train.row_labels)
-    x = train.rows - mean  # or the Gram matrix inside would cancel
+    x = train.rows - mean  # otherwise cancellation in cdist's Gram matrix
     return lambda rows: hot[torch.cdist(rows - mean, x).topk(K, largest=False).indices].sum(1).argmax(-1)[None]
 
 
@@ -114,7 +114,7 @@ PROBES: dict[str, Callable[[Split], Predict]] = {"ridge": ridge, "knn": _knn}
 
 @dataclass(frozen=True)
 class Result:
-    """Test accuracy with its 95 % interval, looked at once, of the candidate that validation chose."""
+    """Test accuracy with its 95 % interval, measured once, of the candidate that is best on validation images."""
 
     chosen: Any
     validation: float
@@ -130,8 +130,8 @@ class Result:
 def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result, dict[Any, float]]:
     """Fit a probe on each candidate (block, level, ...), choose by validation accuracy, and test that one alone.
 
-    Of settings that are equal on validation the first is taken, so the strongest shrinkage. Also returns every
-    candidate's validation accuracy, which is what maps are drawn from.
+    If settings have equal validation accuracy, the first is taken, which has the strongest shrinkage. Also returns the
+    validation accuracy of every candidate; maps are drawn from it.
     Raises ConfigError: no probe has this name.
     """
     if kind not in PROBES:
@@ -148,12 +148,12 @@ def choose_and_test(kind: str, candidates: Mapping[Any, Splits]) -> tuple[Result
 
 
 def _right(predict: Predict, split: Split) -> Tensor:
-    """Whether each draw of each image is classified rightly, bool (settings, draws, N)."""
+    """Whether each draw of each image is classified correctly, bool (settings, draws, N)."""
     return (predict(split.rows) == split.row_labels).unflatten(1, split.x.shape[:2])
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:
-    """Exact two-sided p of McNemar's test for two arms' right (N,) bool on the same images; 1 where they agree."""
+    """Exact two-sided p of McNemar's test for `Result.right` (N,) of two arms on the same images; 1 if they agree."""
     from scipy.stats import binomtest
 
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
@@ -162,7 +162,7 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
 
 
 def shuffled(splits: Splits) -> Splits:
-    """The control of the probe itself: training and validation labels at random, so that the test is at chance."""
+    """A control of the probe: shuffled training and validation labels, so that test accuracy is at chance level."""
     generator = torch.Generator().manual_seed(0)
 
     def at_random(part: Split) -> Split:

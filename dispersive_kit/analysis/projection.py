@@ -1,6 +1,6 @@
-"""Two dimensions of many: PCA, UMAP and how far it may be trusted, and tokens as colours.
+"""Features in two dimensions: PCA, UMAP and its trustworthiness, and tokens as colours.
 
-UMAP scales each point's neighbourhood to one size, so it is blind to dispersion (UMAP(X) = UMAP(8 X)): it shows
+UMAP scales each point's neighbourhood to one size, so it hides dispersion (UMAP(X) = UMAP(8 X)): it shows
 neighbours only. Dispersion is shown by histograms, spectra and numbers. umap is imported at first use (8 to 50 s).
 """
 
@@ -28,7 +28,7 @@ def pca(x: Tensor, k: int = 2) -> Array:
 
 
 def picture_name(arm: str, neighbours: int, min_dist: float, seed: int) -> str:
-    """Of a UMAP in a shipped file: of an arm, and at one setting."""
+    """The name of a UMAP in a shipped file, from its arm and its settings."""
     return f"{arm}/{neighbours}/{min_dist:g}/{seed}"
 
 
@@ -44,7 +44,7 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
 
 
 def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
-    """One UMAP (N, 2) a stage for the same N images at each, held near each other so that points can be followed."""
+    """One UMAP (N, 2) for each stage, of the same N images; neighbouring stages are aligned, to follow the points."""
     rows = [finite(x).double().numpy() for x in stages]
     import umap
 
@@ -66,8 +66,8 @@ def trustworthiness(x: Tensor, embedding: Array, neighbours: int = 15) -> float:
 def token_maps(tokens: Mapping[str, Tensor]) -> dict[str, Array]:
     """The first three components of tokens (B, N, D) as colours (B, G, G, 3) in [0, 1], with one basis for all.
 
-    One basis and one scale: a map of its own for each image would hide what they share. Only for features of one
-    network: the axes of two have nothing to do with each other.
+    There is one basis and one scale, since separate ones would hide what images have in common. Use features of one
+    network only: the axes of two networks are unrelated.
     """
     colours = pca(torch.cat([z.flatten(0, 1) for z in tokens.values()]), 3)
     low, high = np.percentile(colours, [1, 99], axis=0)

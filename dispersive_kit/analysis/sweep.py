@@ -1,7 +1,7 @@
 """The block x log-SNR map of a network: every measure at every block and level, in one pass over the images.
 
-Measures of pairs see the first `KEEP` images, and those of whole token grids the first `LOCAL_BATCH`: the same images
-and noise for all arms, blocks and levels. Give images in random order (`draw_images`), or the first are of one class.
+Measures of pairs use the first `KEEP` images, and those of whole token grids the first `LOCAL_BATCH`: the same images
+and noise for all arms, blocks and levels. Give images in random order (`draw_images`): a set may be sorted by class.
 """
 
 import math
@@ -37,7 +37,7 @@ class Sweep:
 
     values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka: debiased
     linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first
-    images (levels, blocks, KEEP, E). protocol: what makes it comparable, the pooling among it.
+    images (levels, blocks, KEEP, E). protocol: how it was measured, with the pooling.
     """
 
     levels: tuple[float, ...]
@@ -77,7 +77,7 @@ def sweep(
     whole = [torch.cat(level, 1) for level in rows]  # (blocks, N, E)
     found = [_measures(x, data.labels) for x in whole]
     nulls = [_measures(_gaussian(x, normal), data.labels) for x in whole]
-    # Raw: the first confound, every distance grows with the size of the features.
+    # Raw rows: every distance grows with the size of the features, which is the first confounder.
     means: list[Tensor] = [torch.stack(square).sum(0) / (len(data) * z.shape[2]) for square in squares]
     scales = [{"feature_rms": x.mean(-1).sqrt(), "largest_channel": x.amax(-1) / x.sum(-1)} for x in means]
     values = [real | scale | own for (real, _), scale, (own, _) in zip(found, scales, local, strict=True)]
@@ -119,7 +119,7 @@ def _measures(x: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
 
 
 def _grid_measures(grids: list[Tensor]) -> Values:
-    """What needs whole token grids z (B, N, D) of a local batch, one a block, as the loss sees them (blocks,)."""
+    """Measures (blocks,) of whole token grids z (B, N, D) of a local batch, one a block, as the loss gets them."""
     seen = [measure(z.double(), LossOptions("infonce_l2", TAU)) for z in grids]
     return {
         "saturation_gap": torch.stack([one.loss + math.log(one.rows) for one in seen]),  # above the floor, - log B
@@ -144,7 +144,7 @@ def _gaussian(x: Tensor, normal: Tensor) -> Tensor:
 
 
 def stored(file: str) -> dict[str, Tensor]:
-    """A shipped file of numbers by name: tensors, fractions in double precision.
+    """The arrays of a shipped file by name, as tensors; floating point numbers in double precision.
 
     Raises DataError: the file is missing or damaged.
     """

@@ -1,7 +1,7 @@
-"""What is measured between two sets of features (N, D), in float64: each number with its 95 % interval.
+"""Measures of two sets of features (N, D), in float64, each with its 95 % interval where it has one.
 
-Where distances between rows count they are differences squared and summed, not a Gram matrix: equal points are at
-distance exactly 0, and a distance has the same bits in every chunk, which `<=` at a radius depends on.
+A distance between rows is a sum of squared differences, not made from a Gram matrix: equal points have distance
+exactly 0, and a distance has the same bits in every chunk. A comparison `<=` with a radius needs both.
 """
 
 import math
@@ -39,16 +39,16 @@ def _checked(*sets: NDArray) -> list[Array]:
 
 
 def half_samples(n: int, resamples: int) -> NDArray[np.bool_]:
-    """Which of n samples are in each random half, without replacement (R, n): a bootstrap's ties would add a bias."""
+    """Masks (R, n) of random halves of n samples, drawn without replacement: repeated samples would add a bias."""
     rng = np.random.default_rng(0)
     return np.array([rng.permutation(n).argsort() < n // 2 for _ in range(resamples)], dtype=bool).reshape(-1, n)
 
 
 def interval(value: float, halves: Iterable[float]) -> tuple[float, float]:
-    """Ends of the central 95 % from the value of all samples and those of its half-samples (R,).
+    """Ends of the 95 % interval, from the value of all samples and the values of half-samples (R,).
 
-    The deviations of the halves from their mean are set around the value as they are: for N / 2 of N without
-    replacement the two spreads are of one size. Where x and y are of one law, a distance is quadratic in the sampling
+    The deviations of the half-samples from their mean are added to the value without scaling: for N / 2 of N without
+    replacement, both spreads are equal. If x and y have the same distribution, a distance is quadratic in the sampling
     error, and the interval is up to 3^(1/2) times too wide.
     """
     if not len(found := np.array(list(halves))):
@@ -58,7 +58,7 @@ def interval(value: float, halves: Iterable[float]) -> tuple[float, float]:
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share among n images: not empty at 0 or 1, as that of half-samples is."""
+    """Wilson's 95 % interval of a share of n images. At 0 and 1 it still has a width; one of half-samples has none."""
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -70,7 +70,7 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
     |mu_x - mu_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2)   (Dowson & Landau 1982; Heusel et al., arXiv 1706.08500)
 
     With A, B the centred features over sqrt(n - 1), the last trace is the nuclear norm of A B^T: real by construction,
-    exact for n < D, and no matrix square root. For n > D the triangular factors of A and B stand in for them.
+    exact for n < D, and without a matrix square root. For n > D, the triangular factors of A and B replace them.
     Raises ConfigError: fewer than two rows, different D, or values that are not finite.
     """
     return frechet(x, y)[0]
@@ -100,11 +100,11 @@ def _between(x: Gaussian, y: Gaussian) -> float:
 
 
 def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
-    """Mean and covariance of features of real images, and what a record says of the file.
+    """Mean and covariance of features of real images, and the description of the file for a record.
 
-    Arrays mu (D,) and sigma (D, D), as in ADM's `VIRTUAL_imagenet256_labeled.npz` and in pytorch-fid's files; others
-    are not read. No KID, precision or floor comes from them: these need images. The kit knows ADM's files by name
-    alone, and so puts the sha256 into the number's name: compare it with your source's. DataError of another file.
+    Arrays mu (D,) and sigma (D, D), as in ADM's `VIRTUAL_imagenet256_labeled.npz` and in pytorch-fid's files; other
+    forms are not read. KID, precision and floor need images, so these files do not give them. The kit knows ADM's files
+    only by name, so the number's name has the sha256: compare it with your source's. Raises DataError: another form.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -116,7 +116,7 @@ def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
         if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * np.abs(covariance).max()):
             raise ValueError("sigma is not symmetric")
         values, vectors = np.linalg.eigh(covariance)
-        if values[0] < -1e-3 * values[-1]:  # more than rounding, in float32 too, leaves below zero
+        if values[0] < -1e-3 * values[-1]:  # further below zero than by rounding, even in float32
             raise ValueError(f"sigma has an eigenvalue of {values[0]:.3g}")
     except Exception as error:  # of a damaged archive numpy may raise almost any; the message shows it
         raise DataError(
@@ -167,9 +167,9 @@ def prdc(generated: NDArray, real: NDArray, *, k: int = 5) -> dict[str, Measured
     balls a generated point is in, over k. coverage: share of real balls with a generated point in them. "In" is <=
     (Kynkaanniemi et al., arXiv 1904.06991; Naeem et al., arXiv 2002.09797, whose code has <).
 
-    Precision and density are means over generated points, and have the intervals of such. Recall and coverage depend
-    on all generated points together: no interval is given, since half of the points has another spread.
-    Raises ConfigError: a set has no k neighbours.
+    Precision and density are means over generated points, and have the intervals of means. Recall and coverage depend
+    on all generated points together. They have no interval, since half of the points would give another spread.
+    Raises ConfigError: a set has too few points for k neighbours.
     """
     x, y = map(torch.from_numpy, _checked(generated, real))
     if min(len(x), len(y)) <= k:

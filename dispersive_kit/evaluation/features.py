@@ -1,4 +1,4 @@
-"""Feature extractors: uint8 images (N, C, H, W) -> float32 features (N, D), each with the name its numbers carry."""
+"""Feature extractors: uint8 images (N, C, H, W) -> float32 features (N, D). Their names are in the numbers' names."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ EFFNET_PCA_IMAGES = 2000  # real images on which the components of EfficientNet'
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Of names and values, in their order."""
+    """sha256 of the names and values of all tensors, in their order."""
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -37,9 +37,9 @@ def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """What turns images into features, and everything a reader needs to do the same.
+    """A function from images to features, with all that a reader needs to repeat it.
 
-    name stands in the number's name, `FD[name, N=...]`. preprocess: in words, the resize among it. note: e.g. the
+    name: a part of the number's name, `FD[name, N=...]`. preprocess: in words, with the resize. note: e.g. the
     accuracy of a trained extractor. extract: images -> base features, on `device`; project: these -> features.
     """
 
@@ -54,13 +54,13 @@ class FeatureExtractor:
     device: torch.device | str = "cpu"
 
     def card(self) -> dict[str, Any]:
-        """For a record."""
+        """The description of the extractor for a record."""
         return {key: getattr(self, key) for key in ("name", "version", "dim", "weights_sha256", "preprocess", "note")}
 
     def __call__(self, images: Tensor | Samples) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W), drawn a batch at a time if they are not yet.
+        """Features (N, dim) of uint8 images (N, C, H, W). `Samples` are drawn here, batch by batch.
 
-        Processes take batches in turn.
+        The processes share the batches.
         Raises ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
@@ -83,7 +83,7 @@ class FeatureExtractor:
 def make_extractor(
     name: str, train: ImageSet, held_out: ImageSet, *, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """The extractor of a command line name.
+    """The extractor that the command line calls `name`.
 
     name: "classifier", trained on `train` (a minute at 32 pixels, an hour at 256); "pixels-pca32" and
     "effnet-lite0-pca64", whose components are fitted to `train`; "inception", whose weights lie in `data_folder()`;
@@ -117,14 +117,14 @@ def _pca(base: FeatureExtractor, train_images: Tensor, k: int) -> FeatureExtract
         raise ConfigError(f"k = {k} components of {base.dim} features of {len(train_images)} images is not possible")
     mean, axes = principal_axes(torch.from_numpy(base(train_images)))
     basis = axes[:, :k]
-    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # else the linear algebra's to choose
+    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # fix the signs, which are arbitrary
     digest = hashlib.sha256(train_images.contiguous().numpy().tobytes()).hexdigest()
     note = f"PCA fitted on {len(train_images)} training images (sha256 {digest}). {base.note}".strip()
     return replace(base, name=f"{base.name}/pca{k}", dim=k, note=note, project=lambda x: (x.double() - mean) @ basis)
 
 
 def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and axes (D, ...) of rows (N, D), largest variance first, through the smaller of the two products."""
+    """Mean (D,) and axes (D, ...) of rows (N, D), largest variance first, from the smaller Gram matrix."""
     mean = x.mean(0, dtype=torch.double)
     if len(x) > x.shape[1]:  # in parts, since the pixels of CIFAR-10 in double precision would be 1.2 GB
         parts = (part.double() - mean for part in x.split(4096))
@@ -134,7 +134,7 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _small_classifier(train: ImageSet, held_out: ImageSet) -> FeatureExtractor:
-    """The 48 features of a small network trained on `train` (seconds on a CPU), for images no ImageNet net fits."""
+    """The 48 features of a classifier trained on `train` (seconds on a CPU), for images too small for ImageNet nets."""
     steps = progress(range(400), f"training {train.name}-classifier48")
     network = train_classifier(DeviceSet.of(train), len(train.classes), seed=0, widths=(24, 48, 48), steps=steps)
 
@@ -157,9 +157,9 @@ def _effnet_lite0(device: torch.device | str) -> FeatureExtractor:
 
 
 def _in_parts(network: Callable[[Tensor], Tensor], device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """So many images of 224 x 224 together that on a CPU the layers stay near its caches.
+    """`network`, applied to parts of a batch of 224 x 224 images, so small on a CPU that its caches are used well.
 
-    EfficientNet-Lite0 on one core: 128 images take 7.4 s in parts of 16 and 13.3 s at once, and a third of the memory.
+    EfficientNet-Lite0 on one core: 128 images take 7.4 s in parts of 16, with a third of the memory, 13.3 s at once.
     """
     size = 16 if torch.device(device).type == "cpu" else 256
     return lambda images: torch.cat([network(part) for part in images.split(size)])

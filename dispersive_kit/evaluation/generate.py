@@ -1,6 +1,6 @@
-"""Images to measure, drawn from a run with one seed an image, and real ones to hold them against.
+"""Images to measure, drawn from a run with one seed for each image, and real images to compare them with.
 
-Under a launcher the processes take batches in turn and each gets all: the same batches, so the same bits.
+Under a launcher the processes share the batches, and each gets all results: the same bits for any number of processes.
 """
 
 import math
@@ -27,11 +27,11 @@ from dispersive_kit.training.runs import sample_batch
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
-PATIENCE = {"delay": 5, "mininterval": 5}  # seconds before the first word, and between two: a saved page has all
+PATIENCE = {"delay": 5, "mininterval": 5}  # seconds before the first line, and between lines: a saved page keeps all
 
 
 def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
-    """[work(rows) for the batches of n rows], the batches dealt out in turn and gathered in order in every process."""
+    """[work(rows) for the batches of n rows], shared among the processes; every process gets all results in order."""
     state = this_process()
     starts = range(0, n, BATCH)[state.process_index :: state.num_processes]
     own = [(i, work(slice(i, min(i + BATCH, n)))) for i in progress(starts, what)]
@@ -55,9 +55,9 @@ def balanced_labels(n: int, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images that are drawn when they are asked for: `samples[a:b]` is uint8 (b - a, C, H, W), seeds first_seed + a on.
+    """Images that are drawn when they are indexed: `samples[a:b]` is uint8 (b - a, C, H, W), seeds from first_seed + a.
 
-    An extractor takes them in place of a tensor and keeps a batch's features alone. The fields are those of `generate`.
+    An extractor takes them in place of a tensor and keeps only the features. The fields are those of `generate`.
     Raises ConfigError: a label outside the classes, guidance without a null class. KitError: the model draws NaN.
     """
 
@@ -100,16 +100,16 @@ def generate(model: Any, labels: Tensor, **options: Any) -> Tensor:
 
     options: `objective` of the training (flow, ddpm, meanflow), which decides on the samplers; `sampler` (flow's
     default is Heun's method), `num_steps`, `first_seed`; `cfg_scale`, the guidance where t is in [`guidance_low`,
-    `guidance_high`] (t = 1 is noise); `decode`, see `decoder_of`. Raises as `Samples`.
+    `guidance_high`] (t = 1 is noise); `decode`, see `decoder_of`. Raises what `Samples` raises.
     """
     samples = Samples(model, labels, **options)
     return torch.cat(shared_out(samples.__getitem__, len(labels), "drawing samples"))
 
 
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
-    """From the card of `load_run`: the decoder its latents were made with, and no other; None for a model of images.
+    """The decoder of a run's latents, from the card of `load_run`; None for a run on images.
 
-    Raises DataError: the autoencoder is not here, or has other weights. ConfigError: a `path`, and no latents.
+    Raises DataError: the autoencoder is missing, or has other weights. ConfigError: a `path` for a run on images.
     """
     if autoencoder := card["data"].get("autoencoder"):
         return load_named(AutoencoderCard(**autoencoder), device=device, path=path).images
@@ -119,7 +119,7 @@ def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path
 
 
 def draw_images(data: ImageSet, n: int) -> ImageSet:
-    """n images of a set (all, where it has no more) in random order: as they come, sets may be sorted by class."""
+    """n images of a set in random order, or all if it has fewer. The set itself may be sorted by class."""
     drawn = data.subset(torch.randperm(len(data), generator=stream(0, "images"))[:n])
     return replace(drawn, drawn_from=len(data) if n < len(data) else data.drawn_from)
 
@@ -127,8 +127,8 @@ def draw_images(data: ImageSet, n: int) -> ImageSet:
 def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[ImageSet, ImageSet]:
     """Training and held-out images of a run's configuration.
 
-    decode: of a run on latents, see `decoder_of`. There the images are at most 2,000 posterior means, decoded: samples
-    go through the same decoder, so what the autoencoder loses is on both sides. They are named "...-decoded".
+    decode: for a run on latents, see `decoder_of`. The images are then at most 2,000 decoded posterior means, named
+    "...-decoded": samples use the same decoder, so what the autoencoder loses is missing on both sides.
     """
     if decode:
         train, held_out = (_decoded(part, decode) for part in open_store(config.data))
@@ -150,7 +150,7 @@ def _decoded(data: Selection, decode: Decode) -> ImageSet:
 
 
 def pixel_gaussian(train: ImageSet, n: int, *, seed: int = 0) -> Tensor:
-    """n uint8 images (n, C, H, W) from one Gaussian fitted to the training pixels: what a trained model must beat."""
+    """n uint8 images (n, C, H, W) from one Gaussian fitted to the training pixels, as a baseline."""
     flat = train.images.flatten(1).double().numpy()  # (N, C H W)
     rng = np.random.default_rng(seed)
     draws = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), n, method="eigh")

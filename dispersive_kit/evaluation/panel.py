@@ -1,7 +1,7 @@
 """The panel: several distances beside each other, each with its interval, its real-against-real floor and its record.
 
-No number sees everything: the Frechet distance misses local spread, precision to coverage miss class proportions. FID
-is the name of one protocol; every other number says what it is.
+No number measures everything: the Frechet distance misses local spread, the others from precision to coverage miss
+class proportions. FID is the name of one protocol; the name of every other number states its extractor.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
-Images = Tensor | Samples | NDArray[np.floating]  # uint8 (N, C, H, W), the same not drawn yet, or features (N, D)
+Images = Tensor | Samples | NDArray[np.floating]  # uint8 (N, C, H, W), `Samples` of them, or features (N, D)
 METRICS = ("FD", "KID", "PRDC")
 PROTOCOL_N = 50_000  # generated images of an FID
 NEIGHBOURS, RESAMPLES = 5, 100
@@ -63,10 +63,10 @@ def refuse_fid(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any
 
 
 def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> str:
-    """ "FD[digits-classifier48, N=500]"; FID where, and only where, its conditions hold.
+    """The name of a number, as "FD[digits-classifier48, N=500]"; FID if all of its conditions hold, and only then.
 
-    FID names the split of its reference too: to the training images and to the test images are two numbers. A file of
-    statistics stands in the name with its sha256, since the kit knows ADM's files by their names alone.
+    FID also names the split of its reference: training images and test images give two different numbers. A file of
+    statistics is in the name with its sha256, since the kit knows ADM's files only by name.
     """
     file = f"reference {reference['file']} sha256 {reference['sha256'][:12]}" if "file" in reference else ""
     if metric != "FD" or _unmet(extractor, n, reference):
@@ -78,9 +78,9 @@ def number_name(metric: str, extractor: Mapping[str, Any], n: int, reference: Ma
 class Record:
     """One measured number.
 
-    name: e.g. "FD[digits-classifier48, N=500]". low, high: its 95 % interval, NaN where there is none. floor: what real
-    images of another split get: the lowest or, for `better="higher"`, highest to hope for. protocol: everything else.
-    ConfigError: the name is FID and the protocol is another.
+    name: e.g. "FD[digits-classifier48, N=500]". low, high: its 95 % interval, NaN where there is none. floor: the value
+    of real images of another split: the best to expect, lowest or (`better="higher"`) highest. protocol: all the rest.
+    Raises ConfigError: the name is FID, and the protocol is not that of FID.
     """
 
     name: str
@@ -98,11 +98,11 @@ class Record:
             refuse_fid(self.protocol.get("extractor", {}), self.n, self.protocol.get("reference", {}))
 
     def fields(self) -> Card:
-        """As JSON has them, which has no NaN."""
+        """The fields for JSON, with None in place of NaN."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
     def in_words(self) -> tuple[str, str, str]:
-        """Value, interval and floor, which has its own N where there were fewer real images: it is then too high."""
+        """Value, interval and floor. A floor of fewer real images shows their number, and is too high."""
         ends = "none" if self.low != self.low else f"[{self.low:.4g}, {self.high:.4g}]"
         of = self.protocol.get("floor", {}).get("n", self.n)
         floor = "none" if self.floor != self.floor else f"{self.floor:.4g}"
@@ -114,7 +114,7 @@ class Record:
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line a number: name, value, interval, what real images get, which way is better."""
+    """One line for each number: name, value, interval, floor, and whether higher or lower is better."""
     rows = [("", "value", "95 % interval", "real", "better"), *((r.name, *r.in_words(), r.better) for r in records)]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [[row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))] for row in rows]
@@ -122,7 +122,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def to_json(records: Sequence[Record]) -> str:
-    """All numbers of one evaluation: the first one's protocol, and beside a number what is otherwise in its own."""
+    """All numbers of one evaluation: the protocol of the first, and with each number what differs in its own."""
     shared, numbers = records[0].protocol, []
     for number in (record.fields() for record in records):
         own = {key: value for key, value in number.pop("protocol").items() if shared.get(key) != value}
@@ -131,13 +131,13 @@ def to_json(records: Sequence[Record]) -> str:
 
 
 def describe_set(data: ImageSet) -> dict[str, Any]:
-    """Of a set of real images, for a record."""
+    """The description of a set of real images for a record."""
     card = {"data": data.name, "split": data.split, "n": len(data), "sha256": data.sha256, "resize": data.resize}
     return card | ({"drawn_from": data.drawn_from} if data.drawn_from else {})
 
 
 def _protocol(extractor: FeatureExtractor, reference: Card, floor: Card, resamples: int, own: Card | None) -> Card:
-    """What every number of this kit says about how it was measured, and its own."""
+    """How a number was measured: what every record of this kit states, and `own`."""
     return {
         "reference": reference,
         "floor": floor,
@@ -178,9 +178,9 @@ class Panel:
         self._floors: dict[int, dict[str, Measured]] = {}
 
     def measure(self, generated: Images, *, protocol: Card | None = None) -> list[Record]:
-        """A record a metric for images or their features. protocol: how they were made, for the record.
+        """One record for each metric, of images or their features. protocol: how they were made, for the record.
 
-        The floor is what N of the other real images, drawn at random, get; all of them, where there are fewer.
+        The floor is the value of N of the other real images, drawn at random, or of all if there are fewer.
         """
         n, others = len(generated), draw_images(self.real, len(generated))
         found = measured(self.metrics, _features(self.extractor, generated), self.y, self.resamples)
@@ -201,12 +201,12 @@ def _features(extractor: FeatureExtractor, images: Images) -> NDArray:
 
 
 class Memorisation(NamedTuple):
-    """How near samples are to training images, beside held-out images, which nobody trained on.
+    """How near samples are to training images, compared with held-out images, which were not trained on.
 
-    ratio: median distance to the nearest training image over that of the held-out: about 1 if nothing was copied,
-    towards 0 if all was; its floor is that of one half of the held-out over the other. copies: share nearer than half
-    the mean of the held-out; its floor is the share of the held-out. distance, index: of the nearest training image of
-    each sample (N,).
+    ratio: median distance of samples to the nearest training image, divided by that of held-out images: about 1 if
+    nothing was copied, near 0 if all was. Its floor compares two halves of the held-out images. copies: share of
+    samples nearer than half the mean distance of held-out images. Its floor is this share of held-out images.
+    distance, index (N,): of the nearest training image of each sample.
     """
 
     ratio: Record
@@ -218,13 +218,13 @@ class Memorisation(NamedTuple):
 def measure_memorisation(
     generated: Images, train: ImageSet, held_out: ImageSet, extractor: FeatureExtractor, *, protocol: Card | None = None
 ) -> Memorisation:
-    """How near generated images are to training images, and how near held-out ones, which may not be among them."""
+    """`Memorisation` of generated images. Raises ConfigError: half of the held-out images are in the training set."""
     known = extractor(train.images)
     both = (_features(extractor, images) for images in (generated, held_out.images))
     (distance, index), (real, _) = (distances.nearest(x, known) for x in both)
     n, usual = len(generated), float(np.median(real))
     if usual == 0:
-        raise ConfigError("half of the held-out images are in the training set: the splits are not apart")
+        raise ConfigError("half of the held-out images are in the training set: give splits that do not overlap")
     halves = [np.median(distance[half]) / usual for half in distances.half_samples(n, RESAMPLES)]
     ratio, real_ratio = float(np.median(distance)) / usual, float(np.median(real[::2]) / np.median(real[1::2]))
     copied, real_copied = (float((one < real.mean() / 2).mean()) for one in (distance, real))
@@ -267,7 +267,7 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
     """Measure a run folder, a shipped run by name, or an .npz of samples; each process of a launcher takes its part.
 
     Raises CheckpointError: no run. DataError: data, samples or statistics cannot be read. ConfigError: options that do
-        not fit, or FID asked of a number that is not.
+        not fit together, or `metrics` is FID and its conditions do not hold.
     """
     images, protocol, sets = (_samples_of if source.suffix == ".npz" else _drawn)(source, how)
     if how.reference not in ("test", "train"):
@@ -287,7 +287,7 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
 
 
 def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluation) -> Record:
-    """The Frechet distance to the mean and covariance of a file; Inception's features need no real images for it."""
+    """The Frechet distance to mean and covariance from a file. With Inception, no real images are needed."""
     known, reference = distances.read_statistics(Path(how.reference))
     if how.memorisation:
         raise ConfigError("--memorisation compares with images, and the reference has none: give --reference test")
@@ -355,14 +355,14 @@ def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:
 
 
 def record_folder(source: Path) -> Path:
-    """Where the records go unless told: beside the samples, in the run, or here for a shipped run."""
+    """Default folder of records: that of the samples, the run, or the current folder for a shipped run."""
     return Path() if run_folder(source) != source else source.parent if source.suffix == ".npz" else source
 
 
 def record_file(source: Path, how: Evaluation, record: Record) -> Path:
-    """The file of the records in `record_folder`; one file a setting, none overwritten."""
+    """The file of the records in `record_folder`: one for each setting, so that none overwrites another."""
     settings = {key: value for key, value in asdict(how).items() if key != "vae"}
-    settings["step"] = record.protocol.get("step")  # the newest is another one tomorrow
+    settings["step"] = record.protocol.get("step")  # the newest step may change later
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
     extractor = record.protocol["extractor"]["name"].replace("/", "-")
     name = f"{source.stem}-{how.metrics}-{extractor}-{Path(how.reference).stem}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"

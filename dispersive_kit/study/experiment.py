@@ -1,11 +1,11 @@
-"""A study run from its plan: every run trained, measured and kept, so that a killed study goes on where it was.
+"""Run a study from its plan: train and measure every run, and keep its result, so that a killed study can continue.
 
 OUT/confirmation/ARM/CONDITION/seed=K/{training/, result.json}
 OUT/results.json     all runs and the verdicts, which the report and the notebooks read
 
-A run is skipped where its result carries the plan's hash. Each run computes with one thread, so that its numbers
-do not depend on how many go on at once. It is measured at its last step, never at the best of several checkpoints;
-but for the arms that the plan stops early, by images which no measure uses.
+A run is skipped if its result has the plan's hash. Each run computes with one thread, so that its numbers do not
+depend on how many run at once. It is measured at its last step, never at the best of several checkpoints. Only for
+early-stopped arms of the plan, the loss on validation images, which no measure uses, chooses the step.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import OBJECTIVES, sampler_of
 
 PROBED, VALIDATED, TESTED, DRAWS = 1000, 300, 500, 3  # images of a linear probe, and draws of noise
-# Of the step that is measured, where they are finite; the first three of its batch.
+# Logged values of the measured step, where finite, by the start of their names; the first three are of its batch.
 DESCRIBED = ("feature_rms", "gap", "dispersive", "held_out_t", "depth_use", "validation")
 KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "described", "warnings", "cpu_seconds")
 
@@ -52,8 +52,8 @@ KEPT = ("arm", "condition", "seed", "status", "error", "settings", "values", "de
 def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell, Run, bool]]:
     """Run what is not done yet, tuning first; yields each run as it ends, its result, and whether it was done before.
 
-    Raises ConfigError: no worker. KitError: a run could not be brought to its end (a lost worker, no data, a full
-        disk); what is done is kept.
+    Raises ConfigError: fewer than one worker. KitError: a run could not be finished (a lost worker, no data, a full
+        disk); finished runs are kept.
     """
     yield from _run_cells(plan, plan.tuning_cells(), out, workers)
     chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
@@ -69,7 +69,7 @@ def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterat
             yield cell, future.result(), False
         except (KitError, OSError, RuntimeError) as error:
             raise KitError(
-                f"{cell.name} could not be run ({type(error).__name__}: {error}). Runs that ended are kept: mend "
+                f"{cell.name} could not be run ({type(error).__name__}: {error}). Finished runs are kept: remove "
                 "the cause, and give the same command again"
             ) from error
 
@@ -86,7 +86,7 @@ class _Measured(BaseModel, extra="allow"):
 
 
 def _result(plan: Plan, cell: Cell, out: Path) -> Run:
-    """Of a run that has ended, from this plan and these settings; else nothing."""
+    """The result of a finished run of this plan and these settings; else an empty dictionary."""
     file = out / cell.name / "result.json"
     if not file.is_file():
         return {}
@@ -95,7 +95,7 @@ def _result(plan: Plan, cell: Cell, out: Path) -> Run:
 
 
 def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
-    """Train and measure one run, going on where it was killed; returns and keeps its result."""
+    """Train and measure one run, and write its result. A killed run continues from its checkpoint."""
     folder = out / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f".{folder.name}.lock")):
@@ -119,7 +119,7 @@ def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
 
 
 def _train_and_measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
-    """What was measured; of a training that broke down, its error: that is a result too."""
+    """What was measured. If the training failed: its error, which is a result too."""
     config = plan.config(cell)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -130,7 +130,7 @@ def _train_and_measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
         except (DataError, CheckpointError, ConfigError):  # not the fault of the arm
             raise
         except KitError as error:
-            said = str(error).partition(". ")[0]  # what goes on with paths of this machine and advice
+            said = str(error).partition(". ")[0]  # without the rest: paths of this machine, and advice
             measured = {"status": "crashed", "error": said, "values": {}, "described": {}, "record": {}}
     return {**measured, "warnings": sorted({str(w.message) for w in caught if "Dispersive Loss" in str(w.message)})}
 
@@ -139,7 +139,7 @@ _environment = cache(describe_environment)  # once a process
 
 
 def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Values by name, numbers that describe without being judged, and the record of how they came about."""
+    """Values by name, descriptive numbers without a verdict, and the record of how they were measured."""
     config, how, lines = plan.config(cell), plan.evaluation, read_metrics(folder)
     last = lines[-1]
     if plan.is_early_stopped(cell):
@@ -150,7 +150,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     autoencoder = json.dumps(card["data"].get("autoencoder"))
     panel, decode = _panel(config.data, config.data_dir, config.image_size, how.extractor, autoencoder)
     if how.probe and decode:
-        raise ConfigError("a probe is of images, and this run has latents: leave it out of the plan")
+        raise ConfigError("a probe needs images, and this run has latents: leave it out of the plan")
     probe = {"probe": _probe_accuracy(model, config, how.probe_pool)} if how.probe else {}
     described = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
     model = model.to(this_process().device)
@@ -171,7 +171,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
         if how.copies and not copies:
             trained_on = split_share(panel.real, config.data_share)[0]
             found = measure_memorisation(features, trained_on, panel.reference, panel.extractor).copies
-            copies = {"copies": (round(found.value * how.num) + 0.5) / (how.num + 1)}  # has a logarithm where none is
+            copies = {"copies": (round(found.value * how.num) + 0.5) / (how.num + 1)}  # above 0, for the logarithm
             described["copies_of_held_out"] = found.floor
     values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **copies, **probe}
     known = {name: last[name] for name in last if name.startswith(DESCRIBED)}
@@ -189,7 +189,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
 def _panel(
     data: str, data_dir: str | None, image_size: int, extractor: str, autoencoder: str
 ) -> tuple[Panel, Decode | None]:
-    """The real images and their features, once a process, and the decoder of latents."""
+    """The real images with their features, and the decoder of latents; made once in each process."""
     decode = decoder_of({"data": {"autoencoder": json.loads(autoencoder)}}, device=this_process().device)
     real, held_out = load_reference(TrainConfig(data=data, data_dir=data_dir, image_size=image_size), decode)
     return Panel(make_extractor(extractor, real, held_out), real, held_out, metrics=("FD",)), decode
@@ -198,8 +198,8 @@ def _panel(
 def _pooled_rank(model: Any, config: TrainConfig) -> float:
     """RankMe of the mean tokens of clean held-out images after the block that the published settings tap.
 
-    The effective rank in the training log is of the rows that the arm's loss saw: 64 of as many channels as its pooling
-    leaves. This one is of the same images, block and pooling whatever the arm, so that arms may be compared.
+    The effective rank in the training log is of the rows that the arm's loss gets: 64 rows, with the channels that its
+    pooling leaves. The one here uses the same images, block and pooling for all arms, so that arms can be compared.
     """
     images = draw_images(load_reference(config)[1], TESTED).images
     (features,) = extract(encoder(model), images, LEVELS[:1], pool="mean")  # (1, blocks, N, D)
@@ -208,7 +208,7 @@ def _pooled_rank(model: Any, config: TrainConfig) -> float:
 
 
 def _probe_accuracy(model: Any, config: TrainConfig, pool: str) -> float:
-    """Test accuracy of the ridge probe whose block and noise level validation images chose, on the null class."""
+    """Test accuracy of the ridge probe; validation accuracy chooses its block and noise level. Null class."""
     real, held_out = load_reference(config)
     known = draw_images(real, PROBED + VALIDATED)
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
@@ -220,7 +220,7 @@ def _probe_accuracy(model: Any, config: TrainConfig, pool: str) -> float:
 
 
 def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:
-    """The results of all cells, in their order; none may be missing: n was fixed in the plan."""
+    """The results of all cells, in their order. Raises DataError: one is missing, and the plan fixes their number."""
     results = [_result(plan, cell, out) for cell in cells]
     if missing := [cell.name for cell, result in zip(cells, results, strict=True) if not result]:
         raise DataError(
@@ -276,7 +276,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _shared_record(runs: list[Run]) -> dict[str, Any]:
-    """What all runs say of how they were measured.
+    """The part of the records that is equal in all runs.
 
     Raises DataError: reference or extractor differ, or, within a condition, the training images.
     """
@@ -291,6 +291,6 @@ def _shared_record(runs: list[Run]) -> dict[str, Any]:
 
 
 def _kept(plan: Plan, run: Run) -> Run:
-    """A run by the id under which one refers to it: hash of the plan, arm, condition, seed."""
+    """A run with its id: hash of the plan, arm, condition, seed."""
     name = f"{plan.sha256[:8]}/{run['arm']}/{run['condition']}/seed={run['seed']}"
     return {"id": name, **{key: run[key] for key in KEPT}}

@@ -1,4 +1,4 @@
-"""Jupyter as the kit starts it: kernels without ports, and JupyterLab and Voila for this machine alone."""
+"""How the kit starts Jupyter: kernels without ports, and JupyterLab and Voila for this machine only."""
 
 import os
 import secrets
@@ -19,17 +19,17 @@ from dispersive_kit.study.notebook import notebooks_folder
 
 CONSOLE = "voila/render/90_lecture_console.ipynb"
 # Voila's template for the console's page, which fetches nothing; and defaults of JupyterLab: long lines of code are
-# wrapped, so that a projector shows all of them, and no news is fetched, which would cover figures too.
+# wrapped, so that a projector shows all of them, and no news is fetched, since its window would cover figures.
 _OWN = Path(__file__).parent / "jupyter"
 _BUNDLED_MATHJAX = {"page_config": {"fullMathjaxUrl": "null", "mathjaxConfig": "null"}}  # not that of a public server
-_BEGIN_S = 60  # within which a kernel must begin with a cell that it was sent
+_BEGIN_S = 60  # seconds within which a kernel must start a cell that was sent to it
 
 # What Voila's pages use: others, such as that of the package notebook, are made for JupyterLab and fail there.
 _SHOWN = ["anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"]
 
 
 class _Iopub(AsyncZMQSocketChannel):
-    """Notes when a cell was sent that the kernel has not begun with yet."""
+    """Keeps the time at which a cell was sent, until the kernel starts it."""
 
     sent = float("inf")
 
@@ -41,8 +41,8 @@ class _Iopub(AsyncZMQSocketChannel):
 
 
 class _Shell(AsyncZMQSocketChannel):
-    """Looks each second whether an answer has come. jupyter_client sends past the event loop, as it does with the state
-    of a widget while a cell runs; an answer that arrives in this moment wakes nobody (ZMQ_FD in libzmq's manual).
+    """Checks each second whether an answer has come. jupyter_client sends some messages outside the event loop, such
+    as a widget's state while a cell runs. An answer that comes then does not wake the loop (ZMQ_FD in libzmq's manual).
     """
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
@@ -54,7 +54,7 @@ class _Shell(AsyncZMQSocketChannel):
 
 
 class _Client(AsyncKernelClient):
-    """Takes a kernel for dead that does not begin with a cell, as one does that hangs or never heard of it."""
+    """Treats a kernel as dead if it does not start a cell: it hangs, or the message was lost."""
 
     iopub_channel_class = Type(_Iopub)
     shell_channel_class = Type(_Shell)
@@ -97,7 +97,7 @@ def serve_lab(port: int, *, browser: bool, page: str = "lab") -> None:
     from jupyterlab.labapp import LabApp
 
     token = secrets.token_hex(24)
-    as_root = hasattr(os, "geteuid") and os.geteuid() == 0  # in a container one often is
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0  # usual in a container
     for variable in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
         os.environ[variable] = os.pathsep.join(filter(None, [str(_OWN), os.environ.get(variable)]))
     print(f"open http://127.0.0.1:{port}/{page}?token={token}", flush=True)  # JupyterLab prints no token it was given
@@ -118,10 +118,10 @@ def serve_lab(port: int, *, browser: bool, page: str = "lab") -> None:
         f"--LabApp.default_url=/{page}",
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.extension_manager=readonly",  # the other one asks PyPI
+        "--LabApp.extension_manager=readonly",  # the other one contacts PyPI
         "--VoilaConfiguration.template=offline",
         f"--VoilaConfiguration.extension_allowlist={_SHOWN}",
         "--VoilaConfiguration.extension_denylist=[]",
-        "--VoilaConfiguration.file_denylist=.*",  # it would give images to whoever asks, without the token
+        "--VoilaConfiguration.file_denylist=.*",  # otherwise images can be read without the token
         f"--VoilaConfiguration.resources={_BUNDLED_MATHJAX}",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The machine: what it is, whether it is ready, and a pool of processes on it."""
+"""The machine: its description, checks of it, and a pool of processes on it."""
 
 import contextlib
 import functools
@@ -62,7 +62,7 @@ def package_hash() -> str:
 
 
 def examine() -> list[tuple[str, bool, str]]:
-    """Name, whether all is well, and what was found or what to do: of packages, device, memory and folders."""
+    """Each check (packages, device, memory, folders): name, whether it passed, what was found or how to repair it."""
     checks = {
         "packages": _packages,
         "home folder": require_home,
@@ -85,14 +85,14 @@ def require_home() -> Path:
     """The home folder, where Jupyter keeps its files; ConfigError for a user id that has none."""
     try:
         return Path.home()
-    except RuntimeError as error:  # of Path.home and its like, for a user id without a home
+    except RuntimeError as error:  # Path.home raises it for a user id without a home
         raise ConfigError(
             f"Jupyter keeps its files in a home folder ({error}): set HOME, as in HOME=/tmp/me"
         ) from error
 
 
 def _packages() -> str:
-    """Python and all that pyproject.toml asks for, notebooks included."""
+    """Check the packages that pyproject.toml requires, with those for notebooks."""
     wanted = map(Requirement, importlib.metadata.requires("dispersive-kit") or [])
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": "notebooks"})]
     for one in needed:
@@ -121,7 +121,7 @@ def _memory() -> str:
 
 
 def _room(folder: Path, variable: str) -> str:
-    """That something can be written into `folder`, or where it will be made."""
+    """Check that `folder`, or the place where it will be made, is writable and has room."""
     cure = f"make {folder} writable, free some disk, or set {variable} to another folder"
     try:
         with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
@@ -141,11 +141,11 @@ def _visible_gpus() -> tuple[str, ...]:
 
 
 def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[tuple[T, Future[R]]]:
-    """call(item) for each item in a pool of fresh processes; item and its finished future, as they end.
+    """Run call(item) for each item in a pool of new processes; yields each item and its finished future, as they end.
 
-    A worker has a GPU for good, where there are some; workers: one for each GPU, or one, if not given. They end with
-    this process, also when it is killed. Where the caller stops early, what runs now ends and nothing more begins.
-    Raises ConfigError: no worker, or more workers than GPUs.
+    If there are GPUs, each worker keeps one. workers: by default one for each GPU, or one without a GPU. They end with
+    this process, also when it is killed. If the caller stops early, running calls are finished and no others start.
+    Raises ConfigError: fewer than one worker, or more workers than GPUs.
     """
     gpus = _visible_gpus()
     workers = len(gpus) or 1 if workers is None else workers

@@ -1,4 +1,4 @@
-"""What a notebook says to the kit, and where notebooks and their runs lie.
+"""How a notebook reports to the kit, and where notebooks and their runs are.
 
     nb = begin("06_does_it_help", mode=mode, out=out)
     nb.check("base arm beats pixel-Gaussian samples", distance < gaussian, f"{distance:.1f} < {gaussian:.1f}")
@@ -29,8 +29,8 @@ from dispersive_kit.errors import ConfigError, DataError, KitError, form_error
 PACKAGE = Path(__file__).resolve().parents[1]
 MODE_VARIABLE = "DISPERSIVE_KIT_MODE"  # set by the tests, which run every notebook in smoke mode
 Mode = Literal["smoke", "class", "full"]
-_MOST_PARTS = 200_000  # in a plan or a pipeline, as JSON: some two to a value
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]  # of a folder: it leads nowhere else
+_MOST_PARTS = 200_000  # JSON tokens of a plan or a pipeline; a value has about two
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]  # a folder's name, which cannot be a path
 F = TypeVar("F", bound=BaseModel)
 
 
@@ -74,12 +74,12 @@ class NotebookRun(Result):
         self.numbers.append(Number(name=name, value=float(value), note=note, record=record))
 
     def in_mode(self, **numbers: tuple[Any, Any, Any]) -> SimpleNamespace:
-        """Of each (smoke, class, full) the one of this run's mode, as attributes."""
+        """From each (smoke, class, full), the number for this run's mode; as attributes."""
         column = get_args(Mode).index(self.mode)
         return SimpleNamespace(**{name: values[column] for name, values in numbers.items()})
 
     def try_answer(self, answer: Callable[..., Any], cases: Sequence[tuple[tuple[Any, ...], Any]], hint: str) -> bool:
-        """Hold an exercise's answer against cases (arguments, right result); print what goes wrong, and the hint."""
+        """Test an exercise's answer on cases (arguments, right result). Prints the first fault, and the hint."""
         for number, (arguments, right) in enumerate(cases, 1):
             if fault := _fault(answer, arguments, right):
                 print(f"not yet, case {number}: {fault}\nhint: {hint}")
@@ -95,7 +95,7 @@ class NotebookRun(Result):
         display(Markdown(sentence))
 
     def answer(self, verdict: str, interval: str, sentence: str, *, picture: str, measured: dict[str, str]) -> None:
-        """Keep the answer to what the notebook asks: with it the report begins. picture: a figure as HTML."""
+        """Keep the answer to the notebook's question; the report begins with it. picture: a figure as HTML."""
         self.headline = {"verdict": verdict, "interval": interval, "sentence": sentence}
         self.headline |= {"picture": picture, "measured": list(measured.items())}
 
@@ -141,7 +141,7 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
 def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigError) -> Any:
     """The content of a YAML or JSON file.
 
-    Raises error: `missing`, and why the file cannot be read; or it is damaged, or holds more than plain values.
+    Raises `error`: the file cannot be read (`missing` says more), is damaged, or holds more than plain values.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigErro
 def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = ConfigError, /, **changes: Any) -> F:
     """The content of a YAML or JSON file as a pydantic model, with fields changed.
 
-    Raises error: as `read_plain`; or a field is of another form.
+    Raises `error`: as `read_plain`; or a field has a wrong form.
     """
     content = read_plain(file, missing, error)
     try:
@@ -176,7 +176,7 @@ def read_result(folder: Path) -> Result:
     Raises DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
     """
     file = folder / "result.json"
-    missing = f"{file} is missing: the notebook did not come to its last cell, nb.finish()"
+    missing = f"{file} is missing: the notebook did not reach its last cell, nb.finish()"
     return read_form(file, Result, missing, DataError)
 
 
@@ -208,7 +208,7 @@ def read_notebook(file: Path) -> Any:
 def find_notebook(name: str, beside: Path | None = None) -> Path:
     """A notebook by path (also one `beside` a pipeline's file), by name, or by the number its name starts with.
 
-    Raises ConfigError: there is none, or several begin so.
+    Raises ConfigError: no notebook or several start with this name.
     """
     if Path(name).suffix == ".ipynb":
         places = [folder / name for folder in (beside, Path()) if folder is not None]
@@ -222,7 +222,7 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
 
 
 def _peak_memory_gib() -> float | None:
-    """The most memory this process has held so far; None where the system does not tell."""
+    """The largest memory of this process so far; None if the system does not report it."""
     with contextlib.suppress(OSError):  # not getrusage: its ru_maxrss is inherited from the process that started this
         kib = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return round(int(kib[0]) / 2**20, 2)

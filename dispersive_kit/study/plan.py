@@ -1,7 +1,7 @@
-"""The plan of a study, written and hashed before its first run: that is its pre-registration.
+"""The plan of a study. It is written and hashed before the first run: this is its pre-registration.
 
-Which training all runs share, what the arms differ in, in which conditions they are compared, on how many seeds, and
-what will be called better: `notebooks/studies/2a-published-short.yaml` is one.
+It states the training that all runs share, how the arms differ, the conditions, the seeds, and which result is called
+better. An example: `notebooks/studies/2a-published-short.yaml`.
 
 Two runs that share a seed share initial weights, order of images, times, noise and label drops: they are a pair.
 """
@@ -22,7 +22,7 @@ from dispersive_kit.training import TrainConfig, train_preset, with_settings
 from dispersive_kit.training.runs import sampler_of
 
 LEVEL = 0.05
-DIRECTION = {"frechet": -1, "held_out": -1, "copies": -1, "probe": 1}  # the sign that a better arm's log-ratio has
+DIRECTION = {"frechet": -1, "held_out": -1, "copies": -1, "probe": 1}  # sign of the log-ratio of a better arm
 
 _Text = Annotated[str, Field(min_length=1)]
 _Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=20)]  # a test looks at 2^n choices of signs
@@ -46,7 +46,7 @@ class Contrast(_Form):
 
     @property
     def kind(self) -> str:
-        """ "frechet cfg 2" is a frechet."""
+        """The measure without its guidance: "frechet" of "frechet cfg 2"."""
         return self.measure.partition(" ")[0]
 
 
@@ -133,12 +133,12 @@ class Plan(_Form):
 
     @property
     def folder(self) -> Path:
-        """Where its runs lie: another plan, or the same one changed, has another folder."""
+        """The folder of its runs. Another plan, or this one after a change, has another folder."""
         return runs_folder() / "studies" / f"{self.name}-{self.sha256[:8]}"
 
     @property
     def called(self) -> str:
-        """What `dispersive-kit study run` takes."""
+        """The name of the plan for `dispersive-kit study run`."""
         return self.name if self.file.parent == studies_folder() else str(self.file)
 
     @property
@@ -155,7 +155,7 @@ class Plan(_Form):
         return cell.arm.partition(".")[0] in self.early_stopped  # a trial is named after its arm
 
     def unstopped(self, cell: Cell) -> Cell:
-        """The reference's run that an arm which is stopped early may share its training with."""
+        """The run of the reference with which an early-stopped arm may share its training."""
         return replace(cell, arm=".".join([self.reference, *cell.arm.split(".")[1:]]))
 
     def tuning_cells(self) -> list[Cell]:
@@ -187,7 +187,7 @@ class Plan(_Form):
         self._check_seeds()
         for cell in (*self.cells(), *self.tuning_cells()):
             if "seed" in {*self.train, *cell.settings}:
-                raise ConfigError("seeds stand in `seeds`, and are the same in all arms")
+                raise ConfigError("seeds belong in `seeds`, and are the same in all arms")
             config = self.config(cell)
             sampler_of(config.objective, self.evaluation.sampler)
             if config.data in TOY_SETS or config.model == "MLP":
@@ -213,13 +213,13 @@ class Plan(_Form):
                 if (given := getattr(contrast, part)) not in names:
                     raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
             if contrast.kind not in self.margin:
-                raise ConfigError(f"no margin for {contrast.measure!r}, so nothing could be equivalent by it")
+                raise ConfigError(f"no margin for {contrast.measure!r}: `margin` needs one, to judge equivalence")
             if self.contrasts.count(contrast) > 1:
-                raise ConfigError(f"the contrast ({contrast}) stands twice")
+                raise ConfigError(f"the contrast ({contrast}) is listed twice")
 
     def _check_seeds(self) -> None:
         n, family, trials = len(self.seeds), max(1, len(self.secondaries)), self.tuning.trials
-        best = 2.0 ** (1 - n) * family  # all signs one way: 2 of 2^n
+        best = 2.0 ** (1 - n) * family  # all signs equal: 2 cases of 2^n
         if best >= LEVEL:
             raise ConfigError(
                 f"{n} seeds cannot reach p < {LEVEL}: the exact sign-flip test, by Holm over {family} secondaries, "
@@ -230,11 +230,11 @@ class Plan(_Form):
         if bool(trials) != bool(self.tuning.seeds):
             raise ConfigError("tuning needs both trials and seeds of its own")
         if trials and (set(trials) != set(self.arms) or len(set(map(len, trials.values()))) > 1):
-            raise ConfigError("each arm needs equally many tuning trials, the reference among them")
+            raise ConfigError("each arm needs equally many tuning trials, including the reference")
 
 
 def studies_folder() -> Path:
-    """Where the plans and results lie that come with the kit."""
+    """The folder of the plans and results that come with the kit."""
     return notebooks_folder() / "studies"
 
 

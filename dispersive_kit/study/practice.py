@@ -1,5 +1,5 @@
-"""What stands in where ImageNet and its autoencoder are not at hand: photographs that come with packages, and a small
-AutoencoderKL that `data/make_artefacts.py` trained on them.
+"""A replacement for ImageNet and its autoencoder: photographs that come with packages, and a small AutoencoderKL that
+`data/make_artefacts.py` trained on them.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from dispersive_kit.data.encode import Encoder
 from dispersive_kit.data.files import ARTEFACTS
 from dispersive_kit.errors import DataError
 
-AUTOENCODER = ARTEFACTS / "autoencoders" / "photographs"  # 4 x 4 pixels into one place of 4 channels
+AUTOENCODER = ARTEFACTS / "autoencoders" / "photographs"  # 4 x 4 pixels become one position with 4 channels
 _SIZE = 64  # pixels
 _IN_SCIKIT_IMAGE = {
     "astronaut": "astronaut", "cat": "chelsea", "cup": "coffee", "galaxies": "hubble_deep_field",
@@ -20,7 +20,7 @@ _IN_SCIKIT_IMAGE = {
 
 
 def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
-    """Write cuts of each photograph, a class each, into `out`; returns how they are encoded.
+    """Write crops of each photograph into `out`, one class for each; returns the settings to encode them.
 
     Raises DataError: scikit-image or scikit-learn, which bring the photographs, is not installed.
     """
@@ -28,7 +28,7 @@ def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
     for name, photograph in photographs().items():
         (images / name).mkdir(parents=True, exist_ok=True)
         shortest = min(photograph.shape[:2])
-        for number in range(per_class):  # nearly whole, so that one sees what each shows
+        for number in range(per_class):  # large crops, so that the content can be recognised
             side = int(rng.integers(round(0.85 * shortest), shortest + 1))
             top, left = (int(rng.integers(length - side + 1)) for length in photograph.shape[:2])
             cut = Image.fromarray(photograph[top : top + side, left : left + side])
@@ -38,12 +38,12 @@ def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Ten by name, uint8 (H, W, 3)."""
+    """Ten photographs by name, uint8 (H, W, 3). Raises DataError: see `practice`."""
     try:
         from skimage import data
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise DataError("the photographs need both: pip install 'dispersive-kit[notebooks,latents]'") from error
+        raise DataError("the photographs need two packages: pip install 'dispersive-kit[notebooks,latents]'") from error
     china, flower = load_sample_images().images
     found = {name: getattr(data, function)() for name, function in _IN_SCIKIT_IMAGE.items()}
     return found | {"motorcycle": data.stereo_motorcycle()[0], "temple": china, "flower": flower}

@@ -1,4 +1,4 @@
-"""Tables for a terminal, and pages of HTML: each one file that fetches nothing and runs nothing."""
+"""Tables for a terminal, and HTML pages: each is one file that loads nothing and runs no script."""
 
 import html
 import re
@@ -56,7 +56,7 @@ def read_task(folder: Path) -> NotebookTask | None:
 
 
 def as_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text in columns, without what a terminal would obey."""
+    """Rows as text in columns, without control characters."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
@@ -82,7 +82,7 @@ def _write_page(file: Path, template: str, **content: Any) -> Path:
 
 
 def with_formulas(page: str) -> str:
-    """HTML with its formulas, which stand between dollars, as MathML, which a browser shows; tags and code stay."""
+    """HTML with the formulas between dollar signs as MathML, which a browser shows; tags and code are unchanged."""
     from latex2mathml.converter import convert
 
     def shown(found: re.Match[str]) -> str:
@@ -105,7 +105,7 @@ def write_notebook_page(notebook: Path) -> None:
     document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
-    lines = CoalesceStreamsPreprocessor(enabled=True)  # what a cell printed stands in one box
+    lines = CoalesceStreamsPreprocessor(enabled=True)  # all prints of a cell are in one box
     body, _ = HTMLExporter(template_name="basic", preprocessors=[lines]).from_notebook_node(document)
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
@@ -125,9 +125,9 @@ def write_report(tasks: Sequence[NotebookTask], out: Path, *, title: str, subtit
 
 
 def _stage(name: str, runs: list[NotebookTask]) -> dict[str, Any]:
-    """What the report says of a stage: of one run all that it left, of several the means over seeds.
+    """What the report says of a stage: all results of a single run, or the means over seeds of several runs.
 
-    Failed runs enter no mean, nor do those in smoke mode; each is named with the reason.
+    Failed runs and runs in smoke mode are not in the means; each is named with the reason.
     """
     varied = [name for name in runs[0].parameters if len({repr(run.parameters.get(name)) for run in runs}) > 1]
     left_out, points = dict[str, str](), dict[str, dict[str, list[Number]]]()

@@ -1,7 +1,7 @@
 """Notebooks run headlessly: one, or the stages of a pipeline (a YAML file), each once or over a grid of parameters.
 
 A run's folder holds notebook.ipynb and .html as executed, result.json, log.txt, and stage.json (see `NotebookTask`).
-What ended well and is unchanged is not run again; what was killed goes on in its folder, so that a training in it
+A run that ended well and is unchanged is not run again. A killed run continues in its folder, so that a training in it
 resumes from its checkpoint.
 """
 
@@ -29,7 +29,7 @@ from dispersive_kit.study.machine import describe_environment, in_pool, package_
 from dispersive_kit.study.report import NotebookTask, read_task, write_notebook_page, write_report
 
 _SHIPPED = {file.stem: file for file in sorted((nb.PACKAGE / "study" / "pipelines").glob("*.yaml"))}
-_CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; a training in full mode takes what it takes
+_CELL_TIMEOUT_S = 3600  # of a notebook in smoke or class mode; full mode has no limit
 # In a notebook's JSON: errors that stopped no cell, of an Output widget, or of a thread, on a cell's stderr.
 _HIDDEN = re.compile(r'"ename": "(\w+)"|"Traceback \(most recent call last\):.*?^\s*"(\S.*?)(?:\\n)?",?$', re.S | re.M)
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -52,7 +52,7 @@ class _Pipeline(BaseModel, extra="forbid", frozen=True):
     mode: nb.Mode = "class"
     workers: PositiveInt | None = None
     file: Path = Path()
-    executor: Literal["pool"] = "pool"  # of earlier versions, like what to ask a cluster for
+    executor: Literal["pool"] = "pool"  # from earlier versions, as `cluster` is; neither is used
     cluster: Any = None
 
 
@@ -61,9 +61,9 @@ def run(
 ) -> None:
     """Run a notebook, a shipped pipeline or a pipeline's YAML file, and write the report.
 
-    parameters: of a notebook, as typed: NAME=VALUE. changes: of the fields of `Pipeline`; None is no change.
-    Raises ConfigError: something is unknown or of the wrong form; nothing was run. KitError: `out` holds something
-        already and `resume` is off; or a run failed.
+    parameters: of a notebook, as typed: NAME=VALUE. changes: new values of pipeline fields; None: no change.
+    Raises ConfigError: a name is unknown or a value has a wrong form; nothing was run. KitError: `out` is not empty
+        and `resume` is off; or a run failed.
     """
     pipeline = _open(name, parameters, {field: value for field, value in changes.items() if value is not None})
     folder, ended = out or nb.runs_folder() / pipeline.file.stem, []
@@ -84,7 +84,7 @@ def run(
 def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> _Pipeline:
     if name in _SHIPPED or Path(name).suffix in (".yaml", ".yml"):
         if parameters:
-            raise ConfigError("parameters go to a notebook; a pipeline has its own")
+            raise ConfigError("-p is for a single notebook; a pipeline file has its own parameters")
         file, missing = _SHIPPED.get(name, Path(name)), f"no pipeline {name!r}; shipped are: {', '.join(_SHIPPED)}"
         return nb.read_form(file, _Pipeline, missing, file=file, **changes)
     if "workers" in changes:
@@ -123,13 +123,13 @@ def _expand(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]
 
 
 def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool = False) -> dict[str, Any]:
-    """Parameters held against those that a notebook declares, before a kernel starts: papermill would only warn.
+    """Check parameters against those that a notebook declares, before a kernel starts: papermill would only warn.
 
     typed: as text on a command line; read as JSON (3, 0.5, true, [1, 2]) unless the notebook wants a str.
     """
     import papermill
 
-    nb.read_notebook(notebook)  # papermill ends in errors of its own
+    nb.read_notebook(notebook)  # before papermill, which raises its own errors
     declared = {name: one["inferred_type_name"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
     declared.pop("out", None)
     checked = {}
@@ -151,8 +151,8 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
 def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> Iterator[NotebookTask]:
     """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
 
-    Raises KitError: `out` holds something already and `resume` is off. ConfigError: a notebook or parameter is unknown,
-        a value has the wrong type, a name is used twice; or there cannot be so many workers.
+    Raises KitError: `out` is not empty and `resume` is off. ConfigError: a notebook or parameter is unknown, a value
+        has the wrong type, a name is used twice; or there are more workers than GPUs.
     """
     planned = _plan(pipeline, out)
     if out.exists() and any(out.iterdir()) and not resume:
@@ -167,11 +167,11 @@ def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> It
 
 
 class _ElsewhereError(KitError):
-    """Another process is at this run."""
+    """Another process is executing this run."""
 
 
 def _run_tasks(tasks: list[NotebookTask], workers: int | None) -> Iterator[NotebookTask]:
-    """Each once. What another process is at comes last: so the jobs of a cluster share a sweep."""
+    """Execute each task once. Those of another process come last, so that jobs of a cluster share a sweep."""
     last = tasks if len(tasks) == 1 else []
     for task, future in in_pool(partial(_run_task, busy="elsewhere"), tasks, workers) if len(tasks) > 1 else ():
         try:
@@ -193,8 +193,8 @@ def _key(task: NotebookTask) -> str:
 def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
     """Execute one notebook into its folder, unless that is done.
 
-    Files of a run from other inputs are moved to FOLDER.earlier-1. Where another process is at it, this one waits, or,
-    if told what to say, raises _ElsewhereError.
+    Files of a run from other inputs are moved to FOLDER.earlier-1. If another process is executing it, this one
+    waits, or, if `busy` is given, raises _ElsewhereError with this text.
     """
     folder = task.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
 
 
 def _execute(task: NotebookTask) -> tuple[str, str]:
-    """Error in one line and traceback; both empty at its end."""
+    """Execute a notebook; returns the error in one line and the traceback, both empty if it ended well."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
@@ -243,7 +243,7 @@ def _execute(task: NotebookTask) -> tuple[str, str]:
                 stderr_file=stream,
                 cwd=str(task.folder),
                 execution_timeout=None if task.parameters.get("mode") == "full" else _CELL_TIMEOUT_S,
-                extra_arguments=["--log-level=CRITICAL"],  # of the kernel: it calls its own end an error
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel logs its normal end as an error
             )
             if hidden := _HIDDEN.search(executed.read_text(encoding="utf-8")):
                 error = f"an error was hidden from the run: {hidden[1] or hidden[2]}; see notebook.html"

@@ -1,4 +1,4 @@
-"""From paired runs to verdicts: exact sign-flip test, Holm, interval, equivalence within a margin; those of the kit.
+"""From paired runs to verdicts: exact sign-flip test, Holm, interval, equivalence within a margin; shipped verdicts.
 
 Everything acts on log-ratios x_k = log(value of the arm / value of the reference), one for each seed: 0 is no
 difference, log 2 is twice the value.
@@ -46,8 +46,8 @@ Run = dict[str, Any]
 
 
 def _log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], better: int) -> NDArray[np.float64]:
-    """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side, and as 0 where both
-    crashed: say so to `judge_pairs`.
+    """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side. If both runs of a
+    pair crashed, the value is 0; give the number of such pairs to `judge_pairs`.
     """
 
     def one(a: float | None, b: float | None) -> float:
@@ -59,7 +59,7 @@ def _log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], 
 
 
 def _sign_flip_p(x: NDArray[np.float64]) -> float:
-    """Exact two-sided p that the mean of x (n,) is 0, over all 2^n signs: no assumption but symmetry about 0."""
+    """Exact two-sided p that the mean of x (n,) is 0, over all 2^n signs. It assumes only symmetry about 0."""
     from scipy.stats import permutation_test
 
     how: dict[str, Any] = {"permutation_type": "samples", "n_resamples": np.inf, "vectorized": True, "batch": 2**14}
@@ -89,11 +89,11 @@ def judge_pairs(
 ) -> dict[str, Any]:
     """The verdict on paired log-ratios x (n,).
 
-    "equivalent" where the 90 % interval lies within +-margin, also if a difference inside it is certain: the margin
-    was fixed as what counts as none. Else "better" or "worse" where the adjusted p is below 0.05; else "inconclusive".
+    "equivalent" if the 90 % interval lies within +-margin, even if the difference is significant: by the plan,
+    such a difference counts as none. Else "better" or "worse" if the adjusted p is below 0.05; else "inconclusive".
 
     better: -1 if less of the measure is better, 1 if more is. p_adjusted: by Holm; None: alone in its family.
-    empty: pairs of which both runs crashed. Where there are any, nothing is "equivalent": they measured nothing.
+    empty: number of pairs in which both runs crashed. If there are any, the verdict is not "equivalent".
     Gives the word; n; mean of the log-ratios with its 95 % t-interval, low to high; p of the sign-flip test,
     p_adjusted; p_equivalent, of the two one-sided t-tests against +-margin; margin.
     """
@@ -113,7 +113,7 @@ def judge_pairs(
 
 
 def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One verdict a contrast of the plan: primary and co-primary alone, secondaries adjusted together."""
+    """One verdict for each contrast of the plan. Only the p-values of secondaries are adjusted, as one family."""
     sides = [(_values(runs, c, c.arm), _values(runs, c, c.against)) for c in plan.contrasts]
     pairs = [_log_ratios(*side, DIRECTION[c.kind]) for side, c in zip(sides, plan.contrasts, strict=True)]
     adjusted = [None, None, *_holm([_sign_flip_p(x) for x in pairs[2:]])]
@@ -132,7 +132,7 @@ def verdicts(plan: Plan, runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _values(runs: Sequence[Run], contrast: Contrast, arm: str) -> list[float | None]:
-    """Of an arm, seed by seed; None of a crashed run."""
+    """The values of an arm, one for each seed; None for a crashed run."""
     chosen = sorted(_of(runs, arm, contrast.condition), key=lambda run: run["seed"])
     return [run["values"].get(contrast.measure) for run in chosen]
 
@@ -175,10 +175,10 @@ class _Results(BaseModel, extra="allow"):
 
 
 def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
-    """Results of a plan: of the runs in `out` and no others, or, without it, of the study run here, or else those that
+    """Results of a plan: those in `out`, if it is given; else those of the study run on this machine; else those that
     come with the kit.
 
-    Raises DataError: there are none, or they are damaged, or of the plan as it was before a change.
+    Raises DataError: there are none, they are damaged, or the plan was changed after them.
     """
     here, shipped = (out or plan.folder) / "results.json", studies_folder() / f"{plan.name}.results.json"
     return _read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
@@ -201,9 +201,9 @@ def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
 
 @functools.cache
 def shipped_results() -> dict[str, dict[str, Any]]:
-    """The results that come with the kit, by the name of their plan, whatever was run here; to be read only.
+    """The results that come with the kit, by the name of their plan, without runs of this machine. Do not modify them.
 
-    Raises DataError: some are of their plan as it was before a change.
+    Raises DataError: some are damaged, or their plan was changed after them.
     """
     files = {name: studies_folder() / f"{name}.results.json" for name in shipped_plans()}
     return {name: _read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}

@@ -1,7 +1,7 @@
-"""What a run is fed: its data by name, and everything random as a function of (seed, step, global sample index).
+"""The training data by name, and all random numbers as a function of (seed, step, global sample index).
 
 Each process draws the whole global batch from a generator seeded by (seed, step), and takes its rows. So the numbers
-do not depend on how it is split, a run resumes without generator state, and two arms see the same images and noise.
+do not depend on the split, a run resumes without generator state, and two arms get the same images and noise.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ TOY_POINTS = 50_000
 
 
 def stream(seed: int, name: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose (`name`) at one step."""
+    """A separate random generator for one purpose (`name`) at one step."""
     digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -53,7 +53,7 @@ class Batch:
     x0: Tensor
     y: Tensor
     draws: Any
-    condition: Tensor  # y, but each dropped label is a number of its own, and so like no other
+    condition: Tensor  # y, with a different negative number for each dropped label: it equals no other
 
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
@@ -63,7 +63,7 @@ class Batch:
 
 
 class _TrainingSet(Sized):
-    """A set that global batches are drawn from; the device is where they lie."""
+    """A data set from which global batches are drawn; `device`: where the batches are."""
 
     device: torch.device
 
@@ -82,7 +82,7 @@ class _TrainingSet(Sized):
         drop_prob: float = 0.0,
         flip: bool = False,
     ) -> Batch:
-        """The global batch of one step. null_label: the class that labels are dropped to; None drops none."""
+        """The global batch of one step. null_label: the class that replaces dropped labels; None: none is dropped."""
         generator = stream(seed, "batch", step, self.device)
         x0, y = self.draw(seed, step, size, flip, generator)
         condition = y
@@ -98,7 +98,7 @@ class _TrainingSet(Sized):
 
 
 class DeviceSet(_TrainingSet):
-    """A small set held whole on the device, without loader or workers: images uint8 (N, C, H, W), or points (N, 2)."""
+    """A small set, kept completely on the device, without a loader: images uint8 (N, C, H, W), or points (N, 2)."""
 
     def __init__(self, samples: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> None:
         self.samples, self.labels, self.device = samples.to(device), labels.to(device), torch.device(device)
@@ -119,14 +119,14 @@ class DeviceSet(_TrainingSet):
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         index = sample_index(seed, step, size, len(self)).to(self.device)
         x0 = self.samples[index]
-        if flip:  # while they are bytes: a quarter of the memory to move
+        if flip:  # flipped as bytes, which is a quarter of the float32 memory
             mirrored = torch.rand(size, generator=generator, device=self.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         return to_float(x0) if x0.dtype == torch.uint8 else x0, self.labels[index]
 
 
 class LatentSet(_TrainingSet):
-    """A part of a store: rows are read from the disk, an image or its mirror; their posteriors are drawn from here."""
+    """A part of a store. Posteriors of images, or of mirror images, are read from disk; latents are drawn from them."""
 
     def __init__(self, selection: Selection, device: torch.device | str = "cpu") -> None:
         self.selection, self.device = selection, torch.device(device)
@@ -139,7 +139,7 @@ class LatentSet(_TrainingSet):
         mirrored = torch.rand(size, generator=stream(seed, "flip", step)).numpy() < 0.5 if flip else None
         posterior = store.read(rows, mirrored)
         if self.device.type == "cuda":
-            posterior = posterior.pin_memory()  # from other memory a copy would wait for all that the GPU has to do
+            posterior = posterior.pin_memory()  # a copy from unpinned memory would wait for the GPU's queue
         mean, std = posterior.to(self.device, non_blocking=True).float().unbind(1)  # (B, C, h, w)
         noise = torch.randn(mean.shape, generator=generator, device=self.device)
         labels = torch.from_numpy(store.labels(rows)).to(self.device)
@@ -148,9 +148,9 @@ class LatentSet(_TrainingSet):
 
 @dataclass(frozen=True)
 class _Source:
-    """What a run trains on and holds out, and the card of it in run.json, from which the model can be built again.
+    """Training and held-out data of a run, and their card for run.json, from which the model can be rebuilt.
 
-    `verify` reads all of a store of latents, and raises DataError if anything in it is not as it was written.
+    `verify` reads a whole store of latents, and raises DataError if anything in it has changed since it was written.
     validation: images that `data_share` leaves out, for early stopping.
     """
 
@@ -164,10 +164,10 @@ class _Source:
 def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Source:
     """The data named by `config.data`, on the device.
 
-    Raises DataError: it is not there, is damaged, or has no such name. ConfigError: mirror images asked of a store that
-        has none; a share of anything but images, flips of points, a size of anything but a folder of images.
+    Raises DataError: the data are missing or damaged, or the name is unknown. ConfigError: `flip` for points or for a
+        store without mirror images; `data_share` for points or a store; `image_size` for a named set or a store.
     """
-    named = is_named_set(config.data)  # asked first: a folder may have the same name
+    named = is_named_set(config.data)  # first of all, since a folder may have the same name
     name, points, store = config.data, config.data in TOY_SETS, is_store(config.data)
     if config.data_share < 1 and (store or points):
         raise ConfigError(f"data_share is for sets of images, not for {name!r}")
@@ -201,15 +201,15 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
 
 
 def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, classes: Any) -> dict[str, Any]:
-    """hashes: of what is trained on and of what is held out; `all_sha256` is of both and the names of the classes."""
+    """hashes: of the training and of the held-out data; `all_sha256` is the hash of both and of the class names."""
     both = hashlib.sha256(json.dumps([*hashes, *classes]).encode()).hexdigest()
     card = {"name": name, "source": source, "sha256": hashes[0], "all_sha256": both, "samples": len(train)}
     return card | {"shape": list(shape), "classes": list(classes)}
 
 
 def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
-    """The first images of every class, a share of each, at least one, to train on; and of what is left the last ones,
-    `HELD_OUT` or one of every class, to choose a step by. Smaller shares lie within larger ones.
+    """Training images: the first `share` of every class, at least one image each. Validation images, to choose a step:
+    the last of the others, at most `HELD_OUT` or one of every class. A smaller share is a part of a larger one.
     """
     if share == 1:
         return images, None
@@ -222,7 +222,7 @@ def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | No
 
 
 def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
-    """The training and the held-out part of a store; ConfigError: mirror images are asked of one that has none."""
+    """The training and the held-out part of a store. Raises ConfigError: `flip`, and it has no mirror images."""
     store = LatentStore(path)
     if flip and not store.spec.flip:
         raise ConfigError(f"{store.path} holds no mirror images: train with flip off, or encode with --flip")
@@ -230,12 +230,12 @@ def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
 
 
 def _verify_store(store: LatentStore) -> None:
-    """Every checksum of a store, and its autoencoder, if that is on this machine."""
+    """Check all checksums of a store, and its autoencoder if it is on this machine."""
     store.verify()
     card = store.spec.autoencoder
     try:
         found = load_autoencoder(card.id, download=False).card
     except DataError as missing:
-        warnings.warn(f"training goes on, but its samples cannot be decoded here: {missing}", stacklevel=2)
+        warnings.warn(f"training continues, but its samples cannot be decoded here: {missing}", stacklevel=2)
     else:
         refuse_other(found, card)

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a lost run.
+"""Checkpoints: with them a run survives a kill, a full disk or a flipped bit.
 
 A checkpoint is a folder `checkpoints/step-00000500/` of safetensors files and a `manifest.json` with the small state
 and the sha256 of each file. It is written under another name, flushed to disk and then renamed, and verified as it is
@@ -34,7 +34,7 @@ class Checkpoint:
 
 class _Manifest(BaseModel):
     step: NonNegativeInt
-    sha256: dict[Annotated[str, Field(pattern=r"^\w+\.safetensors$")], str]  # by names in this folder
+    sha256: dict[Annotated[str, Field(pattern=r"^\w+\.safetensors$")], str]  # file name -> its hash
     state: dict[str, Any]
 
 
@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
     Raises CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    _discard(folder.glob(f"{PARTIAL}*"))  # of a writer that was killed; before, since its room may be needed
+    _discard(folder.glob(f"{PARTIAL}*"))  # left by a killed process; removed first to free disk space
     with atomic_write(final, CheckpointError) as partial:
         partial.mkdir()
         hashes = {}
@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
 
 
 def _discard(paths: Iterable[Path]) -> None:
-    """What cannot be removed now (someone reads it over a network file system) is tried again next time."""
+    """Remove folders. Where this fails (one is read over a network file system), the next save tries again."""
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -67,7 +67,7 @@ def _discard(paths: Iterable[Path]) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first.
 
-    Raises CheckpointError: it leads to a place that is not there. DataError: it cannot be listed.
+    Raises CheckpointError: `folder` is a link to a place that does not exist. DataError: it cannot be listed.
     """
     if folder.is_symlink() and not folder.exists():
         raise CheckpointError(f"{folder} leads to {folder.readlink()}, which cannot be reached: is its disk mounted?")
@@ -75,7 +75,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Every file is verified against its sha256."""
+    """Read a checkpoint, and verify every file against its sha256."""
     try:
         manifest = read_form(path / "manifest.json", _Manifest, error=CheckpointError)
         groups = {}
@@ -89,7 +89,7 @@ def _load(path: Path) -> Checkpoint:
 
 
 def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint that is whole, or that of `step`. A damaged newer one is reported.
+    """The newest undamaged checkpoint, or that of `step`. Each damaged newer one gives a warning.
 
     Raises CheckpointError: there is none, none of this step, or every one is damaged.
     """
@@ -104,7 +104,7 @@ def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
         try:
             checkpoint = _load(path)
         except CheckpointError as error:
-            if not path.exists():  # a run that goes on has removed it, and has a newer one
+            if not path.exists():  # the run is still training: it wrote a newer one and removed this
                 return load_latest(folder, step)
             faults.append(str(error))
             continue

@@ -1,4 +1,4 @@
-"""What a run is: settings that are checked as they are made, and the presets by name."""
+"""The settings of a training run, checked when they are created, and the presets by name."""
 
 import json
 import math
@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Settings(BaseModel):
-    """What does not fit is one ConfigError, which names field, value and cure."""
+    """Wrong values raise one ConfigError, which names field, value and cure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -27,12 +27,12 @@ class _Settings(BaseModel):
             raise form_error(error, error.title, known=type(self).model_fields) from None
 
     def changed(self, **values: Any) -> Self:
-        """Some replaced, and all checked again."""
+        """A copy with some fields replaced; all are checked again."""
         return type(self)(**{**dict(self), **values})
 
 
 class RegularizerConfig(_Settings):
-    """Which Dispersive Loss is added, if any. What is None is taken from the preset."""
+    """Which Dispersive Loss is added, if any. A field that is None has the value of the preset."""
 
     model_config = ConfigDict(title="regularizer")
 
@@ -46,13 +46,13 @@ class RegularizerConfig(_Settings):
     pool: str | None = None  # none, mean or tokens
     normalize: str | None = None  # none, layer, unit or batch
     norm_penalty: float | None = None
-    t_window: float | None = None  # only pairs whose times are this near
+    t_window: float | None = None  # only pairs whose times differ by at most this
     gather: bool | None = None  # one dispersion batch over all processes
     group_size: PositiveInt | None = None  # images that are dispersed together; None: the local batch
     memory: int | None = None  # rows of earlier micro-batches that are kept
     schedule: str | None = None  # of the weight: constant, warmup, cosine-to-zero or stop-at
     schedule_steps: int = 0
-    norm_matched: PositiveFloat | None = None  # a placebo in its place: features of this RMS, nothing spread
+    norm_matched: PositiveFloat | None = None  # a placebo instead: brings features to this RMS, spreads nothing
 
     @property
     def added(self) -> bool:
@@ -61,7 +61,7 @@ class RegularizerConfig(_Settings):
 
     @property
     def disperses(self) -> bool:
-        """Whether images of a batch see each other in the objective."""
+        """Whether the objective compares the images of a batch with each other."""
         return self.added and self.preset not in RIVALS
 
     def overrides(self) -> dict[str, Any]:
@@ -103,8 +103,8 @@ class TrainConfig(_Settings):
 
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
-    image_size: int = 32  # side to which a folder's images are brought; named sets keep their own
-    data_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, the same of every class
+    image_size: int = 32  # a folder's images are resized to this side; named sets keep their own
+    data_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # used share of the training images, equal in all classes
     flip: bool = False  # random horizontal flips
     model: str = "DiT-T/2"  # or MLP, for 2-D sets
     objective: Literal["flow", "ddpm", "meanflow"] = "flow"
@@ -154,20 +154,20 @@ class TrainConfig(_Settings):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """From a run's config.json, of version 0.1 too.
+        """Settings from the text of a run's config.json, also one of version 0.1.
 
-        Raises ConfigError: a setting that is unknown, or that this version has not and the run did not leave alone.
+        Raises ConfigError: a setting is unknown, or was removed since and is not at its old default in this run.
         """
         values = json.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("regularizer"), dict):
-            raise ConfigError(f"{text[:40]!r} is not the settings of a training by name, with those of its regularizer")
-        values.pop("tensorboard", None)  # is no more, and changed no number
+            raise ConfigError(f"{text[:40]!r} is no JSON object of settings by name with a `regularizer` in it")
+        values.pop("tensorboard", None)  # removed since; it changed no number
         for name, default in RETIRED.items():
             place, _, field = name.rpartition(".")
             if (value := (values[place] if place else values).pop(field, default)) != default:
                 raise ConfigError(
                     f"{name} is {value!r}, which this version cannot do: use dispersive-kit 0.1 for this run, or train "
-                    "it anew without"
+                    "it again without this setting"
                 )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 
@@ -176,7 +176,7 @@ RETIRED: dict[str, Any] = {
     "classes": [], "balanced": False, "ema_widths": [], "fsdp": False,
     "regularizer.ignore_same_class": None,
 }  # fmt: skip
-# Cadence and place change no number, so a resumed run may alter them.
+# When a run logs and saves, and where its data are, changes no number: a resumed run may change these.
 FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
@@ -186,7 +186,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
     "toy": TrainConfig(  # held-out denoising loss 0.827
         data="two-moons", model="MLP", steps=2000, batch_size=256, learning_rate=2e-3, preview_images=0),
     "digits": TrainConfig(),  # 30 s on two cores; base FD[digits-classifier48, N=500] = 3.99 [2.99, 5.10]
-    "digits-long": TrainConfig(  # 6 minutes on one core: digits that a person reads
+    "digits-long": TrainConfig(  # 6 minutes on one core: digits that a person can read
         steps=6000, learning_rate=1e-3, ema_decay=0.999),
     "mnist-t": TrainConfig(  # 7 minutes on one core; FD[mnist-classifier48, N=2000] = 39.7 [35.3, 44.2], real 0.06
         data="mnist", model="DiT-T/4", steps=1500, learning_rate=2e-3, log_every=50),
@@ -203,14 +203,14 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
 # fmt: on
 
 # The recipe of the official SiT (AdamW 1e-4 constant, no decay, global batch 256, EMA 0.9999, 256 tokens), 80 epochs.
-# Its gradient is not clipped: no norm comes near this one.
+# SiT does not clip the gradient: no norm comes near this grad_clip.
 IMAGENET = TrainConfig(
     data="data/imagenet-latents", flip=True, steps=80 * 1_281_167 // 256, batch_size=256, learning_rate=1e-4,
     schedule="constant", warmup_steps=0, grad_clip=1e6, ema_decay=0.9999,
     log_every=100, eval_every=5_000, checkpoint_every=10_000,
 )  # fmt: skip
-# Both published settings with the local batch they belong to, on any number of processes. The placebo's RMS is a guess:
-# give it the feature_rms that the -paper run ends with.
+# Both published settings with the local batch size of their source, on any number of processes. The placebo's RMS is a
+# guess: set it to the feature_rms at the end of the -paper run.
 ARMS = {
     "base": RegularizerConfig(),
     "paper": RegularizerConfig(preset="paper", group_size=16),
@@ -233,7 +233,7 @@ def train_preset(name: str, **changes: Any) -> TrainConfig:
 
 
 def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
-    """`config` with fields replaced by name; those of the regulariser are written "regularizer.gather"."""
+    """`config` with fields replaced by name; names of the regulariser's fields are like "regularizer.gather"."""
     start = "regularizer."
     inner = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     own = {name: value for name, value in settings.items() if not name.startswith(start)}

@@ -15,32 +15,32 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from dispersive_kit.errors import ConfigError
 
-# Of one process for another, which may read a store of 42 GB against its hashes before the first step.
+# Processes wait this long for the one that checks the hashes of a store, 42 GB perhaps, before the first step.
 LONGEST_WAIT = timedelta(hours=4)
 
 
 def this_process() -> PartialState:
-    """Rank, number of processes and device; one process if no launcher is at work."""
+    """Rank, number of processes and device; one process if there is no launcher."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
     """The number of processes comes from the launcher. precision "auto": bf16 autocast on a GPU that has it, else fp32.
 
-    Raises ConfigError: `accelerate launch` was asked for several processes and started one; this process has trained in
-        another precision before.
+    Raises ConfigError: `accelerate launch` was told to start several processes and started one; this process has
+        already trained in another precision.
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)
     patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    cpu = not torch.accelerator.is_available()  # else a launcher of several CPU processes would give as many runs
+    cpu = not torch.accelerator.is_available()  # otherwise each of several CPU processes would train alone
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[patient])
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
         raise ConfigError("this process has trained in another precision before: restart the kernel") from error
-    # Without --multi_gpu its launcher gives one process an address to meet the others at, and starts no others.
+    # Without --multi_gpu, accelerate's launcher sets the address of a process group but starts only one process.
     alone = accelerator.num_processes == 1 and "RANK" not in os.environ
     if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
         raise ConfigError(
@@ -52,9 +52,9 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a Linux CPU: what a step frees stays with the process for the next step, until the process ends.
+    """On a Linux CPU: the process keeps the memory that a step frees, and uses it again in the next step.
 
-    glibc would give large blocks back to the kernel and take them again as zeroed pages: up to 200,000 page faults
+    Otherwise glibc returns large blocks to the kernel and gets them again as zeroed pages: up to 200,000 page faults
     in a training step of DiT-S/4 at batch 32, and a fifth of a guided DiT-T/2's time at batch 16.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -65,9 +65,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint; a second SIGINT acts at once.
+    """Ctrl-C and SIGTERM end a run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
-    Of several runs in one process the one that began last gets the signal. Only the main thread can set handlers.
+    If one process has several runs, the one that began last gets the signal. Only the main thread can set handlers.
     """
 
     def __init__(self) -> None:
@@ -85,18 +85,18 @@ class StopRequest:
         if self in _entered:
             _entered.remove(self)
         for number in SIGNALS:
-            if not _entered and signal.getsignal(number) is _note:  # else a notebook's kernel has set its own since
+            if not _entered and signal.getsignal(number) is _note:  # otherwise the kernel has set its own handler since
                 signal.signal(number, _before[number])
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """Whether a process got one of the signals; all must call this."""
+        """Whether any process got one of the signals. All processes must call this."""
         mine = self.signal_number is not None
         if accelerator.num_processes == 1:
             return mine
         return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum"))
 
     def end_run(self) -> None:
-        """As the signal would have ended it; a process whose neighbour was signalled ends as by SIGTERM."""
+        """End as the signal would have done. If only another process got a signal, end as after SIGTERM."""
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signal_number or signal.SIGTERM))
@@ -104,7 +104,7 @@ class StopRequest:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _entered: list[StopRequest] = []
-_before: dict[int, Any] = {}  # the handlers that runs found
+_before: dict[int, Any] = {}  # the handlers before the first run
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -21,17 +21,17 @@ from dispersive_kit.training.batches import DeviceSet, LatentSet, stream
 from dispersive_kit.training.config import TrainConfig
 
 HEAD = "training_head"  # the part of a model that only a rival uses, and only in training
-ENCODER: dict[str, Any] = {"seed": 1, "widths": (16, 32, 64)}  # REPA's; the classifier that judges samples has others
+ENCODER: dict[str, Any] = {"seed": 1, "widths": (16, 32, 64)}  # of REPA; the classifier for evaluation has others
 ENCODER_NOTE = f"classifier, trained on the labels of the run's own images, {ENCODER}; it judges no samples"
 
 
 def attach_regularizer(
     model: nn.Module, config: TrainConfig, data: DeviceSet | LatentSet
 ) -> Dispersive | LayerSync | REPA | CleanPatch:
-    """What is added as configured; where nothing is, the paper's loss, which is then measured and not added.
+    """Attach what the configuration adds. If it adds nothing, attach the paper's loss, which is then only measured.
 
-    data: what is trained on. A rival's head becomes a part of the model, `HEAD`, so that the optimizer, the
-    checkpoints and the processes know it; the average, made before, is without it.
+    data: the training set. A rival's head becomes a part of the model, `HEAD`, so that the optimizer, the checkpoints
+    and the processes include it. The averaged model is made before and does not have it.
     Raises ConfigError: the model has no such block, or the configuration does not fit it or the data.
     """
     chosen = config.regularizer
@@ -71,7 +71,7 @@ def _attach_rival(model: nn.Module, config: TrainConfig, data: DeviceSet | Laten
     model.add_module(HEAD, head)
     if name == "clean-patch" or not isinstance(data, DeviceSet):
         return CleanPatch(model, patch_size=model.patch_size, projector=head["projector"], **how)
-    # Checkpoints hold the encoder too: a resumed run has the same one, on whatever machine.
+    # Checkpoints hold the encoder too: a resumed run has the same one on any machine.
     head["encoder"] = train_classifier(data, model.num_classes, **ENCODER)["body"]
     grid = model.input_size // model.patch_size
 
@@ -84,10 +84,10 @@ def _attach_rival(model: nn.Module, config: TrainConfig, data: DeviceSet | Laten
 def train_classifier(
     data: DeviceSet, classes: int, *, seed: int, widths: tuple[int, int, int], steps: Iterable[Any] = range(400)
 ) -> nn.ModuleDict:
-    """A small network that tells the classes of images apart, frozen, trained for 400 steps (seconds on a CPU).
+    """A small classifier of images, trained for 400 steps (seconds on a CPU) and then frozen.
 
-    Its "body" takes images in [-1, 1], (B, C, H, W), to (B, widths[-1], H / 2, W / 2), and its "head" the mean of these
-    over the pixels to logits. The caller's generators are untouched.
+    Its "body" maps images in [-1, 1], (B, C, H, W), to (B, widths[-1], H / 2, W / 2); its "head" maps the mean of these
+    over the pixels to logits. The caller's random generators do not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,6 +103,6 @@ def train_classifier(
         logits = network["head"](body(to_float(data.samples[index])).mean((2, 3)))
         F.cross_entropy(logits, data.labels[index]).backward()
         optimizer.step()
-        optimizer.zero_grad()  # last: with a gradient left over, the next optimizer would move a frozen network
+        optimizer.zero_grad()  # after the step: with gradients left, a later optimizer would change the frozen network
         schedule.step()
     return network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A run folder: config.json, run.json, metrics.jsonl and checkpoints/; its model read back, sampled, and exported."""
+"""A run folder: config.json, run.json, metrics.jsonl and checkpoints/. How its model is loaded, sampled, exported."""
 
 import contextlib
 import re
@@ -27,8 +27,8 @@ from dispersive_kit.training.config import FREE_TO_CHANGE, TrainConfig
 from dispersive_kit.training.parallel import keep_freed_memory
 from dispersive_kit.training.regularizer import ENCODER_NOTE, HEAD
 
-LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it had made a run of the folder
-KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # of what an exported run has beside its weights
+LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it wrote config.json
+KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # files that an exported run has besides its weights
 PREVIEW_STEPS = 20
 
 
@@ -36,7 +36,7 @@ PREVIEW_STEPS = 20
 def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *, resume: bool) -> Iterator[None]:
     """Make the folder of a new run, or check that a resumed one is the same; write config.json and run.json (`card`).
 
-    It is locked until the end; a killed process's is free.
+    The folder is locked until the run ends. If the process is killed, the lock is free again.
     Raises CheckpointError: the folder holds something else, or another run; another process is training in it.
     """
     exists = (run_dir / "config.json").exists()
@@ -47,13 +47,13 @@ def claim_run_folder(run_dir: Path, config: TrainConfig, card: dict[str, Any], *
     elif not all(path.name.startswith(LEFT) for path in files.list_folder(run_dir)):
         raise CheckpointError(f"{run_dir} is not empty and holds no run; choose another folder")
     busy = (
-        f"another process is training in {run_dir}, or a training in this one was not ended: wait for its end, stop it "
-        "(here: close its generator, or restart the kernel), or choose another folder"
+        f"another process is training in {run_dir}, or a training in this process has not ended: wait until it ends, "
+        "stop it (in this process: close its generator, or restart the kernel), or choose another folder"
     )
     with files.writing(run_dir, CheckpointError):
         run_dir.mkdir(parents=True, exist_ok=True)
     with files.lock(run_dir / ".lock", busy, CheckpointError):
-        for name, values in (("run.json", card), ("config.json", config.model_dump())):  # which makes it a run: last
+        for name, values in (("run.json", card), ("config.json", config.model_dump())):  # last: it makes this a run
             files.write_json(run_dir / name, values, CheckpointError)
         yield
 
@@ -72,7 +72,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
     key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
     if not changed and old["data"][key] != card["data"][key]:
         raise CheckpointError(
-            f"{run_dir} was trained on other data: {card['data']['source']} is not what it began with ({key} "
+            f"{run_dir} was trained on other data: {card['data']['source']} has changed since its start ({key} "
             f"{old['data'][key]} then, {card['data'][key]} now). Bring the old data back, or start a new run in "
             "another folder"
         )
@@ -129,7 +129,7 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, without one that a kill has cut. Raises CheckpointError: they cannot be read."""
+    """The lines of metrics.jsonl, without an incomplete last line. Raises CheckpointError: they cannot be read."""
     file, line = run_dir / "metrics.jsonl", TypeAdapter(dict[str, int | float])
     try:
         return [line.validate_json(text) for text in file.read_text().rpartition("\n")[0].splitlines()]
@@ -164,7 +164,7 @@ class _Card(BaseModel, extra="allow"):
 
 
 def _read_card(run_dir: Path) -> dict[str, Any]:
-    """Raises CheckpointError: it cannot be read, or lacks what is needed of it."""
+    """The content of run.json. Raises CheckpointError: it cannot be read, or a field is missing."""
     return files.read_form(run_dir / "run.json", _Card, error=CheckpointError).model_dump()
 
 
@@ -173,13 +173,13 @@ def shipped_names() -> list[str]:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder `run`, or, where there is none, that of the run of this name that comes with the package."""
+    """The folder `run`. If it does not exist: the folder of the shipped run of this name, if there is one."""
     run = Path(run)
     return files.artefact(str(run)) if not run.exists() and str(run) in shipped_names() else run
 
 
 def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
-    """The model at step 0 for data of this card; ConfigError: no such model, or one that does not fit the data."""
+    """The untrained model for data of this card. Raises ConfigError: unknown model, or it does not fit the data."""
     shape, num_classes = card["shape"], len(card["classes"])
     points = len(shape) == 1
     if points != (config.model == "MLP"):
@@ -194,8 +194,7 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
         return build_dit(config.model, in_channels=shape[0], input_size=shape[1], **told)
 
 
-# How each is trained, and sampled: Heun's method for velocities, DDIM for DDPM's noise, MeanFlow's own.
-# The first sampler is the default.
+# The training objective of each name, and its samplers; the first sampler is the default.
 _SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}
 OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]] = {
     "flow": (FlowMatching, {name: getattr(samplers, name) for name in ("heun", "euler", "dopri5")} | _SDE),
@@ -205,7 +204,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Ten
 
 
 def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tensor]]:
-    """Name and function of a sampler; the default of the objective if not named. sde is SiT's own, of 2 sigma(t).
+    """Name and function of a sampler; without a name, the objective's default. sde is SiT's, w = 2 sigma(t).
 
     Raises ConfigError: this objective has no such sampler.
     """
@@ -220,7 +219,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     """The trained model of a run, in eval mode, and its card (config, data, step, weights).
 
     run: its folder, or the name of a shipped one, such as "digits-base". weights: "ema" (to sample from), or "model"
-    (as last trained). step: a kept checkpoint; None: the newest that is whole.
+    (as last trained). step: a kept checkpoint; None: the newest undamaged one.
     Raises CheckpointError: no run, no checkpoint yet, no such step or weights, or damaged files.
     """
     run_dir = run_folder(run)
@@ -251,7 +250,7 @@ def sample_batch(
     guidance: Any = None,
     sampler: str = "",
 ) -> Tensor:
-    """x0 (B, ...) on the device of labels (B,), one seed a sample; guidance: None is none; sampler: see `sampler_of`.
+    """Samples x0 (B, ...) on the device of labels (B,), one seed each; guidance may be None; sampler: see `sampler_of`.
 
     Raises DataError: a sample is not finite. ConfigError: no such sampler.
     """
@@ -288,11 +287,11 @@ def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
 def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
     """Write the averaged weights of a run as float16, with its curves, previews, measurements and card; returns `out`.
 
-    Such a folder can be loaded, sampled and evaluated, and not trained further. step: a kept checkpoint; None: the
+    Such a folder can be loaded, sampled and evaluated, but not trained further. step: a kept checkpoint; None: the
     newest.
     Raises CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
-    config = read_config(run_dir).changed(data_dir=None)  # a place on one machine
+    config = read_config(run_dir).changed(data_dir=None)  # a path of one machine
     if files.list_folder(out):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     found = load_latest(run_dir / "checkpoints", step)

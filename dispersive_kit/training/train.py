@@ -1,7 +1,7 @@
 """The training loop: a generator of step records.
 
 for record in train(config, "runs/mine"):
-    ...                       # draw a live curve, stop when you like; a checkpoint is always at hand
+    ...                       # for example draw a live curve
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import StopRequest, make_accelerator
 from dispersive_kit.training.regularizer import attach_regularizer
 
-LOOK_EVERY = 10  # steps at most until NaN or a signal is noticed on an accelerator, where a look costs a wait
+LOOK_EVERY = 10  # steps between checks for NaN and signals on an accelerator: each check waits for it
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
 
 
@@ -52,9 +52,9 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     On several processes each one runs this loop, started by `accelerate launch --multi_gpu` or torchrun, or, in a
     notebook that has trained nothing yet, by `accelerate.notebook_launcher(function, arguments, num_processes=8)`.
 
-    With `resume`, the newest whole checkpoint is taken up, and the result is the same bits as that of a run that was
-    never stopped (on a GPU: as far as its kernels are deterministic). Ctrl-C and SIGTERM, to any of the processes, end
-    the run after the step in hand, with a checkpoint.
+    With `resume`, training continues from the newest undamaged checkpoint. The result is the same, to the bit, as that
+    of a run that was never stopped (on a GPU: if its kernels are deterministic). Ctrl-C and SIGTERM, to any of the
+    processes, end the run after the current step, with a checkpoint.
     Raises CheckpointError: the folder holds another run; a file could not be written; the processes do not see the same
         folder. DataError: the data set is missing. KitError: NaN or infinity.
     """
@@ -68,7 +68,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             saves = last or (step + 1) % config.checkpoint_every == 0
             try:
                 values = _update(run, step, measure=logs)
-            except DispersiveError as error:  # of this step, or, told late, of one before
+            except DispersiveError as error:  # of this step, or of an earlier one and noticed only now
                 raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {run.last_good}") from error
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             stops = False
@@ -119,7 +119,7 @@ def _update(run: "Session", step: int, *, measure: bool) -> dict[str, Any]:
 def _losses(
     run: "Session", rows: Batch, step: int, *, measure: bool
 ) -> tuple[Tensor, dict[str, Any], Callable[[float], Tensor] | None]:
-    """The loss of one micro-batch, and what is logged of it; the base arm only measures dispersion."""
+    """The loss of one micro-batch and its logged values. In the base arm, dispersion is only measured."""
     regularizer, added = run.regularizer, run.config.regularizer.added
     looks = added or (measure and run.dispersion_batch > 1)  # a batch of one has no pairs to measure
     with regularizer if looks else contextlib.nullcontext(), run.accelerator.autocast():
@@ -136,20 +136,20 @@ def _losses(
     if isinstance(regularizer, Dispersive):
         stats = regularizer.stats
         values |= {"dispersive": stats.loss, **{name: getattr(stats, name) for name in LOGGED_STATS}}
-    else:  # a rival, where Dispersive Loss would stand
+    else:  # of a rival, in place of Dispersive Loss
         values["dispersive"] = regularizer.value
     return total, values, _gradient_ratio(dispersive, taps, added=added)
 
 
 def _gradient_ratio(dispersive: Tensor, taps: list[Tensor], *, added: bool) -> Callable[[float], Tensor]:
-    """|d dispersive / dz| over |d loss / dz| at the tapped z; to be called once `share` of the total went backward.
+    """|d dispersive / dz| over |d loss / dz| at the tapped z, as a function to call after backward of `share` x total.
 
-    A hook at z sees the gradient of all that is trained on, so measuring costs no second pass through the network.
+    A hook at z records the gradient of the total, so no second backward pass through the network is needed.
     """
     if not dispersive.requires_grad:  # its weight is zero, now or by its schedule
         return lambda share: torch.zeros_like(dispersive)
     grads = torch.autograd.grad(dispersive, taps, retain_graph=True, allow_unused=True)
-    pull = {i: grad for i, grad in enumerate(grads) if grad is not None}  # the block that teaches others has none
+    pull = {i: grad for i, grad in enumerate(grads) if grad is not None}  # LayerSync's deeper block has none
     total: dict[int, Tensor] = {}
     for i in pull:
         taps[i].register_hook(partial(total.__setitem__, i))
@@ -172,7 +172,7 @@ def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: 
 
 
 def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int = 64) -> dict[str, Tensor]:
-    """Of the average, over the first of the held-out samples at their own times."""
+    """Depth use of the averaged model, over the first `size` held-out samples at their own times."""
     x0, y, draws = frozen.x0[:size], frozen.y, frozen.draws[:size]
     x = objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype)
     with torch.no_grad(), depth_use(model) as use:
@@ -180,13 +180,13 @@ def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int 
     return {f"depth_use_{i}": value for i, value in enumerate(use.values())}
 
 
-# ---- what the loop holds, and how it starts, saves and resumes
+# ---- the state of the loop: how it starts, saves and resumes
 
 
 class EMA:
-    """A copy of the model whose parameters w follow its p slowly: w <- d w + (1 - d) p.
+    """Exponential moving average of the model's parameters p, as a second model: w <- d w + (1 - d) p.
 
-    d = min(decay, (1 + n) / (10 + n)) at the n-th update: else a short run would average in its own initialisation.
+    d = min(decay, (1 + n) / (10 + n)) after n updates: `decay` alone would keep the initial weights in short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
@@ -205,12 +205,12 @@ class EMA:
 
 
 class Session:
-    """One process's part of a run, started, or taken up at its newest whole checkpoint; see `train` for the errors."""
+    """One process's part of a run: new, or resumed at its newest undamaged checkpoint; see `train` for the errors."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         self.config, self.run_dir = config, run_dir
         self.objective: Objective = runs.OBJECTIVES[config.objective][0]()
-        with contextlib.ExitStack() as held:  # is let go at once if the run cannot start
+        with contextlib.ExitStack() as held:  # released at once if the run cannot start
             accelerator = make_accelerator(config.precision)
             self.accelerator, self.source = accelerator, open_source(config, accelerator.device)
             self.model = runs.build_model(config, self.source.card).to(accelerator.device)
@@ -218,7 +218,7 @@ class Session:
             self.regularizer = attach_regularizer(self.model, config, self.source.train)
             held.callback(self.regularizer.remove)
             card = runs.run_card(config, accelerator, self.source.card, self.model)
-            self.dispersion_batch: int = card["dispersion_batch"]  # images that see each other
+            self.dispersion_batch: int = card["dispersion_batch"]  # images that are compared with each other
             if accelerator.is_main_process:
                 self.source.verify()
                 held.enter_context(runs.claim_run_folder(run_dir, config, card, resume=resume))
@@ -248,7 +248,7 @@ class Session:
             self.frozen = self.source.held_out.frozen_batch(self.objective)
             left_out = self.source.validation
             self.validation = left_out.frozen_batch(self.objective) if left_out else None
-            self.held = held.pop_all()  # what is let go at the end: hooks, files, the folder
+            self.held = held.pop_all()  # released at the end: hooks and the lock of the folder
 
     def _restore(self, latest: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
         self.model.load_state_dict(latest.groups["model"])
@@ -275,8 +275,8 @@ class Session:
     @property
     def last_good(self) -> str:
         return (
-            f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Taken up again it would come to "
-            "the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
+            f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Resumed there, the run would "
+            "fail at the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
         )
 
     def reduce(self, values: dict[str, Any]) -> dict[str, float]:
@@ -285,7 +285,7 @@ class Session:
         return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; not finite is the gradient ratio of a network whose output is still zero."""
+        """Write finite values to metrics.jsonl. The gradient ratio is infinite while the model's output is 0."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         file = self.run_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
@@ -293,7 +293,7 @@ class Session:
                 lines.write(json.dumps({"step": step, **finite}) + "\n")
 
     def save(self, step: int) -> None:
-        """No process goes on before it is on the disk: the first that ended would have the others ended too."""
+        """All processes wait until the checkpoint is on disk: when one of them ends, a launcher ends the others."""
         if self.accelerator.is_main_process:
             moments = self.optimizer.state_dict()
             groups = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict()}
@@ -308,11 +308,11 @@ class Session:
 
 
 def _forget_metrics_after(file: Path, step: int) -> None:
-    """A killed run may have logged steps past its last checkpoint; they will be taken, and logged, again."""
+    """Remove later lines: a killed run may have logged steps after its checkpoint, and these are logged again."""
     if file.exists():
         lines = []
         for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason not to train on
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line must not stop the training
                 if json.loads(line)["step"] <= step:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
@@ -323,7 +323,7 @@ LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:
-    """Pass step records through; the first process shows a bar on a terminal, one line a tenth elsewhere."""
+    """Yield the same records. The first process shows a bar on a terminal, else a line for each tenth of the run."""
     if os.environ.get("RANK", "0") != "0":
         yield from records
         return

@@ -1,6 +1,6 @@
-"""Demos that run in the browser, for the last line of a cell, and the lecture console, all of them in large type.
+"""Demos that run in the browser, for the last line of a cell, and the lecture console with all demos in large type.
 
-`explore.js` draws and computes; here is what it is given. Samples, neighbours and UMAPs are those of the shipped runs.
+`explore.js` draws and computes; this module makes its input. Samples, neighbours and UMAPs are of the shipped runs.
 """
 
 import base64
@@ -53,7 +53,7 @@ def playground() -> Explorer:
 
 
 def trajectories() -> Explorer:
-    """Where each step of a sampler leads through the exact field of eight Gaussians, as a film."""
+    """The steps of a sampler through the exact velocity field of eight Gaussians, as a film."""
     noise = initial_noise(range(300), (2,), dtype=torch.float64)
     steps = {f"Euler, {n} steps": euler(exact_velocity, noise, time_grid(n, t_min=T_END)) for n in (4, 128)}
     alt = "Samples of Euler's method in 4 steps, still on a ring, and in 128 steps, on eight spots."
@@ -70,8 +70,8 @@ def training() -> Explorer:
 def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
     """A blind test over two arms' uint8 images (N, C, H, W), image i from the same noise in both.
 
-    A round shows `EACH` images an arm, so there are N // EACH rounds, in which the arms change sides (seed). After the
-    last, it names the arms, counts the votes, and says how often a coin would part them so.
+    A round shows `EACH` images of each arm, so there are N // EACH rounds; `seed` decides the sides of the arms. After
+    the last round it names the arms, counts the votes, and gives the p-value of a sign test.
     Raises ConfigError: not two arms, unequal shapes, or too few images for one round.
     """
     shapes = {name: tuple(images.shape) for name, images in samples.items()}
@@ -90,7 +90,7 @@ def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
 
 
 def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
-    """uint8 images (n, C, H, W) in rows of `columns` as one address."""
+    """uint8 images (n, C, H, W) in rows of `columns`, as one image in a data URL."""
     framed = F.pad(images, (0, gap, 0, gap), value=255)
     array = torch.cat([torch.cat(list(row), 2) for row in framed.split(columns)], 1).permute(1, 2, 0).numpy()
     array = array[: array.shape[0] - gap, : array.shape[1] - gap]
@@ -98,7 +98,7 @@ def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
 
 
 def _address(image: Image.Image) -> str:
-    """Grey ones as PNG, exactly, others as WebP."""
+    """An image as a data URL: grey as PNG, without loss, others as WebP."""
     buffer, kind = io.BytesIO(), "webp" if image.mode == "RGB" else "png"
     image.save(buffer, kind, **({"quality": 80} if kind == "webp" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -132,7 +132,7 @@ def _denoising(files: Mapping[str, Tensor]) -> dict[str, Any]:
     steps, frames = len(files[f"film/{FILMS[0]}/base/1"]), {}
     for (i, data), (j, scale), k in itertools.product(enumerate(FILMS), enumerate(SCALES), range(steps)):
         rows = {words: _sheet(files[f"film/{data}/{arm}/{scale:g}"][k], 10, 1) for arm, words in ARMS.items()}
-        alt = f"Ten {data} of each run, one a class, after step {k} of {steps - 1} at CFG scale {scale:g}."
+        alt = f"Ten {data} of each run, one of each class, after step {k} of {steps - 1} at CFG scale {scale:g}."
         frames[f"{i},{j},{k}"] = {"rows": rows, "alt": alt}
     controls = {"data": FILMS, "CFG scale": SCALES, "step": range(steps)}
     return frames_spec(controls, (0, 0, steps - 1), frames, play="step")
@@ -154,7 +154,7 @@ def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def patches(inside: BlockViews) -> Explorer:
-    """Patches to click on: to which patches of the image each head attends from there, and which are nearest."""
+    """Patches to click on: the attention of each head from this patch to the others, and the nearest patches."""
     attention = torch.stack(list(inside.attention.values())).transpose(0, 2)  # (B, depth, t, heads, N, N)
     B, depth, _, heads, N, _ = attention.shape
     images, times = torch.stack(list(inside.inputs.values()), 1), list(inside.inputs)  # (B, t, C, H, W)
@@ -173,7 +173,7 @@ def patches(inside: BlockViews) -> Explorer:
 
 
 def _nearest(z: Tensor) -> Tensor:
-    """Of each patch the six others (B, N, 6) with the nearest features, numbered through all images."""
+    """For each patch, the indices (B, N, 6) of the six others with the nearest features, counted over all images."""
     rows = z.flatten(0, 1) - z.mean((0, 1))
     return torch.cdist(rows, rows).fill_diagonal_(torch.inf).topk(6, largest=False).indices.view(*z.shape[:2], 6)
 
@@ -193,13 +193,13 @@ def _umap() -> dict[str, Any]:
     for place in itertools.product(*map(range, map(len, knobs.values()))):
         setting = {name: values[i] for (name, values), i in zip(knobs.items(), place, strict=True)}
         clouds = {words: files[picture_name(arm, *setting.values())] for arm, words in ARMS.items()}
-        alt = f"UMAP of 400 digits in both runs, {setting}: a cloud each, a colour and a numeral for each class."
+        alt = f"UMAP of 400 digits in both runs, {setting}: points with a colour and a numeral for each class."
         frames[",".join(map(str, place))] = figure_html(scatter(clouds, labels=labels, extent=None, size=4.5), alt)
     return frames_spec(knobs, (1, 1, 0), frames)
 
 
 def console(seed: int = 0) -> Explorer:
-    """Every demo in large type. seed: of the sides in the blind test."""
+    """Every demo in large type. seed: decides the sides in the blind test."""
     return Explorer(_console(seed), playground().still)
 
 
@@ -219,7 +219,7 @@ def _console(seed: int) -> dict[str, Any]:
 
 
 def write_console(file: Path) -> int:
-    """Write the console as one page, whose policy refuses every address and other script; gives its size in bytes."""
+    """Write the console as one page, whose policy blocks all addresses and other scripts; returns its size in bytes."""
     page = Path(__file__).with_name("console.html").read_text(encoding="utf-8")
     page = page.replace("{{ module }}", MODULE.read_text(encoding="utf-8"))
     script = page.partition('<script type="module">')[2].partition("</script>")[0]

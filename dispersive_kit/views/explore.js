@@ -1,13 +1,13 @@
-// What moves on a page of the kit, in one ES module without a build step or a network: the same file runs as an
+// The interactive figures of the kit, in one ES module without a build step or a network: the same file is used as an
 // anywidget in JupyterLab, Colab and Voila, and inlined in the offline console. `spec.kind` of a model is the name of a
-// function in KINDS, which puts a demo into an element; only `frames` and `latency` ask the kernel, by messages.
+// function in KINDS, which puts a demo into an element. Only `frames` and `latency` send messages to the kernel.
 
 const BLUE = "#0072b2", RED = "#d55e00", GREEN = "#00704f", INK = "#1a1a1a", GREY = "#6e6e6e", PALE = "#9a9a9a";
 const COLORS = [BLUE, RED, GREEN]; // of arms, with DASHES beside them
 const CIVIDIS = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866"]; // without its end, too light on white
 const DASHES = ["", "16 9", "3 7"];
-const FPS = 30, FILM_MS = 4000, FRAME_MS = 500; // what a smooth film takes from end to end, and one of a few frames
-const PINGS = 20, PAUSE_MS = 50; // before the kernel draws what was not asked for: the next key press goes first
+const FPS = 30, FILM_MS = 4000, FRAME_MS = 500; // length of a smooth film; time of one frame in other films
+const PINGS = 20, PAUSE_MS = 50; // pause before a frame is requested in advance: the next key press has priority
 
 const CSS = `
 .dk { font: 14px/1.3 sans-serif; color: ${INK}; background: #fff; padding: 2px }
@@ -96,7 +96,7 @@ function control(name, values, index, changed) {
     last,
     get value() { return values[made.index]; },
     get index() { return menu ? input.selectedIndex : Number(input.value); },
-    set index(i) { // without telling `changed`
+    set index(i) { // does not call `changed`
       input[menu ? "selectedIndex" : "value"] = i;
       readout.textContent = values[i];
       if (!menu) input.setAttribute("aria-valuetext", values[i]);
@@ -109,7 +109,7 @@ function control(name, values, index, changed) {
 }
 
 /** Puts a row of controls over the lists of `choices`, which begin at the indices `start`, and a picture into `root`;
- * `changed` gets the name of what was moved. `place()` says the indices, and `value(name)` what is chosen. */
+ * `changed` gets the name of what was moved. `place()` gives the indices, and `value(name)` the chosen value. */
 function stage(root, choices, start, changed) {
   const made = {}, row = element("div", { class: "controls" }), picture = element("div", { class: "picture" });
   Object.entries(choices).forEach(([name, values], k) => {
@@ -121,8 +121,8 @@ function stage(root, choices, start, changed) {
   return { made, row, picture, place, value: name => made[name].value };
 }
 
-/** Buttons: `play` runs `frame(ms since the last one)` 30 times a second until it is false or the demo out of sight; a
- * step; and others. Where the device asks for less motion there is no play. */
+/** Buttons: `play` calls `frame(ms since the last call)` 30 times a second until it gives false or the demo is hidden;
+ * a step; and others. If the device is set to reduced motion, there is no `play`. */
 function runner(frame, [stepName, step], others = {}, begin = () => {}) {
   let timer = 0, before = 0;
   const play = button("play", () => (timer ? stop() : run(before = performance.now(), begin())));
@@ -147,8 +147,8 @@ function runner(frame, [stepName, step], others = {}, begin = () => {}) {
   return { stop, buttons: [...(calm ? [] : [play]), stepped, ...Object.entries(others).map(one => button(...one))] };
 }
 
-/** The same along a control whose axis is time. `ready` says whether the present frame is drawn yet; `between`, if
- * given, draws an index that is not whole, so that a film is smooth. */
+/** The same buttons for a control whose axis is time. `ready` tells whether the current frame is drawn; `between`, if
+ * given, draws an index that is not an integer, so that a film is smooth. */
 function player(axis, { ready = () => true, between = null }) {
   let at = 0;
   const { stop, buttons } = runner(passed => {
@@ -183,7 +183,7 @@ function words(x, y, text, { color = INK, anchor = "middle" } = {}) {
 
 const colored = (text, color) => `<b style="color: ${color}">${escaped(text)}</b>`;
 
-/** Axes from x[0] to x[1] and y[0] to y[1] over width x height units, with room around; what is outside is drawn on the
+/** Axes from x[0] to x[1] and y[0] to y[1] over width x height units, with a margin; points outside are drawn on the
  * edge. `svg(title, ...parts)` is the panel; the title is HTML. */
 function panel({ x, y, width = 420, height = 420, left = 6, right = 6, below = 6 }) {
   const at = (v, [low, high], size) => size * clamp((v - low) / (high - low || 1), 0, 1);
@@ -217,7 +217,7 @@ function panel({ x, y, width = 420, height = 420, left = 6, right = 6, below = 6
   };
 }
 
-// ---- frames that are drawn before, or by the kernel when they are asked for
+// ---- frames that are drawn in advance, or by the kernel on request
 
 function frames(root, spec, kernel) {
   const { made, row, picture, place } = stage(root, spec.controls, spec.start, show);
@@ -244,7 +244,7 @@ function frames(root, spec, kernel) {
     kernel.ask({ place: wanted });
   }
 
-  /** A place one step away that is not drawn yet: asked for in a pause, since a key repeats faster than that. */
+  /** A place one step away that is not drawn yet. It is requested after a pause: a key that is held down goes first. */
   function neighbour() {
     const near = place().flatMap((i, k) => [i + 1, i - 1].map(j => place().with(k, j))
       .filter(one => one[k] >= 0 && one[k] < Object.values(spec.controls)[k].length));
@@ -340,7 +340,7 @@ const rms = z => Math.sqrt(dot(z, z) / z.length);
 
 /** out (n x m) += A (n x k) B (k x m); A's element (i, j) is at i * down + j * right. n and k are even. */
 function multiply(out, A, B, n, k, m, down = k, right = 1) {
-  for (let i = 0; i < n; i += 2) for (let j = 0; j < k; j += 2) { // two by two, which spares half the memory
+  for (let i = 0; i < n; i += 2) for (let j = 0; j < k; j += 2) { // two by two: half the memory access
     const at = i * down + j * right, o = i * m, p = o + m, b = j * m, c = b + m;
     const a0 = A[at], a1 = A[at + right], a2 = A[at + down], a3 = A[at + down + right];
     for (let q = 0; q < m; q += 1) {
@@ -374,7 +374,7 @@ export function dispersive(z, dim, { kind, tau, diagonal }) {
   return { loss: log ? Math.log(total / count) - (near - Number(cosine)) / tau : total / count, gradient };
 }
 
-/** `floor` of the package: what the loss of B rows cannot fall below. */
+/** `floor` of the package: the lower bound of the loss of B rows. */
 export function floor({ kind, tau, diagonal }, B, dim) {
   const own = diagonal ? 1 / B : 0; // share of the diagonal
   if (kind === "hinge") return own * tau ** 2;
@@ -390,7 +390,7 @@ export function effectiveRank(z) {
   return Math.exp(-sum(sizes.map(s => s / sum(sizes)).map(p => (p ? p * Math.log(p) : 0))));
 }
 
-// ---- the playground: points of the plane, where each is pushed, and how they go when they are let go
+// ---- the playground: points in the plane, the push on each, and their movement under the loss
 
 export const VARIANTS = { // options of the loss, limits of its axis
   l2: [{ kind: "infonce_l2", diagonal: true }, [-5, 0.6]],
@@ -402,10 +402,10 @@ const RACE = "race of the first three";
 const TAUS = [0.25, 0.5, 1, 2], BATCHES = [2, 4, 8, 16, 32], SCALES = [0.1, 0.25, 0.5, 1, 2, 3, 5];
 const EXTENT = 7.8, ARROW = 1.3; // half side of the plane, length of an arrow for B |g| >= 1
 const GRID = many(15, i => 0.1 * 60 ** (i / 14)); // scales of the curve
-const RATE = 0.012, HASTE = 3; // of the descent, times B; steps of it in a frame
+const RATE = 0.012, HASTE = 3; // the step size is RATE times B; steps in a frame
 const points = z => many(z.length / 2, i => [z[2 * i], z[2 * i + 1]]);
 
-/** B points of a disc, a larger batch with those of a smaller one, as `cloud` of the package. */
+/** B points in a disc, as `cloud` of the package; a larger batch contains the points of a smaller one. */
 export function cloud(B) {
   const part = (i, step) => (0.5 + i * step) % 1;
   return Float64Array.from(many(B, i =>
@@ -420,7 +420,7 @@ export function descended(z, options) {
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 
-/** `moved([x, y], what the pointer took hold of)` while a pointer is down in a panel. */
+/** Calls `moved([x, y], the element where the drag began)` while a pointer is pressed in a panel. */
 function dragged(node, plane, moved) {
   let taken = null;
   const move = event => { if (taken) moved(plane.under(event, node.querySelector("svg")), taken); };
@@ -482,7 +482,7 @@ function arena(color, moved) {
   };
 }
 
-/** Keeps a value of a step, and every second one when there are many. */
+/** Keeps the value of a step. When there are many, only every second one is kept. */
 function note(list, step, value) {
   if (list.at(-1)?.[0] === step) list.pop();
   list.push([step, value]);
@@ -495,7 +495,7 @@ const shortly = v => (Number.isFinite(v) ? v.toPrecision(Math.abs(v) < 1 ? 2 : 3
 function traces(name, lines, { log = false, low = NaN, high = NaN, least = -Infinity } = {}) {
   const scale = v => (log ? Math.log10(Math.max(v, 1e-4)) : v), levels = lines.map(one => one.level ?? NaN);
   const all = [...lines.flatMap(one => one.values.map(p => p[1])), ...levels, low, high].filter(Number.isFinite);
-  const ends = [Math.max(least, Math.min(...all)), Math.max(...all)]; // what falls below `least` runs along the edge
+  const ends = [Math.max(least, Math.min(...all)), Math.max(...all)]; // values below `least` are drawn on the edge
   const last = Math.max(1, ...lines.map(one => one.values.at(-1)[0]));
   const axes = panel({ x: [0, last], y: ends.map(scale), width: 290, height: 110, left: 80, right: 10, below: 10 });
   const drawn = lines.map(({ color, values }, k) => [
@@ -550,7 +550,7 @@ function playground(root) {
       const above = low > -Infinity ? `${(loss - low).toFixed(3)} above floor ${low.toFixed(3)}` : "without a floor";
       const alt = `${B} points at scale ${s}, ${arm.name}, tau = ${tau}, step ${arm.steps}: loss ${loss.toFixed(3)}, `
         + `${above}, RMS ${shortly(now.rms)}, effective rank ${shortly(now.rank)}.`;
-      const title = `${arm.name}: B|g| = ${shortly(size)}`, arrows = `Arrows, where each is pushed: ${title}.`;
+      const title = `${arm.name}: B|g| = ${shortly(size)}`, arrows = `Arrows show the push on each: ${title}.`;
       arm.field.draw(title, `${alt} ${arrows}`, z, gradient);
       arm.level = low;
       return alt;
@@ -579,9 +579,9 @@ function playground(root) {
 // ---- trajectories through the exact field of eight Gaussians
 
 const T_END = 1e-3; // at t = 0 the exact velocity is 0 / 0
-const TRACED = 24; // points whose way is drawn
+const TRACED = 24; // points whose path is drawn
 
-/** Where each of `steps` steps leads the points x: (steps + 1, points, 2). */
+/** The points x after each of `steps` steps: (steps + 1, points, 2). */
 export function trajectory(sampler, steps, x) {
   const random = generator(2), ways = [x], time = k => 1 + k / steps * (T_END - 1);
   for (let k = 0; k < steps; k += 1) {
@@ -605,9 +605,9 @@ function trajectories(root) {
     const said = `step ${whole} of ${steps}, ${whole * SAMPLERS[name][1]} evaluations`;
     const past = ways.slice(0, whole + 1), traced = x.slice(0, TRACED).map((p, i) => [...past.map(was => was[i]), p]);
     paint(picture.firstChild, `${x.length} samples of ${name} after ${said} of the velocity, part ${value("part")};`
-      + " beside them the same noise, carried exactly to eight Gaussians.",
+      + " beside them the same noise, moved exactly to eight Gaussians.",
     plane.svg(`${name}: ${said}`, traced.map(way => plane.line(way, PALE, 2)), plane.dots(x, RED, 7)),
-    plane.svg("the same noise, carried exactly", plane.dots(exact, BLUE, 7)));
+    plane.svg("the same noise, moved exactly", plane.dots(exact, BLUE, 7)));
   }
 
   draw(made.part.index);
@@ -616,10 +616,10 @@ function trajectories(root) {
 // ---- training in the page: a network of two hidden layers learns the velocity of a set, with the loss and without
 
 const SIZES = [8, 128, 128, 2]; // the point and six cosines of the time, to the velocity
-const ROWS = 64, PARTICLES = 128; // of a batch, and of the batch that is looked at
-const FLIGHT = 45, REST = 1.4; // steps of a particle from noise to data; and then it rests, as part of them
+const ROWS = 64, PARTICLES = 128; // rows of a batch; particles that are drawn
+const FLIGHT = 45, REST = 1.4; // steps of a particle from noise to data; with its rest they take REST times as long
 
-/** A network as torch begins one, and Adam's state; W (in x out) and b of each layer are views of one array. */
+/** A network initialised as in torch, and Adam's state; W (in x out) and b of each layer are views of one array. */
 export function network(random) {
   const views = all => SIZES.slice(1).map((out, l) => {
     const at = sum(SIZES.slice(1, l + 1).map((one, k) => (SIZES[k] + 1) * one)), ends = at + SIZES[l] * out;
@@ -634,7 +634,7 @@ export function network(random) {
   return { weights, gradient, first, second, layers, slopes, steps: 0 };
 }
 
-/** Rows x (n x 2) at times t (n): what each layer is given, and the share that its SiLU lets pass. */
+/** Rows x (n x 2) at times t (n): the input of each layer, and the sigmoid in its SiLU. */
 export function forward(net, x, t) {
   const n = t.length, input = new Float64Array(n * SIZES[0]);
   t.forEach((time, i) => {
@@ -651,7 +651,7 @@ export function forward(net, x, t) {
   return { shares, after };
 }
 
-/** Points x0 with noise and times: x_t and the velocity that the network shall learn. */
+/** Points x0 with noise and times: x_t and the velocity that the network learns. */
 export function batch(n, draws, random, times = random) {
   const x = new Float64Array(2 * n), v = new Float64Array(2 * n), t = Float64Array.from({ length: n }, times);
   t.forEach((time, i) => draws(random).forEach((x0, k) => {
@@ -690,7 +690,7 @@ export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-
   });
 }
 
-/** Rows (n x dim) in the plane in which they vary most, which `axes` (2 x dim) is turned towards. */
+/** Rows (n x dim) projected on `axes` (2 x dim), which are then turned towards the plane of largest variance. */
 function project(rows, dim, axes) {
   const n = rows.length / dim, mean = new Float64Array(dim), across = new Float64Array(2 * dim);
   rows.forEach((v, a) => { mean[a % dim] += v / n; });
@@ -698,7 +698,7 @@ function project(rows, dim, axes) {
   axes.forEach((v, a) => { across[a % dim * 2 + Math.floor(a / dim)] = v; });
   const places = multiply(new Float64Array(2 * n), centred, across, n, dim, 2);
   axes.set(multiply(new Float64Array(2 * dim), places, centred, 2, n, dim, 1, 2)); // one step of the power method,
-  const [one, other] = [0, 1].map(k => part(axes, k, dim)); // and upright again
+  const [one, other] = [0, 1].map(k => part(axes, k, dim)); // and orthogonal again
   const shared = dot(one, other) / dot(one, one);
   other.forEach((v, m) => { other[m] -= shared * one[m]; });
   for (const a of [one, other]) { const size = Math.hypot(...a) || 1; a.forEach((v, m) => { a[m] = v / size; }); }
@@ -723,7 +723,7 @@ function train(root) {
     : blurred(drawing[Math.floor(r() * drawing.length)], 0.06, r));
   const options = () => ({ ...VARIANTS[value("loss")][0], tau: value("tau"), tap: made.layer.index + 1 });
 
-  function restart() { // both networks from one start, and later on the same batches
+  function restart() { // both networks: equal initial weights, later equal batches
     const other = generator(1);
     random = generator(0);
     arms = ["without", "with"].map((name, k) => ({
@@ -757,7 +757,7 @@ function train(root) {
     });
   }
 
-  function frame(passed) { // as many steps of training as leave time for drawing, and at least one
+  function frame(passed) { // as many training steps as the time allows beside drawing, at least one
     budget = passed < 1100 / FPS ? Math.min(20, budget + 0.5) : budget / 2;
     const until = performance.now() + budget;
     do learn(); while (performance.now() < until);
@@ -812,7 +812,7 @@ function train(root) {
   restart();
 }
 
-// ---- maps to click on: what each block knows, and where each patch looks
+// ---- maps to click on: neighbours in each block, and attention of each patch
 
 /** A table of buttons: `pressed(i, j)`; `shade(share, [i, j], name, full)` colours shares up to `full`, marks one. */
 function grid(rows, columns, corner, pressed) {
@@ -915,7 +915,7 @@ function quiz(root, spec) {
     buttons.forEach(one => { one.disabled = true; });
     const [first, second, neither] = [0, 1, 2].map(arm => picked.filter(one => one === arm).length);
     said.textContent = `Picked: ${spec.arms[0]} ${first}, ${spec.arms[1]} ${second}, no difference ${neither}. `
-      + `A coin would part them at least so unequally with probability ${signTest(first, second).toFixed(2)}.`;
+      + `A fair coin would be at least as unequal with probability ${signTest(first, second).toFixed(2)}.`;
   }
 
   ask();
@@ -950,7 +950,7 @@ function latency(root, spec, kernel) {
     if (all.length <= PINGS) return ping(all); // the first does not count: it waited for the cell to end
     const [median, slowest] = [counted[counted.length >> 1], counted.at(-1)].map(ms => ms.toFixed(0));
     said.textContent = `to the kernel and back: median ${median} ms, slowest ${slowest} ms of ${PINGS}: sliders `
-      + (median < 60 ? "feel immediate" : "lag; is the kernel far away, or busy?");
+      + (median < 60 ? "feel immediate" : "are slow; is the kernel far away, or busy?");
   });
   ping([]);
 }
@@ -958,14 +958,14 @@ function latency(root, spec, kernel) {
 // ---- the lecture console: every demo in large type, each opened by its button or its number
 
 const DEMOS = {
-  playground: ["Playground", "Larger s: why do the arrows get short? Larger tau? Then play: which points rest?"],
-  train: ["Learn", "One start, with the loss and without. What becomes of features and particles? Draw data yourself."],
+  playground: ["Playground", "Larger s: why do the arrows get short? Larger tau? Then play: which points stop?"],
+  train: ["Learn", "Same start, with and without the loss. How do features and particles change? You can draw data."],
   noise: ["Noise", "Same digits, same noise. Which path loses them first? At the same t, or at the same log-SNR?"],
   trajectories: ["Samplers", "Play: watch the steps. Then halve the evaluations: which sampler still finds the data?"],
   denoising: ["Denoising", "Play: at which step can you name each digit? Raise the scale: what is gained, and lost?"],
   training: ["Training", "Same noise in a column. Play: when can you name a digit? Do the two runs become different?"],
   map: ["Blocks", "Click on a cell: six digits as the network sees them, and this block's neighbours of each."],
-  patch: ["Patches", "Click on a patch: where does each head look from there, and which patches are most like it?"],
+  patch: ["Patches", "Click on a patch: where does each head attend, and which patches are most like this one?"],
   umap: ["UMAP", "Do you see the same with another seed? Areas and distances say nothing about dispersion."],
   quiz: ["Blind test", "Six digits from each network, from the same noises. The names come after the last round."],
 };
@@ -990,7 +990,7 @@ function lecture(root, spec, kernel) {
     });
   }
 
-  const page = root.parentNode === document.body; // in a notebook the digits are the demos' only within
+  const page = root.parentNode === document.body; // in a notebook, number keys act only inside the demo
   (page ? document : root).addEventListener("keydown", event => {
     const chosen = /^\d$/.test(event.key) && pages[(Number(event.key) + 9) % 10];
     if (chosen && !event.ctrlKey && !event.altKey && !event.metaKey && event.target.tagName !== "SELECT") open(chosen);

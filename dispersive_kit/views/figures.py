@@ -51,7 +51,7 @@ def style() -> None:
 
 
 def figure_html(figure: Figure, alt: str, caption: str = "") -> str:
-    """The figure, closed, as one HTML element with its alternative text inside: it survives every export."""
+    """Close the figure; returns it as one HTML element with the alternative text in it, which every export keeps."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -119,7 +119,7 @@ def curves(
             axis.plot(*line, ":", color=OKABE_ITO[arms.index(arm)], linewidth=3, label=f"{arm}, Gaussian", alpha=0.7)
         axis.set(**{"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})})
         low, high = axis.get_ylim()
-        if axis.get_yscale() == "log" and high < 300 * low:  # powers of ten alone would say little
+        if axis.get_yscale() == "log" and high < 300 * low:  # labels at powers of ten only would be too few
             axis.yaxis.set_minor_formatter("{x:g}")
             _log_if_wide(axis, "y", (low, high))
         if "xticks" in axes:
@@ -258,7 +258,7 @@ def pairwise_distances(z: Tensor) -> NDArray[np.float64]:
 
 
 def pairwise_histogram(features: Mapping[str, Tensor]) -> Figure:
-    """Distances of pairs, raw, and divided by the features' mean square, which inflation of the norm does not move."""
+    """Distances of pairs: raw, and divided by the features' mean square, so that a larger norm changes nothing."""
     raw = {name: pairwise_distances(z) for name, z in features.items()}
     scaled = {name: raw[name] / float(z.double().square().mean()) for name, z in features.items()}
     figure, axes = _panels(4, 2, 5, 2.9)
@@ -276,7 +276,7 @@ def forest(
 ) -> Figure:  # fmt: skip
     """Values with their intervals, a line for each name, in a panel for each x label.
 
-    levels: x label -> what is dotted in the panel. fmt: of the values beside the lines; empty: none.
+    levels: x label -> where the panel has a dotted line. fmt: of the values beside the lines; empty: none.
     """
     lines = max(len(rows) for rows in panels.values())
     figure, drawn = _panels(len(panels), columns, width, 0.36 * lines + 1, sharey=True)
@@ -324,8 +324,8 @@ def _compared(v: Mapping[str, Any]) -> str:
 
 
 def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
-    """A column for each condition: above, one line a seed through all arms, a gap where a run crashed, the reference
-    first, then by value; below, each verdict's ratio with its 95 % interval, and the margin of what counts as equal.
+    """A column for each condition. Above: one line for each seed over the arms, the reference first, others by value; a
+    gap is a crashed run. Below: each verdict's ratio with its 95 % interval, and the margin that counts as equal.
     """
     conditions = list(dict.fromkeys(row["condition"] for row in results["summary"]))
     first = [row for row in results["summary"] if row["condition"] == conditions[0]]

@@ -123,7 +123,7 @@ class TapViews:
         self.rms = {path: float(z.double().square().mean().sqrt()) for path, z in self.z.items()}
 
     def frame(self, path: str, tau: float = 0.5) -> Figure:
-        """RMS at every tap, the pairs at this tap beside tau, and the pull for every tau."""
+        """RMS at every tap, the distances of pairs at this tap with tau, and the pull for every tau."""
         figure, (sizes, pairs, pulls) = plt.subplots(1, 3, figsize=(12.4, 3.7), layout="constrained")
         sizes.barh(list(self.z), list(self.rms.values()), color=[RED if one == path else GREY for one in self.z])
         for i, (one, z) in enumerate(self.z.items()):
@@ -168,8 +168,8 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
 def regime_map(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("paper", "small", "placebo")) -> Figure:
     """Ratios to base without guidance, of rows as `all_verdicts` gives them, against the epochs of the base.
 
-    Left held-out losses, right Frechet distances. Points at one number of epochs are drawn beside each other. Dotted
-    lines part the states of the base in these studies: its held-out loss falls, has almost stopped falling, or rises.
+    Left held-out losses, right Frechet distances. Points with equal epochs are drawn beside each other. Dotted lines
+    separate the states of the base in these studies: its held-out loss falls, has almost stopped falling, or rises.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     states = {4: "still learning", 190: "converged", 900: "over-fitted"}

@@ -1,7 +1,7 @@
-"""What moves on a page: figures behind sliders, and films.
+"""Interactive figures: figures with sliders, and films.
 
-A widget, for the last line of a cell, is shown in the browser by one module, `explore.js`. Without a front end it is a
-plain figure of the state it begins with.
+Put a widget in the last line of a cell. In the browser, the module `explore.js` shows it. Without a front end it is a
+plain figure of its first state.
 """
 
 import traceback
@@ -37,7 +37,7 @@ class Explorer(anywidget.AnyWidget):
 def frames_spec(
     sliders: Mapping[str, Sequence[Any]], start: Sequence[int], frames: Mapping[str, Any], play: str = ""
 ) -> dict[str, Any]:
-    """Of frames by the indices of the sliders' values: HTML, or images by their titles (`rows`) and an `alt`."""
+    """The spec of frames. Key: indices of the sliders' values. Frame: HTML, or images by title (`rows`) and `alt`."""
     controls = {name: list(values) for name, values in sliders.items()}
     return {"kind": "frames", "controls": controls, "start": start, "frames": frames, "play": play}
 
@@ -48,7 +48,7 @@ def explore(
 ) -> Explorer:  # fmt: skip
     """`view(**state)` with a slider, or a menu of words, for each name in `sliders`.
 
-    The kernel draws a state, once, when the browser asks for it. An error of the view is shown in place of the picture.
+    The kernel draws each state once, when the browser needs it. An error of the view is shown in place of the picture.
 
     alt: alternative text, a format string of the state. start: values to begin with, the first of each otherwise.
     play: the slider whose axis is time, and which can be played.
@@ -85,7 +85,7 @@ def scrub(frames: Mapping[Any, Figure], *, label: str, alt: str, caption: str = 
 
 
 def latency_test() -> Explorer:
-    """Two sliders, one of which asks the kernel, and how long a number takes to the kernel and back."""
-    test = Explorer({"kind": "latency"}, "<p>No front end: nothing to measure, and nothing is wrong with that.</p>")
+    """Two sliders, one with and one without the kernel, and the time that a message takes to the kernel and back."""
+    test = Explorer({"kind": "latency"}, "<p>No front end: there is nothing to measure. This is no error.</p>")
     test.on_msg(lambda widget, message, _buffers: widget.send(message))
     return test

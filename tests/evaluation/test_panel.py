@@ -137,7 +137,7 @@ def test_copies_of_training_images_are_found_and_fresh_ones_are_not(digits, spac
     known = space(train.images)
     by_hand = np.array([np.linalg.norm(known - row, axis=1).min() for row in space(half.images)])
     assert other.copies.floor == (by_hand < by_hand.mean() / 2).mean()
-    with pytest.raises(ConfigError, match="not apart"):
+    with pytest.raises(ConfigError, match="do not overlap"):
         measure_memorisation(copied, train, train, space)
 
 

@@ -301,7 +301,7 @@ def test_a_study_on_latents_is_decoded_by_its_store_and_comes_to_its_verdict(tmp
     assert "store-decoded" in str(record["reference"]) and record["sampler"] == "sde"
     assert (record["cfg_scale"], record["guidance_low"], record["guidance_high"]) == (1.5, 0.25, 1.0)
     plan = write_plan(tmp_path, small_plan, train=training, evaluation={**small_plan["evaluation"], "probe": True})
-    with pytest.raises(ConfigError, match="a probe is of images"):
+    with pytest.raises(ConfigError, match="a probe needs images"):
         _run_cell(plan, plan.cells()[0], out=tmp_path)
 
 

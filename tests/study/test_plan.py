@@ -65,7 +65,7 @@ REFUSED = {
     "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
     "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),
     "a margin of nothing": ({"margin__helt_out": 0.1}, r"margin\.helt_out.*frechet\|held_out\|copies\|probe"),
-    "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper against base, one, frechet\) stands twice"),
+    "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper against base, one, frechet\) is listed twice"),
     "against no arm": ({"primary__against": "papers"}, r"against 'papers' of a contrast; there are: base, paper"),
     "stopped without validation images": (
         {"early_stopped": ["paper"]}, r"paper is stopped early, which needs .*data_share.*keep_last to 1",
@@ -82,16 +82,16 @@ REFUSED = {
     "a placebo of no size": ({"arms__paper": {**PAPER, "regularizer.norm_matched": 0.0}}, r"norm_matched"),
     "more seeds than can be tested": ({"seeds": list(range(24))}, r"seeds = .*at most 20 items.*not 24"),
     "a seed of its own for a trial": (
-        {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{"seed": 3}]}}, r"seeds stand in `seeds`"
+        {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{"seed": 3}]}}, r"seeds belong in `seeds`"
     ),
-    "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds stand in `seeds`"),
+    "a seed of its own for an arm": ({"arms__paper": {"seed": 3}}, r"seeds belong in `seeds`"),
     "tuning on the confirmation seeds": (
         {"tuning__seeds": [5], "tuning__trials": {"base": [{}], "paper": [{}]}},
         r"a seed is listed twice",
     ),
     "unequal tuning": (
         {"tuning__seeds": [9], "tuning__trials": {"base": [{}], "paper": [{}, {"learning_rate": 0.001}]}},
-        r"equally many tuning trials, the reference among them",
+        r"equally many tuning trials, including the reference",
     ),
     "tuning of one arm alone": (
         {"tuning__seeds": [9], "tuning__trials": {"paper": [{}]}}, r"each arm needs equally many tuning trials"

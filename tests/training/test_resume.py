@@ -209,7 +209,7 @@ def test_a_folder_is_trained_by_one_generator_at_a_time(tmp_path):
     """In one process too; and the end of the refused one does not free the folder for others."""
     first = train(CONFIG, tmp_path / "run")
     next(first)
-    with pytest.raises(CheckpointError, match="a training in this one was not ended"):
+    with pytest.raises(CheckpointError, match="a training in this process has not ended"):
         next(train(CONFIG, tmp_path / "run", resume=True))
     first.close()
     next(train(CONFIG, tmp_path / "run", resume=True))

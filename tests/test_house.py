@@ -66,7 +66,7 @@ def test_importing_the_kit_is_light():
 # folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU. Scripts rose from 300:
 # they also write the course, its slides and the site.
 BUDGET = {
-    "lines of the package": 10_765,
+    "lines of the package": 10_766,
     "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,

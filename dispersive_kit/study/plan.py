@@ -53,8 +53,8 @@ class Contrast(_Form):
 class Sampling(_Form):
     """How samples are drawn and measured. The first of `cfg_scales` gives the measure "frechet"; each other one, w,
     a measure "frechet cfg w". probe: also fit linear probes, to the mean over tokens or to all of them (`probe_pool`).
-    copies: also count the samples that are nearer to a training image than held-out images are. curves: also keep
-    held-out loss and depth use of all logged steps, as "held_out@STEP" and so on.
+    copies: also count the samples nearer to a training image than half the mean distance of held-out images. curves:
+    also keep held-out loss and depth use of all logged steps, as "held_out@STEP" and so on.
     """
 
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]

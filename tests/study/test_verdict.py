@@ -119,7 +119,8 @@ def test_every_verdict_rests_on_all_runs_of_both_its_arms():
     for verdict in all_verdicts():
         plan = load_plan(verdict["study"])
         runs = [known[one] for one in verdict["runs"]]
-        expected = {(a, verdict["condition"], s) for a in (plan.reference, verdict["arm"]) for s in plan.seeds}
+        arms = (verdict.get("against", plan.reference), verdict["arm"])
+        expected = {(arm, verdict["condition"], seed) for arm in arms for seed in plan.seeds}
         assert {(run["arm"], run["condition"], run["seed"]) for run in runs} == expected
 
 

@@ -65,6 +65,7 @@ def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Pa
                 _flush(path)
             old = target.with_name(f"{PARTIAL}removed-{target.name}")
             if target.is_dir():  # a folder cannot be replaced in one operation: for a moment there is none
+                _remove(old)  # left by a kill while it was removed
                 target.rename(old)
             partial.replace(target)
             _flush(target.parent)

@@ -319,7 +319,8 @@ def _measure_name(measure: str) -> str:
     return MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else "")
 
 
-def _compared(v: Mapping[str, Any]) -> str:
+def compared(v: Mapping[str, Any]) -> str:
+    """The arm of a verdict, and the other arm if it is not the reference: "paper", or "paper / placebo"."""
     return f"{v['arm']} / {v['against']}" if "against" in v else v["arm"]
 
 
@@ -333,7 +334,7 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
     arms = sorted(means, key=lambda arm: (arm != results["reference"], means[arm]))
     verdicts = [v for v in results["verdicts"] if v["measure"] == measure]
     none = {"word": ""} | dict.fromkeys(("low", "mean", "high"), math.nan)
-    judged = list(dict.fromkeys(_compared(v) for v in sorted(verdicts, key=lambda v: arms.index(v["arm"]))))
+    judged = list(dict.fromkeys(compared(v) for v in sorted(verdicts, key=lambda v: arms.index(v["arm"]))))
     heights = [3.2, 0.9 + 0.27 * len(judged)] if judged else [3.2]
     figure, axes = plt.subplots(
         len(heights), len(conditions), figsize=(2.6 + max(3.6, 0.62 * len(arms)) * len(conditions), sum(heights)),
@@ -343,7 +344,7 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
         _slopes(column[0], results, condition, arms, measure)
         column[0].set_title(condition if len(conditions) > 1 else "")
         if judged:
-            found = {_compared(v): v for v in verdicts if v["condition"] == condition}
+            found = {compared(v): v for v in verdicts if v["condition"] == condition}
             _ratios(column[1], {name: found.get(name, none) for name in judged})
             for margin in {v["margin"] for v in found.values()}:
                 column[1].axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)

@@ -14,8 +14,9 @@ import nbformat
 import pytest
 import yaml
 
+from dispersive_kit.cli import main
 from dispersive_kit.regularizers import dispersive_loss
-from dispersive_kit.study.notebook import begin
+from dispersive_kit.study.notebook import begin, read_result
 
 GAP = "\n\n\n"  # between the stub of an exercise and its cases
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -193,3 +194,18 @@ def test_a_wrong_answer_is_refused_with_a_hint(name: str, wrong: str, tmp_path: 
     head = EXERCISES[name][1].partition(": ...")[0]
     assert solved(name, tmp_path, f"{head}:\n{textwrap.indent(lines, '    ')}") is False
     assert re.search(r"^not yet, case \d: .+\nhint: .{20}", capsys.readouterr().out)
+
+
+# ---- in class mode
+
+
+@pytest.mark.long
+def test_the_readme_says_of_a_trained_model_what_notebook_15_measures(tmp_path: Path) -> None:
+    main(["run", "15_your_own_model", "--mode", "class", "--out", str(tmp_path / "run")])
+    (file,) = (tmp_path / "run").rglob("result.json")
+    found = {number.name: number.value for number in read_result(file.parent).numbers}
+    told = re.sub(r"\s+", " ", (FOLDER.parent / "README.md").read_text()).partition("In 100 more steps")[2]
+    losses = [found[f"held-out loss, {arm}"] for arm in ("before", "paper", "small")]
+    shares = [100 * found[f"share read as the class asked for, {arm}"] for arm in ("before", "paper", "small")]
+    assert list(map(float, re.findall(r"\b0\.\d{3}\b", told)[:3])) == pytest.approx(losses, abs=2e-3)
+    assert list(map(float, re.findall(r"(\d+) %", told)[:3])) == pytest.approx(shares, abs=1.6)  # 3 samples of 200

@@ -18,6 +18,7 @@ DEMOS = ["playground", "train", "noise", "trajectories", "denoising", "training"
 # The key that moves a control, which may stand at its end.
 TO_A_NEIGHBOUR = """one => one.options ? (one.selectedIndex + 1 < one.options.length ? "ArrowDown" : "ArrowUp")
   : (+one.value < +one.max ? "ArrowRight" : "ArrowLeft")"""
+NAME = "one => one.getAttribute('aria-label') ?? one.textContent"
 each_demo = pytest.mark.parametrize("name", DEMOS)
 
 
@@ -47,6 +48,15 @@ def open_demo(page: Page, name: str) -> Locator:
     return demo
 
 
+def named(part: Locator) -> None:
+    """What a screen reader is told of each slider, menu and button: what it is, and a name of its own."""
+    for role in ("slider", "combobox", "button"):
+        names = [one.evaluate(NAME) for one in part.get_by_role(role).all()]
+        assert all(names) and len(set(names)) == len(names), names
+        for name in names:
+            expect(part.get_by_role(role, name=name, exact=True)).to_have_count(1)
+
+
 def seen(demo: Locator) -> tuple[str, str]:
     """The picture, and its alternative text."""
     shown = demo.locator(".picture")
@@ -65,8 +75,8 @@ def test_every_control_is_moved_by_keyboard_and_picture_and_words_follow(page: P
             "([old, at]) => at.innerHTML !== old", arg=[before[0], demo.locator(".picture").element_handle()]
         )
         assert seen(demo)[1] != before[1]
-        words = control.evaluate("one => one.options ? 'a menu' : one.getAttribute('aria-valuetext')")
-        assert words and control.get_attribute("aria-label")
+        assert control.evaluate("one => one.options ? 'a menu' : one.getAttribute('aria-valuetext')")
+    named(demo)
 
 
 @each_demo

@@ -82,6 +82,7 @@ def move_all(page: Page) -> None:
     controls = page.locator(".dk :is(input, select)").all()
     assert controls
     for control in controls:
+        expect(control).to_have_accessible_name(re.compile(r"\w"))
         assert control.evaluate(TOO_HIGH) <= 0
         element, before = control.element_handle(), control.evaluate(SHOWN)
         forth, back = keys(control)

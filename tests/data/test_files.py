@@ -1,6 +1,7 @@
 """Files are whole or not there, one process has a lock, and shipped files are read only as they were listed."""
 
 import errno
+import json
 import os
 import subprocess
 import time
@@ -10,7 +11,7 @@ import pytest
 from encode_jobs import CLEAN, hold
 
 from dispersive_kit.data import files
-from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, read_json, versions, write_json
+from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, versions, write_json
 from dispersive_kit.errors import CheckpointError, DataError, KitError
 
 
@@ -23,7 +24,7 @@ def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(CheckpointError, match=r"one\.json could not be written .*disk full.* untouched: make room"):
         write_json(file, {"a": 2}, CheckpointError)
-    assert read_json(file) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["one.json"]
+    assert json.loads(file.read_text()) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["one.json"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

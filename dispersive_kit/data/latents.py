@@ -62,10 +62,6 @@ class Spec:
     spec_sha256: str = ""  # as it was written
 
     @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
-
-    @property
     def sha256(self) -> str:
         """Hash of all fields; these include the checksums of the shards."""
         told = {name: value for name, value in asdict(self).items() if name not in ("format", "spec_sha256")}
@@ -107,7 +103,7 @@ class LatentStore:
         self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
 
     def __len__(self) -> int:
-        return self.spec.rows
+        return int(self._starts[-1])
 
     def read(self, rows: Rows, flipped: NDArray[np.bool_] | None = None) -> Tensor:
         """Mean and std (B, 2, C, h, w) of these rows, in the type stored; of the mirror images where `flipped`."""
@@ -150,17 +146,14 @@ class LatentStore:
 
 def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
     """`posterior` and `labels` of one file, as memory-mapped tensors."""
-    file = folder / shard.file
-    with reading(file):
-        if not file.is_file():
-            raise DataError(f"{file} is missing. Give the encode command again")
-        size = file.stat().st_size
-    if size != shard.bytes:
-        raise DataError(f"{file} is truncated: {size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
-    row = (1 + spec.flip, 2, *spec.shape)
+    file, row = folder / shard.file, (1 + spec.flip, 2, *spec.shape)
     wanted = {"posterior": (getattr(torch, spec.dtype), (shard.rows, *row)), "labels": (torch.int64, (shard.rows,))}
     try:
         with reading(file):
+            if not file.is_file():
+                raise DataError(f"{file} is missing. Give the encode command again")
+            if (size := file.stat().st_size) != shard.bytes:
+                raise DataError(f"{file} is truncated: {size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
             found = load_file(file)
         if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")

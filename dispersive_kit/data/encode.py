@@ -46,8 +46,6 @@ class _Moments:
 
 @checked(frozen=True)
 class _Record:
-    """The record of one finished shard."""
-
     card: ShardCard
     moments: _Moments
     class_counts: dict[str, int]

@@ -94,22 +94,16 @@ class Conditioned(nn.Module):
 
 
 class _TimestepEmbedder(nn.Module):
-    """Sinusoids of a time, in float32 at least (bf16 does not have all integers up to 1000), then two layers."""
-
-    frequencies = 128
+    """256 sinusoids of a time, in float32 at least (bf16 does not have all integers up to 1000), then two layers."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * self.frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.float64 else t.float()
-        omega = torch.exp(
-            -math.log(10000.0) / self.frequencies * torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-        )
-        angle = t[:, None] * omega
+        omega = torch.exp(-math.log(10000.0) / 128 * torch.arange(128, device=t.device, dtype=t.dtype))
+        angle = t[:, None] * omega  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.parameters()).dtype))  # (B, D)
 
 

@@ -77,30 +77,24 @@ def is_store(path: str | Path) -> bool:
     return any(file in below for file in (Path(path) / SPEC, Path(path) / RECORDS / PLAN))
 
 
-def _read_spec(store: Path) -> Spec:
-    file = store / SPEC
-    if file not in list_folder(store):
-        state = "is not finished: give the same encode command again" if is_store(store) else "is no store of latents"
-        raise DataError(f"{store} {state} (no {SPEC})")
-    spec = read_form(file, Spec, cure=REPAIR)
-    if spec.spec_sha256 != spec.sha256:
-        raise DataError(
-            f"{file} is damaged: it was changed after it was written (scale, shift, classes, ... belong to the "
-            f"shards). It now says scale {spec.autoencoder.scale} and shift {spec.autoencoder.shift}. {REPAIR}"
-        )
-    return spec
-
-
 class LatentStore:
     """A finished store, open for reading; DataError if its spec, file sizes or headers show that it is damaged."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.spec = _read_spec(self.path)
-        opened = [_map_shard(self.path, shard, self.spec) for shard in self.spec.shards]
+        self.path, file = Path(path), Path(path) / SPEC
+        if file not in list_folder(self.path):
+            said = "is not finished: give the same encode command again" if is_store(path) else "is no store of latents"
+            raise DataError(f"{path} {said} (no {SPEC})")
+        self.spec = spec = read_form(file, Spec, cure=REPAIR)
+        if spec.spec_sha256 != spec.sha256:
+            raise DataError(
+                f"{file} is damaged: it was changed after it was written (scale, shift, classes, ... belong to the "
+                f"shards). It now says scale {spec.autoencoder.scale} and shift {spec.autoencoder.shift}. {REPAIR}"
+            )
+        opened = [_map_shard(self.path, shard, spec) for shard in spec.shards]
         self._posteriors = [shard["posterior"].view(torch.int16).numpy() for shard in opened]  # faster row by row
         self._labels = [shard["labels"].numpy() for shard in opened]
-        self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
+        self._starts = np.cumsum([0, *(shard.rows for shard in spec.shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

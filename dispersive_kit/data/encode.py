@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 from safetensors.torch import save
 from torch import Tensor
@@ -47,8 +46,6 @@ class _Moments:
 
 @checked(frozen=True)
 class _Record:
-    """The record of one finished shard."""
-
     card: ShardCard
     moments: _Moments
     class_counts: dict[str, int]
@@ -90,12 +87,10 @@ class Encoder:
         return self.loaded.latent_shape(self.image_size)
 
     @cached_property
-    def shards(self) -> list[str]:
-        return [f"shard-{i:05d}.safetensors" for i in range(math.ceil(len(self.folder.files) / self.shard_size))]
-
-    def files_of(self, shard: str) -> tuple[str, ...]:
-        first = self.shards.index(shard) * self.shard_size
-        return self.folder.files[first : first + self.shard_size]
+    def shards(self) -> dict[str, tuple[str, ...]]:
+        """The images of each shard, by its name."""
+        files, size = self.folder.files, self.shard_size
+        return {f"shard-{i // size:05d}.safetensors": files[i : i + size] for i in range(0, len(files), size)}
 
     def finished(self) -> list[str]:
         """The shards that are in the store and have a record."""
@@ -103,7 +98,7 @@ class Encoder:
         return [shard for shard in self.shards if {shard, f"{shard}.json"} <= there]
 
     def done(self) -> int:
-        return sum(len(self.files_of(shard)) for shard in self.finished())
+        return sum(len(self.shards[shard]) for shard in self.finished())
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -140,7 +135,7 @@ class Encoder:
         odd, left_out = Counter[str](), list[dict[str, str]]()
 
         def readable() -> Iterator[Tensor]:
-            for image in self._read_ahead(pool, self.files_of(shard)):
+            for image in self._read_ahead(pool, self.shards[shard]):
                 if image.pixels is None:
                     left_out.append({"file": image.file, "fault": image.fault})
                 else:
@@ -194,7 +189,7 @@ class Encoder:
         left_out = [photo for record in records for photo in record.left_out]
         fields["images"] |= {"odd": dict(sorted(odd.items())), "left_out": left_out}
         fields["class_counts"] = [counts[name] for name in self.folder.classes]
-        text, file = TypeAdapter(Spec).validate_python(fields).to_json(), self.store / SPEC
+        text, file = Spec(**fields).to_json(), self.store / SPEC
         if not file.exists() or file.read_text() != text:
             with atomic_write(file) as partial:
                 partial.write_text(text)
@@ -220,7 +215,7 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             finished = encoder.finished()
-            for shard in encoder.shards[number::calls]:
+            for shard in list(encoder.shards)[number::calls]:
                 if shard not in finished:
                     encoder.make(shard, pool, progress)
     finally:

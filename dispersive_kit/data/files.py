@@ -123,21 +123,15 @@ def write_json(file: Path, value: Any, error: type[KitError] = DataError) -> Non
         partial.write_text(json.dumps(value, indent=2))
 
 
-def read_json(file: Path, cure: str = "", error: type[KitError] = DataError) -> Any:
-    """The content of a JSON file; `error` if it is missing or damaged."""
+def read_form(file: Path, form: type[Form], cure: str = "", error: type[KitError] = DataError) -> Form:
+    """A JSON file in a form that pydantic knows; `error` if it is missing or damaged, with field, value and cure."""
     try:
         with reading(file, error):
-            return json.loads(file.read_text())
-    except (ValueError, RecursionError) as fault:
-        raise error(f"{file} is damaged: {fault}. {cure}".removesuffix(". ")) from fault
-
-
-def read_form(file: Path, form: type[Form], cure: str = "", error: type[KitError] = DataError) -> Form:
-    """A JSON file in a form that pydantic knows; `error` names the field that does not fit, and the cure."""
-    try:
-        return TypeAdapter(form).validate_python(read_json(file, cure, error))
+            return TypeAdapter(form).validate_python(json.loads(file.read_text()))
     except ValidationError as fault:
         raise error(f"{form_error(fault, f'{file} is damaged')}. {cure}".removesuffix(". ")) from fault
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{file} is damaged: {fault}. {cure}".removesuffix(". ")) from fault
 
 
 def list_folder(folder: Path) -> list[Path]:

@@ -62,10 +62,6 @@ class Spec:
     spec_sha256: str = ""  # as it was written
 
     @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
-
-    @property
     def sha256(self) -> str:
         """Hash of all fields; these include the checksums of the shards."""
         told = {name: value for name, value in asdict(self).items() if name not in ("format", "spec_sha256")}
@@ -81,33 +77,27 @@ def is_store(path: str | Path) -> bool:
     return any(file in below for file in (Path(path) / SPEC, Path(path) / RECORDS / PLAN))
 
 
-def _read_spec(store: Path) -> Spec:
-    file = store / SPEC
-    if file not in list_folder(store):
-        state = "is not finished: give the same encode command again" if is_store(store) else "is no store of latents"
-        raise DataError(f"{store} {state} (no {SPEC})")
-    spec = read_form(file, Spec, cure=REPAIR)
-    if spec.spec_sha256 != spec.sha256:
-        raise DataError(
-            f"{file} is damaged: it was changed after it was written (scale, shift, classes, ... belong to the "
-            f"shards). It now says scale {spec.autoencoder.scale} and shift {spec.autoencoder.shift}. {REPAIR}"
-        )
-    return spec
-
-
 class LatentStore:
     """A finished store, open for reading; DataError if its spec, file sizes or headers show that it is damaged."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.spec = _read_spec(self.path)
-        opened = [_map_shard(self.path, shard, self.spec) for shard in self.spec.shards]
+        self.path, file = Path(path), Path(path) / SPEC
+        if file not in list_folder(self.path):
+            said = "is not finished: give the same encode command again" if is_store(path) else "is no store of latents"
+            raise DataError(f"{path} {said} (no {SPEC})")
+        self.spec = spec = read_form(file, Spec, cure=REPAIR)
+        if spec.spec_sha256 != spec.sha256:
+            raise DataError(
+                f"{file} is damaged: it was changed after it was written (scale, shift, classes, ... belong to the "
+                f"shards). It now says scale {spec.autoencoder.scale} and shift {spec.autoencoder.shift}. {REPAIR}"
+            )
+        opened = [_map_shard(self.path, shard, spec) for shard in spec.shards]
         self._posteriors = [shard["posterior"].view(torch.int16).numpy() for shard in opened]  # faster row by row
         self._labels = [shard["labels"].numpy() for shard in opened]
-        self._starts = np.cumsum([0, *(shard.rows for shard in self.spec.shards)])
+        self._starts = np.cumsum([0, *(shard.rows for shard in spec.shards)])
 
     def __len__(self) -> int:
-        return self.spec.rows
+        return int(self._starts[-1])
 
     def read(self, rows: Rows, flipped: NDArray[np.bool_] | None = None) -> Tensor:
         """Mean and std (B, 2, C, h, w) of these rows, in the type stored; of the mirror images where `flipped`."""
@@ -150,17 +140,14 @@ class LatentStore:
 
 def _map_shard(folder: Path, shard: ShardCard, spec: Spec) -> dict[str, Tensor]:
     """`posterior` and `labels` of one file, as memory-mapped tensors."""
-    file = folder / shard.file
-    with reading(file):
-        if not file.is_file():
-            raise DataError(f"{file} is missing. Give the encode command again")
-        size = file.stat().st_size
-    if size != shard.bytes:
-        raise DataError(f"{file} is truncated: {size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
-    row = (1 + spec.flip, 2, *spec.shape)
+    file, row = folder / shard.file, (1 + spec.flip, 2, *spec.shape)
     wanted = {"posterior": (getattr(torch, spec.dtype), (shard.rows, *row)), "labels": (torch.int64, (shard.rows,))}
     try:
         with reading(file):
+            if not file.is_file():
+                raise DataError(f"{file} is missing. Give the encode command again")
+            if (size := file.stat().st_size) != shard.bytes:
+                raise DataError(f"{file} is truncated: {size} bytes, and {SPEC} says {shard.bytes}. {REPAIR}")
             found = load_file(file)
         if {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} != wanted:
             raise ValueError(f"it does not hold {wanted}")

@@ -1,9 +1,13 @@
 """Samplers with one signature: `sampler(model, x, ts, *, guidance=None, callback=None, seeds=None, **options)`.
 
-Each is a step from time t to an earlier time s, `step(f, x, t, s, **options)`, and `sample` loops over the times. x
-(B, ...) starts as noise (`initial_noise`); ts decreases from noise to data (`time_grid`). euler, heun, rk4 and dopri5
-need a model of the velocity, meanflow one of the average velocity; the others have `prediction`. If the model returns
-twice the channels, the second half is a learned variance: ddpm(learned_variance=True) uses it, the others drop it.
+Each is a step from time t to an earlier time s, `step(f, x, t, s, **options)`; `@_sampler` adds the loop over the
+times. x (B, ...) starts as noise (`initial_noise`), and keeps its dtype; ts decreases from noise to data (`time_grid`).
+An image depends on its own seed only. callback(i, s, x) is called after each step. euler, heun, rk4 and dopri5 need a
+model of the velocity, meanflow one of the average velocity; the others have `prediction`. If the model returns twice
+the channels, the second half is a learned variance: ddpm(learned_variance=True) uses it, the others drop it.
+
+All raise ConfigError: times that do not decrease within [0, 1], another number of channels, no seeds where noise is
+added, guidance without y or null class, and the errors of the step.
 """
 
 import functools
@@ -39,36 +43,6 @@ def _draw_each(generators: Sequence[torch.Generator], shape: Sequence[int]) -> T
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
-@torch.no_grad()
-def sample(
-    step: Callable[..., Tensor],
-    model: Callable,
-    x: Tensor,
-    ts: Sequence[float] | Tensor,
-    *,
-    guidance: Callable | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
-    seeds: Sequence[int] | None = None,
-    **options: Any,
-) -> Tensor:
-    """x = step(f, x, t, s, **options) from each time to the next; the loop of every sampler.
-
-    callback(i, s, x) is called after each step. The state stays in the dtype of x, and an image depends on its own seed
-    only.
-    Raises ConfigError: times that do not decrease within [0, 1], another number of channels, no seeds where noise is
-        added, guidance without y or null class, and the errors of the step.
-    """
-    grid = [float(t) for t in ts]
-    if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN fails every comparison
-        raise ConfigError(f"ts must decrease within [0, 1], from noise to data, and begins {grid[:3]}: use time_grid")
-    f = _Field(model, guidance, seeds)
-    for i, (t, s) in enumerate(pairwise(grid)):
-        x = step(f, x, t, s, **options)
-        if callback is not None:
-            callback(i, s, x)
-    return x
-
-
 class _Field:
     """f(x, t): the model, guided, in the dtype of x; `f.noise(x)`: fresh noise for each sample from its own seed."""
 
@@ -101,8 +75,28 @@ class _Field:
 
 
 def _sampler(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(model: Callable, x: Tensor, ts: Sequence[float] | Tensor, **options: Any) -> Tensor:
-        return sample(step, model, x, ts, **options)
+    """The sampler of a step: x = step(f, x, t, s, **options) from each time to the next."""
+
+    @torch.no_grad()
+    def run(
+        model: Callable,
+        x: Tensor,
+        ts: Sequence[float] | Tensor,
+        *,
+        guidance: Callable | None = None,
+        callback: Callable[[int, float, Tensor], None] | None = None,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        grid = [float(t) for t in ts]
+        if len(grid) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(grid)):  # NaN fails every comparison
+            raise ConfigError(f"ts must decrease within [0, 1], noise to data, and begins {grid[:3]}: use time_grid")
+        f = _Field(model, guidance, seeds)
+        for i, (t, s) in enumerate(pairwise(grid)):
+            x = step(f, x, t, s, **options)
+            if callback is not None:
+                callback(i, s, x)
+        return x
 
     called_as = inspect.signature(run)
     functools.update_wrapper(run, step).__dict__["__signature__"] = called_as  # inspect.getsource shows the step

@@ -5,6 +5,7 @@ Time is as in the whole kit: t = 0 is data, t = 1 is noise. `published.py` conve
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,10 +42,12 @@ def build_dit(name: str, **overrides: Any) -> "DiT":
 
 
 class Conditioned(nn.Module):
-    """The conditioning of DiT and MLP: the time t, with `r_embedder` also t - r, with `y_embedder` also the class.
+    """Blocks with taps, conditioned on the time t, with `r_embedder` also on t - r, with `y_embedder` on the class.
 
     The class table has a null row at `null_label`, for guidance, unless that is None.
     """
+
+    blocks: nn.ModuleList
 
     def _embed(
         self, hidden_size: int, num_classes: int, null_label: int | None, time_scale: float | None, *, interval: bool
@@ -75,28 +78,32 @@ class Conditioned(nn.Module):
             )
         return c if self.y_embedder is None else c + self.y_embedder(y)
 
-    def _check_taps(self, taps: Sequence[int], depth: int) -> None:
+    def _through_blocks(
+        self, x: Tensor, c: Tensor, taps: Sequence[int], *, recompute: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x after all blocks, and after each block in `taps`; recompute: in backward, to save memory."""
+        depth = len(self.blocks)
         if outside := [i for i in taps if not 0 <= i < depth]:
             raise ConfigError(f"there is no block {outside[0]}: taps are counted from 0 to {depth - 1}")
+        kept = {}
+        for i, block in enumerate(self.blocks):
+            x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)
+            if i in taps:
+                kept[i] = x
+        return x, [kept[i] for i in taps]
 
 
 class _TimestepEmbedder(nn.Module):
-    """Sinusoids of a time, in float32 at least (bf16 does not have all integers up to 1000), then two layers."""
-
-    frequencies = 128
+    """256 sinusoids of a time, in float32 at least (bf16 does not have all integers up to 1000), then two layers."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * self.frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         t = t if t.dtype == torch.float64 else t.float()
-        omega = torch.exp(
-            -math.log(10000.0) / self.frequencies * torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-        )
-        angle = t[:, None] * omega
+        omega = torch.exp(-math.log(10000.0) / 128 * torch.arange(128, device=t.device, dtype=t.dtype))
+        angle = t[:, None] * omega  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.parameters()).dtype))  # (B, D)
 
 
@@ -142,15 +149,6 @@ class _Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class _Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class _Block(nn.Module):
     """Transformer block with adaptive layer norm; its gates start at zero, so it starts as the identity."""
 
@@ -158,7 +156,8 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = _norm(dim), _norm(dim)
         self.attn = _Attention(dim, num_heads)
-        self.mlp = _Mlp(dim, 4 * dim)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU("tanh"), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -226,6 +225,7 @@ class DiT(Conditioned):
         if hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.sample_shape = in_channels, input_size, input_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_heads, self.checkpointing = num_heads, checkpointing
         self.x_embedder = _PatchEmbed(patch_size, in_channels, hidden_size)
@@ -236,10 +236,6 @@ class DiT(Conditioned):
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.initialize_weights()
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return (self.in_channels, self.input_size, self.input_size)
 
     def initialize_weights(self) -> None:
         """As published: Xavier, N(0, 0.02) in the embedders, zero in every gate and in the last layer."""
@@ -265,19 +261,12 @@ class DiT(Conditioned):
         if x.shape[1:] != self.sample_shape:
             shape = ", ".join(map(str, self.sample_shape))
             raise ConfigError(f"the model was built for images (B, {shape}), not {tuple(x.shape)}")
-        self._check_taps(taps, len(self.blocks))
         c = self.condition(t, y, r)  # (B, D)
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, D)
-        kept = {}
-        for i, block in enumerate(self.blocks):
-            if self.checkpointing and r is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)
-            if i in taps:
-                kept[i] = x
+        recompute = self.checkpointing and r is None and torch.is_grad_enabled()
+        x, tapped = self._through_blocks(x, c, taps, recompute=recompute)
         out = self._unpatchify(self.final_layer(x, c))  # (B, out_channels, H, W)
-        return (out, [kept[i] for i in taps]) if taps else out
+        return (out, tapped) if taps else out
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         B, grid, p = x.shape[0], self.input_size // self.patch_size, self.patch_size

@@ -37,28 +37,18 @@ class MLP(Conditioned):
         interval: bool = False,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.sample_shape = (dim,)
         self.x_embedder = nn.Linear(dim, hidden_size)
         self._embed(hidden_size, num_classes, num_classes or None, time_scale, interval=interval)
         self.blocks = nn.ModuleList(_ResidualBlock(hidden_size) for _ in range(depth))
         self.final_layer = nn.Linear(hidden_size, dim)
 
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return (self.dim,)
-
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, *, r: Tensor | None = None, taps: Sequence[int] = ()
     ) -> Any:
         if x.shape[1:] != self.sample_shape:
-            raise ConfigError(f"the network was built for points (B, {self.dim}), not {tuple(x.shape)}")
-        self._check_taps(taps, len(self.blocks))
-        c = self.condition(t, y, r)  # (B, D)
-        h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
-        kept = {}
-        for i, block in enumerate(self.blocks):
-            h = block(h, c)
-            if i in taps:
-                kept[i] = h
+            raise ConfigError(f"the network was built for points (B, {self.sample_shape[0]}), not {tuple(x.shape)}")
+        h = self.x_embedder(x.to(self.x_embedder.weight.dtype))  # (B, D)
+        h, tapped = self._through_blocks(h, self.condition(t, y, r), taps)
         out = self.final_layer(F.silu(h))
-        return (out, [kept[i] for i in taps]) if taps else out
+        return (out, tapped) if taps else out

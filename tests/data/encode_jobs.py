@@ -30,13 +30,12 @@ def make(photos, store, autoencoder="patches", *, drawn=None, parts=1, **options
     """Encode `photos` with the small settings of these tests, but for `options`, in so many parts, the first last."""
     if drawn:
         small_autoencoders.register_drawn(*drawn)
-    encoder = Encoder(photos, autoencoder, store, **{**SMALL, **options})
-    return [encode(encoder, part=(number, parts)) for number in reversed(range(parts))][-1]
+    return [run((number, parts), photos, store, autoencoder, **options) for number in reversed(range(parts))][-1]
 
 
 def run(part, photos, store, autoencoder, **options):
-    """One part of `make`, for a process."""
-    encode(Encoder(photos, autoencoder, store, **{**SMALL, **options}), part=part)
+    """One part of `make`, also for a process."""
+    return encode(Encoder(photos, autoencoder, store, **{**SMALL, **options}), part=part)
 
 
 def hold(file, held):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from encode_jobs import make
+from small_autoencoders import Patches
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.autoencoders import load_autoencoder, load_named, register_autoencoder
@@ -114,27 +115,15 @@ def test_what_is_no_autoencoder_is_refused_with_the_reason(tmp_path, config, sai
 # ---- one's own
 
 
-class Own:
-    """Right as it is; each fault of the test below is one change of it."""
-
-    scale, shift = 0.5, 0.0
-
-    def encode(self, x):
-        return x[:, :, ::8, ::8], torch.zeros_like(x[:, :, ::8, ::8])
-
-    def decode(self, z):
-        return z.repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-
 def changed(**parts):
-    return type("Changed", (Own,), parts)
+    return type("Changed", (Patches,), parts)
 
 
 def without(name):
-    return type("Less", (), {k: v for k, v in vars(Own).items() if k != name})
+    return type("Less", (), {k: v for k, v in vars(Patches).items() if k != name})
 
 
-FAULTS = {
+FAULTS = {  # each is one change of an autoencoder that is right
     "a tensor": (changed(encode=lambda self, x: x[:, :, ::8, ::8]), "must be tuple of Tensors, not Tensor"),
     "a distribution": (changed(encode=lambda self, x: torch.distributions.Normal(x, 1.0)), "Tensors, not Normal"),
     "three parts": (changed(encode=lambda self, x: (x, x, x)), "too many values to unpack"),
@@ -143,7 +132,7 @@ FAULTS = {
     "log std": (changed(encode=lambda self, x: (x, x - 9)), r"a std below 0 \(the least is -10\)"),
     "NaN": (changed(encode=lambda self, x: (x / 0, x.abs())), "encode gave NaN, infinity"),
     "its own error": (changed(encode=lambda self, x: x.reshape(-1, 7)), "RuntimeError: shape '.* is invalid"),
-    "decode to NaN": (changed(decode=lambda self, z: Own().decode(z) / 0), "values that are not finite"),
+    "decode to NaN": (changed(decode=lambda self, z: Patches().decode(z) / 0), "values that are not finite"),
     "decode to nothing": (changed(decode=lambda self, z: None), "'NoneType' object has no attribute"),
     "decode to another size": (changed(decode=lambda self, z: z), r"decode gave \(1, 3, 2, 2\)"),
     "no encode": (without("encode"), "'Less' object has no attribute 'encode'"),

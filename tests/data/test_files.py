@@ -1,6 +1,7 @@
 """Files are whole or not there, one process has a lock, and shipped files are read only as they were listed."""
 
 import errno
+import json
 import os
 import subprocess
 import time
@@ -10,7 +11,7 @@ import pytest
 from encode_jobs import CLEAN, hold
 
 from dispersive_kit.data import files
-from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, read_json, versions, write_json
+from dispersive_kit.data.files import ARTEFACTS, SUMS, artefact, atomic_write, lock, versions, write_json
 from dispersive_kit.errors import CheckpointError, DataError, KitError
 
 
@@ -23,7 +24,7 @@ def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(CheckpointError, match=r"one\.json could not be written .*disk full.* untouched: make room"):
         write_json(file, {"a": 2}, CheckpointError)
-    assert read_json(file) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["one.json"]
+    assert json.loads(file.read_text()) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["one.json"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -75,23 +76,18 @@ def test_every_shipped_file_is_listed_and_the_one_that_was_listed():
     assert sorted(listed) == sorted(there)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def test_a_sound_file_or_folder_is_given_and_a_changed_or_missing_one_named(tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("run/a", "run/b", "one.npz"):
+    names = ("one.npz", "run/a", "run/b")
+    for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    listed = "".join(f"{files.file_sha256(tmp_path / name)}  {name}\n" for name in ("one.npz", "run/a", "run/b"))
-    (tmp_path / SUMS).write_text(listed)
-    return tmp_path
-
-
-def test_a_sound_file_or_folder_is_given_and_a_changed_or_missing_one_named(folder):
-    assert artefact("run", folder) == folder / "run"
-    assert artefact("one.npz", folder).read_bytes() == b"one.npz"
+    (tmp_path / SUMS).write_text("".join(f"{files.file_sha256(tmp_path / name)}  {name}\n" for name in names))
+    assert artefact("run", tmp_path) == tmp_path / "run"
+    assert artefact("one.npz", tmp_path).read_bytes() == b"one.npz"
     for name, spoil in (("b", lambda f: f.write_bytes(b"rUn/b")), ("a", Path.unlink)):
-        spoil(folder / "run" / name)
+        spoil(tmp_path / "run" / name)
         with pytest.raises(DataError, match=rf"run/{name} is missing, or not the file that SHA256SUMS lists.*make_art"):
-            artefact("run", folder)
+            artefact("run", tmp_path)
     for name in ("new", "ru"):
         with pytest.raises(DataError, match=f"no artefact '{name}' is listed"):
-            artefact(name, folder)
+            artefact(name, tmp_path)

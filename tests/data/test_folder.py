@@ -50,42 +50,24 @@ def test_every_kind_of_image_is_read_or_listed(tmp_path):
 # ---- walking
 
 
-def link_to_the_parent(root, outside):
-    (root / "cat" / "up").symlink_to("..")
-
-
-def link_to_a_class_under_a_name_that_comes_first(root, outside):
-    (root / "ant").symlink_to("cat")
-
-
-def links_to_files(root, outside):
-    (root / "ant").mkdir()
-    (root / "ant" / "0.png").symlink_to(root / "cat" / "0000.png")
-    os.link(root / "cat" / "0000.png", root / "dog" / "z.png")
-
-
-def links_in_a_ring(root, outside):
-    for name, to in (("one", "two"), ("two", "one")):
-        (outside / name).mkdir()
-        (outside / name / "to").symlink_to(outside / to)
-    (root / "cat" / "out").symlink_to(outside / "one")
-
-
 @pytest.mark.parametrize(
-    ("tangle", "skipped"),
+    "links",
     [
-        (link_to_the_parent, 1),
-        (link_to_a_class_under_a_name_that_comes_first, 1),
-        (links_to_files, 2),
-        (links_in_a_ring, 1),
+        {"photos/cat/up": ".."},
+        {"photos/ant": "cat"},  # a class under a name that comes first
+        {"photos/ant/0.png": "../cat/0000.png"},
+        {"ring/one/to": "../two", "ring/two/to": "../one", "photos/cat/out": "../../ring/one"},
     ],
+    ids=["to the parent", "to a class", "to a file", "in a ring"],
 )
-def test_each_real_file_is_found_once_and_under_its_own_name(tmp_path, tangle, skipped):
+def test_each_real_file_is_found_once_and_under_its_own_name(tmp_path, links):
     root = write_photos(tmp_path / "photos", ["cat", "dog"], 6)
     plain = list_images(root)
-    (tmp_path / "outside").mkdir()
-    tangle(root, tmp_path / "outside")
-    with pytest.warns(UserWarning, match=f"skipped {skipped} links to what is listed already"):
+    os.link(root / "cat" / "0000.png", root / "dog" / "z.png")
+    for name, to in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(to)
+    with pytest.warns(UserWarning, match="skipped 2 links to what is listed already"):
         assert list_images(root) == plain
 
 
@@ -115,20 +97,12 @@ def test_hidden_names_and_those_of_programs_are_skipped_and_counted(tmp_path, na
         assert list_images(root) == plain
 
 
-def fifo(file):
-    os.mkfifo(file)
-
-
-def device(file):
-    file.symlink_to("/dev/zero")
-
-
 def listening(file):
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(file))
 
 
-@pytest.mark.parametrize("kind", [fifo, device, listening])
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), listening])
 def test_only_regular_files_are_opened(tmp_path, monkeypatch, kind):
     root = write_photos(tmp_path / "photos", ["cat"], 4)
     monkeypatch.chdir(root / "cat")  # the name of a socket is short
@@ -254,31 +228,20 @@ def test_the_crop_is_that_of_adm(size):
 # ---- what a picture is
 
 
-def half(picture):
-    picture.putalpha(Image.new("L", picture.size, 128))
-    return picture
-
-
-def clear(picture):
-    picture.putalpha(0)
-    return picture
-
-
 @pytest.mark.parametrize(
-    ("make_picture", "options", "shade"),
+    ("mode", "colour", "options", "shade"),
     [
-        (lambda: half(Image.new("RGB", (20, 20), (0, 0, 0))), {}, 127),
-        (lambda: half(Image.new("L", (20, 20), 0)), {}, 127),
-        (lambda: clear(Image.new("RGB", (20, 20), (9, 9, 9))), {}, 255),
-        (lambda: Image.new("P", (20, 20), 0), {"transparency": 0}, 255),
-        (lambda: Image.new("RGB", (20, 20), (1, 2, 3)), {"transparency": (1, 2, 3)}, 255),
-        (lambda: Image.new("L", (20, 20), 7), {"transparency": 7}, 255),
+        ("RGBA", (0, 0, 0, 128), {}, 127),
+        ("LA", (0, 128), {}, 127),
+        ("RGBA", (9, 9, 9, 0), {}, 255),
+        ("P", 0, {"transparency": 0}, 255),
+        ("RGB", (1, 2, 3), {"transparency": (1, 2, 3)}, 255),
+        ("L", 7, {"transparency": 7}, 255),
     ],
-    ids=["RGBA", "LA", "clear", "palette", "key colour", "key shade"],
 )
-def test_what_is_transparent_is_put_on_white_and_counted(tmp_path, make_picture, options, shade):
+def test_what_is_transparent_is_put_on_white_and_counted(tmp_path, mode, colour, options, shade):
     write_photos(tmp_path / "photos", ["a"], 1)
-    make_picture().save(tmp_path / "photos" / "a" / "clear.png", **options)
+    Image.new(mode, (20, 20), colour).save(tmp_path / "photos" / "a" / "clear.png", **options)
     read = read_image(tmp_path / "photos", "a/clear.png", 16)
     assert set(read.pixels.unique().tolist()) == {shade} and ON_WHITE in read.oddities
     store = make(tmp_path / "photos", tmp_path / "store")

@@ -1,4 +1,3 @@
-import gzip
 import hashlib
 import pickle
 import struct
@@ -109,9 +108,8 @@ def test_a_bad_packed_file_is_refused_by_name(tmp_path, spoil, words):
         load_images("cifar10", data_dir=tmp_path)
 
 
-def write_mnist(root, n=6):
-    """A small set in MNIST's own file format."""
-    raw = root / "MNIST" / "raw"
+def test_mnist_in_its_own_format_is_read(tmp_path):
+    raw, n = tmp_path / "MNIST" / "raw", 6
     raw.mkdir(parents=True)
     images = np.arange(n * 28 * 28, dtype=np.uint32).astype(np.uint8)
     for part in ("train", "t10k"):
@@ -120,33 +118,20 @@ def write_mnist(root, n=6):
             ("labels-idx1", struct.pack(">ii", 2049, n), bytes(range(n))),
         ):
             (raw / f"{part}-{kind}-ubyte").write_bytes(magic + body)
-            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(magic + body))
-    return images.reshape(n, 28, 28)
-
-
-def test_mnist_in_its_own_format_is_read(tmp_path):
-    images = write_mnist(tmp_path)
     data = load_images("mnist", data_dir=tmp_path, download=False)
-    assert np.array_equal(data.images[:, 0].numpy(), images) and data.labels.tolist() == list(range(6))
-
-
-def write_cifar(root, n=4):
-    """A small set in CIFAR-10's own file format; returns the md5 of each file."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    md5 = {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        rows = np.full((n, 3072), ord(name[-1]), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(n))}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
-    for file in folder.iterdir():
-        md5[file.name] = hashlib.md5(file.read_bytes()).hexdigest()
-    return md5
+    assert np.array_equal(data.images[:, 0].numpy().ravel(), images) and data.labels.tolist() == list(range(n))
 
 
 @pytest.fixture
 def small_cifar(tmp_path, monkeypatch):
-    md5 = write_cifar(tmp_path)
+    """A small set in CIFAR-10's own file format, of whose files torchvision knows the md5."""
+    folder, n = tmp_path / "cifar-10-batches-py", 4
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows = np.full((n, 3072), ord(name[-1]), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(n))}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     monkeypatch.setenv("DISPERSIVE_KIT_DATA", str(tmp_path))
     cls = torchvision.datasets.CIFAR10
     monkeypatch.setattr(cls, "train_list", [[n, md5[n]] for n, _ in cls.train_list])
@@ -183,10 +168,9 @@ def test_a_folder_of_images_is_cropped_and_labelled_by_its_first_folder(tmp_path
 
 
 def test_a_broken_image_is_named(tmp_path):
-    for i in range(10):
-        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
-    (tmp_path / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"3\.png"):
+    write_photos(tmp_path, ["a"], 10)
+    (tmp_path / "a" / "0003.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"a/0003\.png is not a readable image \(Unident.*repair or remove"):
         load_images(str(tmp_path))
 
 
@@ -195,17 +179,11 @@ def test_labels_and_images_must_agree():
         ImageSet("x", "train", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), ("a",), "here")
 
 
-def write_split_folder(root, held_out):
-    for part, names in (("train", ("cat", "dog", "emu")), (held_out, ("dog", "emu"))):
-        for i, name in enumerate(names):
-            (root / part / name).mkdir(parents=True)
-            Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(root / part / name / "one.png")
-    return str(root)
-
-
 @pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
 def test_both_splits_of_a_folder_have_the_classes_of_train(tmp_path, held_out):
-    folder = write_split_folder(tmp_path, held_out)
+    folder = str(tmp_path)
+    write_photos(tmp_path / "train", ["cat", "dog", "emu"], 3)
+    write_photos(tmp_path / held_out, ["dog", "emu"], 2)
     train, test = load_images(folder, "train", size=8), load_images(folder, "test", size=8)
     assert train.classes == test.classes == ("cat", "dog", "emu")
     assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [1, 2]

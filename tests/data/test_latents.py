@@ -152,9 +152,8 @@ def test_another_autoencoder_is_refused_with_the_difference(store, replacement, 
 
     load_named(store.spec.autoencoder)
     moved = dataclasses.replace(store.spec.autoencoder, id="/no/longer/here")
-    with pytest.raises(
-        DataError, match=r"no/longer/here.*cannot be loaded .*if it was moved, its new place with --vae"
-    ):
+    lost = r"no/longer/here.*cannot be loaded .*if it was moved, its new place with --vae"
+    with pytest.raises(DataError, match=lost):
         load_named(moved)
     with pytest.raises(DataError, match=said):
         load_named(store.spec.autoencoder, path=replacement)

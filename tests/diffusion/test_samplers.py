@@ -10,18 +10,7 @@ from nets import small_dit
 from dispersive_kit.diffusion import samplers
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.diffusion.paths import PREDICTIONS, DDPMPath, LinearPath
-from dispersive_kit.diffusion.samplers import (
-    ddim,
-    ddpm,
-    dopri5,
-    euler,
-    euler_maruyama,
-    heun,
-    initial_noise,
-    meanflow,
-    rk4,
-    time_grid,
-)
+from dispersive_kit.diffusion.samplers import ddim, ddpm, dopri5, euler, euler_maruyama, initial_noise, time_grid
 from dispersive_kit.errors import ConfigError
 
 ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "ddim": 1}
@@ -153,7 +142,7 @@ def test_meanflow_is_exact_in_any_number_of_steps_on_the_closed_form(gaussian_of
 
     x = initial_noise(range(4), (3,), dtype=torch.float64)
     for steps in (1, 2, 7):
-        torch.testing.assert_close(meanflow(u, x, time_grid(steps)), gaussian.flow(x, 1.0, 0.0))
+        torch.testing.assert_close(samplers.meanflow(u, x, time_grid(steps)), gaussian.flow(x, 1.0, 0.0))
 
 
 # One image, one seed ------------------------------------------------------------------------------------------------
@@ -161,13 +150,13 @@ def test_meanflow_is_exact_in_any_number_of_steps_on_the_closed_form(gaussian_of
 SHAPE = (4, 8, 8)
 SAMPLERS = {
     "euler": euler,
-    "heun": heun,
-    "rk4": rk4,
+    "heun": samplers.heun,
+    "rk4": samplers.rk4,
     "dopri5": partial(dopri5, rtol=1e-3, atol=1e-3),
     "ddpm": partial(ddpm, path=LinearPath(), prediction="v"),
     "ddim": partial(ddim, path=LinearPath(), prediction="v"),
     "euler_maruyama": euler_maruyama,
-    "meanflow": meanflow,
+    "meanflow": samplers.meanflow,
 }
 
 

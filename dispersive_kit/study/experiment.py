@@ -249,9 +249,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     results = {
         "plan": plan.name,
         "plan_sha256": plan.sha256,
-        "title": plan.title,
-        "question": plan.question,
-        "reference": plan.reference,
+        **plan.model_dump(include={"title", "question", "reference"}),
         "cpu_hours": {"planned": plan.cpu_hours, "used": round(sum(r["cpu_seconds"] for r in tuning + runs) / 3600, 2)},
         "verdicts": verdicts(plan, runs),
         "summary": summary(plan, runs),

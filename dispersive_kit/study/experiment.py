@@ -55,7 +55,8 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell
         disk); finished runs are kept.
     """
     yield from _run_cells(plan, plan.tuning_cells(), out, workers)
-    yield from _run_cells(plan, plan.cells(_choose(plan, _collect(plan, plan.tuning_cells(), out))), out, workers)
+    chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
+    yield from _run_cells(plan, plan.cells(chosen), out, workers)
 
 
 def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterator[tuple[Cell, Run, bool]]:

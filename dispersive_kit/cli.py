@@ -9,15 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from dispersive_kit import __version__
-from dispersive_kit.cli_study import STUDY_COMMANDS
+from dispersive_kit.cli_study import console, doctor, export, lab, run, study
 from dispersive_kit.errors import ConfigError, DataError, KitError, printable
-
-Folder = Annotated[Path, tyro.conf.Positional]
 
 
 def train(
@@ -28,7 +26,7 @@ def train(
     data: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ) -> None:
     """Train a model. Ctrl-C saves a checkpoint; --resume continues from it, with the same result to the bit.
 
@@ -43,12 +41,12 @@ def train(
         seed: Seed of the initial weights and of everything random.
         set: Any other setting as NAME=VALUE, e.g. --set batch_size=256 --set model=DiT-S/2 --set regularizer.tau=0.5.
     """
-    from dispersive_kit.training import progress, train_preset, with_settings
-    from dispersive_kit.training import train as training_steps
+    from dispersive_kit import training
 
     given = {"data": data, "steps": steps, "seed": seed, "regularizer.preset": regularizer}
     settings = {name: value for name, value in given.items() if value is not None} | dict(map(_setting, set))
-    for _ in progress(training_steps(with_settings(train_preset(preset), settings), out, resume=resume)):
+    config = training.with_settings(training.train_preset(preset), settings)
+    for _ in training.progress(training.train(config, out, resume=resume)):
         pass
     print(f"done: {out}")
 
@@ -64,7 +62,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def sample(
-    run: Annotated[Path | None, tyro.conf.Positional] = None,
+    run: tyro.conf.Positional[Path | None] = None,
     *,
     out: Path,
     published: Path | None = None,
@@ -101,18 +99,34 @@ def sample(
     import torch
     from torchvision.utils import save_image
 
-    from dispersive_kit.evaluation import balanced_labels, generate
+    from dispersive_kit.data.autoencoders import load_autoencoder
+    from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
+    from dispersive_kit.models import load_published
+    from dispersive_kit.training import load_run
     from dispersive_kit.training.parallel import this_process
 
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty: name another folder with --out")
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}")
-    net, objective, decode, name = _drawn_from(run, published, weights, vae)
+    if (run is None) == (published is None):
+        raise ConfigError("name either a run or, with --published, a checkpoint file")
+    device = this_process().device
+    if published is None:
+        net, card = load_run(str(run), weights=weights)
+        if len(net.sample_shape) != 3:
+            raise ConfigError(f"{run} was trained on points in the plane, not on images: for points, see notebook 02")
+        objective, name = card["config"].objective, f"{card['run']} at step {card['step']}"
+        decode = decoder_of(card, device=device, path=vae)
+    elif vae is None:
+        raise ConfigError(f"{published} draws latents: name their autoencoder: --vae stabilityai/sd-vae-ft-ema")
+    else:
+        net, name = load_published(published), published.name
+        objective, decode = net.objective, load_autoencoder(vae, device=device).images
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     settings: dict[str, Any] = {"sampler": sampler, "num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
     settings |= {"guidance_low": guidance[0], "guidance_high": guidance[1]}
-    images = generate(net.to(this_process().device), labels, objective=objective, decode=decode, **settings)
+    images = generate(net.to(device), labels, objective=objective, decode=decode, **settings)
     if not this_process().is_main_process:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -121,30 +135,8 @@ def sample(
     print(f"{num} images of {name}: {out / 'grid.png'}, {out / 'samples.npz'}")
 
 
-def _drawn_from(run: Path | None, published: Path | None, weights: str, vae: str | None) -> tuple[Any, str, Any, str]:
-    """Model, objective, decoder and name of a run or a published checkpoint."""
-    from dispersive_kit.data.autoencoders import load_autoencoder
-    from dispersive_kit.evaluation import decoder_of
-    from dispersive_kit.models.published import load_published
-    from dispersive_kit.training import load_run
-    from dispersive_kit.training.parallel import this_process
-
-    if (run is None) == (published is None):
-        raise ConfigError("name either a run or, with --published, a checkpoint file")
-    if published:
-        if vae is None:
-            raise ConfigError(f"{published} draws latents: name their autoencoder: --vae stabilityai/sd-vae-ft-ema")
-        net = load_published(published)
-        return net, net.objective, load_autoencoder(vae, device=this_process().device).images, published.name
-    net, card = load_run(str(run), weights=weights)
-    if len(net.sample_shape) != 3:
-        raise ConfigError(f"{run} was trained on points in the plane, not on images: for points, see notebook 02")
-    decode = decoder_of(card, device=this_process().device, path=vae)
-    return net, card["config"].objective, decode, f"{card['run']} at step {card['step']}"
-
-
 def evaluate(
-    run: Folder,
+    run: tyro.conf.Positional[Path],
     out: Path | None = None,
     extractor: Literal["auto", "classifier", "pixels-pca32", "effnet-lite0-pca64", "inception"] = "auto",
     metrics: Literal["panel", "FD", "FID"] = "panel",
@@ -177,22 +169,20 @@ def evaluate(
         vae: New place of the autoencoder of a run on latents, if it was moved. Its weights must be the same.
     """
     from dispersive_kit.data.files import require_writable
-    from dispersive_kit.evaluation import Evaluation, table, to_json
-    from dispersive_kit.evaluation import evaluate as measure
-    from dispersive_kit.evaluation.panel import record_file, record_folder
+    from dispersive_kit.evaluation import panel
+    from dispersive_kit.training import run_folder
     from dispersive_kit.training.parallel import this_process
-    from dispersive_kit.training.runs import run_folder
 
-    how = Evaluation(extractor, metrics, reference, num, num_steps, cfg_scale, seed, memorisation, data, vae)
+    how = panel.Evaluation(extractor, metrics, reference, num, num_steps, cfg_scale, seed, memorisation, data, vae)
     if out:
         require_writable(out)
-    elif run_folder(run).exists():  # for a run that does not exist, `measure` raises the error
-        require_writable(record_folder(run) / "evaluation.json")
-    records = measure(run, how)
+    elif run_folder(run).exists():  # for a run that does not exist, `panel.evaluate` raises the error
+        require_writable(panel.record_folder(run) / "evaluation.json")
+    records = panel.evaluate(run, how)
     if this_process().is_main_process:
-        print(table(records))
-        file = out or record_file(run, how, records[0])
-        file.write_text(to_json(records))
+        print(panel.table(records))
+        file = out or panel.record_file(run, how, records[0])
+        file.write_text(panel.to_json(records))
         print(f"record: {file}")
 
 
@@ -249,7 +239,7 @@ def encode(
         print(f"  {count:,} {kind}; see spec.json")
 
 
-def check(store: Folder, vae: str | None = None) -> None:
+def check(store: tyro.conf.Positional[Path], vae: str | None = None) -> None:
     """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images to look at.
 
     These are written beside the store, as STORE-grid.png.
@@ -276,10 +266,8 @@ def check(store: Folder, vae: str | None = None) -> None:
     print(f"look at {file}: {len(images)} images, decoded")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    **{command.__name__: command for command in (train, sample, evaluate, encode, check)},
-    **STUDY_COMMANDS,
-}
+_IN_ORDER = (train, sample, evaluate, encode, check, run, export, study, lab, console, doctor)
+COMMANDS: dict[str, Callable[..., Any]] = {command.__name__: command for command in _IN_ORDER}
 DESCRIPTION = "Learn, test and plug in Dispersive Loss. -V, --version: print the version."
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +9,9 @@ import tyro
 
 from dispersive_kit.errors import ConfigError, KitError, printable
 
-Name = Annotated[str, tyro.conf.Positional]
-
 
 def run(
-    notebook: Name,
+    notebook: tyro.conf.Positional[str],
     out: Path | None = None,
     mode: Literal["smoke", "class", "full"] | None = None,
     param: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=("-p",))] = (),
@@ -40,7 +37,7 @@ def run(
     run_headlessly(notebook, out, mode=mode, parameters=param, resume=resume, workers=workers)
 
 
-def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | None = None) -> None:
+def export(run: tyro.conf.Positional[Path], out: Path, step: int | None = None) -> None:
     """Write a small copy of a run to share: its averaged weights in half precision, its curves and its card.
 
     Args:
@@ -54,8 +51,8 @@ def export(run: Annotated[Path, tyro.conf.Positional], out: Path, step: int | No
 
 
 def study(
-    task: Annotated[Literal["run", "report", "table"], tyro.conf.Positional],
-    plan: Name = "",
+    task: tyro.conf.Positional[Literal["run", "report", "table"]],
+    plan: tyro.conf.Positional[str] = "",
     out: Path | None = None,
     workers: int = 1,
 ) -> None:
@@ -108,20 +105,11 @@ def _run_study(plan: Any, folder: Path, workers: int) -> None:
 def _report_study(plan: Any, out: Path | None) -> None:
     from dispersive_kit.study.report import as_table, write_study_page
     from dispersive_kit.study.verdict import load_results, verdict_rows
-
-    results, folder = load_results(plan, out), out or plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    page = write_study_page(plan, results, _slope_graphs(results), folder / "report.html")
-    used = results["cpu_hours"]["used"]
-    print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
-
-
-def _slope_graphs(results: dict[str, Any]) -> list[str]:
-    """One for each measure that has a verdict, as HTML elements."""
     from dispersive_kit.views.figures import figure_html, slope_graph, style
 
+    results, folder, figures = load_results(plan, out), out or plan.folder, []
+    folder.mkdir(parents=True, exist_ok=True)
     style()
-    elements = []
     for measure in dict.fromkeys(v["measure"] for v in results["verdicts"]):
         found = [v for v in results["verdicts"] if v["measure"] == measure]
         said = "; ".join(
@@ -130,8 +118,9 @@ def _slope_graphs(results: dict[str, Any]) -> list[str]:
             for v in found
         )
         alt = f"Slope graph of {measure} over arms, one line for each seed; ratios: {said}."
-        elements.append(figure_html(slope_graph(results, measure), alt=alt))
-    return elements
+        figures.append(figure_html(slope_graph(results, measure), alt=alt))
+    page, used = write_study_page(plan, results, figures, folder / "report.html"), results["cpu_hours"]["used"]
+    print(f"\n{as_table(verdict_rows(results))}\n\n{len(results['runs'])} runs, {used} CPU hours; report: {page}")
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
@@ -173,8 +162,3 @@ def doctor() -> None:
         print(f"{'ok  ' if fine else 'FAIL'}  {name:<12} {found}")
     if faults := sum(not fine for _, fine, _ in findings):
         raise KitError(f"{faults} of {len(findings)} need attention")
-
-
-STUDY_COMMANDS: dict[str, Callable[..., Any]] = {
-    command.__name__: command for command in (run, export, study, lab, console, doctor)
-}

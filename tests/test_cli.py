@@ -200,9 +200,7 @@ def test_a_command_leaves_the_group_of_its_processes_as_it_ends():
 @pytest.mark.parametrize("words", ["study table", "doctor", "--help", "--version", "sample --help"])
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(monkeypatch, capfd, words):
     """Such as `| head`; mutations: what is left is flushed as Python ends; a long output is only flushed once more"""
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as pipe:  # noqa: PTH123 (of a descriptor)
+    with open(open_pipe_without_reader(), "w") as pipe:  # noqa: PTH123 (of a descriptor)
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as ended:
             main(words.split())

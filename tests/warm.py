@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -86,6 +87,13 @@ class Started:
                 raise TimeoutError(f"not ended after {timeout} s:\n{self.output}")
             multiprocessing.connection.wait([p.sentinel for p in self.processes if p.exitcode is None], min(left, 1))
         return code
+
+    def until(self, done: Callable[[], object], timeout: float = 400) -> None:
+        """Wait while it runs until `done()` holds; fails with what it printed if it ends first, or after the time."""
+        end = time.monotonic() + timeout
+        while not done():
+            assert self.poll() is None and time.monotonic() < end, self.output
+            time.sleep(0.02)
 
     def send_signal(self, number: int) -> None:
         for process in self.processes:

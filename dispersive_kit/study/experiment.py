@@ -24,9 +24,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 
-from dispersive_kit.analysis.features import LEVELS, encoder, extract
+from dispersive_kit.analysis import LEVELS, candidates, choose_and_test, encoder, extract
 from dispersive_kit.analysis.geometry import rankme, spectrum
-from dispersive_kit.analysis.probes import candidates, choose_and_test
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import CheckpointError, ConfigError, DataError, KitError
 from dispersive_kit.evaluation import balanced_labels, decoder_of, draw_images, generate, load_reference, make_extractor
@@ -120,11 +119,9 @@ def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
 
 def _train_and_measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     """What was measured. If the training failed: its error, which is a result too."""
-    config = plan.config(cell)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         try:
-            for _ in train(config, folder, resume=True):
+            for _ in train(plan.config(cell), folder, resume=True):
                 pass
             measured = {"status": "ok", "error": "", **_measure(plan, cell, folder)}
         except (DataError, CheckpointError, ConfigError):  # not the fault of the arm
@@ -155,25 +152,23 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     described = {} if decode or model.null_label is None else {"pooled_rank": _pooled_rank(model, config)}
     model = model.to(this_process().device)
     labels = balanced_labels(how.num, model.num_classes)
-    interval: dict[str, Any] = {"guidance_low": how.guidance_low, "guidance_high": how.guidance_high}
-    interval = interval if (how.guidance_low, how.guidance_high) != (0, 1) else {}  # as in earlier studies' records
-    numbers: dict[str, Any] = {}
-    copies: dict[str, float] = {}
+    how_drawn: dict[str, Any] = {"sampler": sampler_of(config.objective, how.sampler)[0], "num_steps": how.num_steps}
+    if (how.guidance_low, how.guidance_high) != (0, 1):  # otherwise not in the record, as in earlier studies
+        how_drawn |= {"guidance_low": how.guidance_low, "guidance_high": how.guidance_high}
+    shared = {"weights": card["weights"], "step": card["step"], "first_seed": 0, "labels": "classes in turn",
+              "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
+    features, numbers = {}, {}
     for name, scale in how.frechets.items():
-        drawn = {"sampler": sampler_of(config.objective, how.sampler)[0], "num_steps": how.num_steps,
-                 "cfg_scale": scale, **interval}  # fmt: skip
+        drawn = {**how_drawn, "cfg_scale": scale}
         images = generate(model, labels, objective=config.objective, decode=decode, **drawn)
-        protocol = {**drawn, "weights": card["weights"],
-                    "step": card["step"], "first_seed": 0, "labels": "classes in turn",
-                    "data": card["data"]["name"], "data_sha256": card["data"]["sha256"]}  # fmt: skip
-        features = panel.extractor(images)
-        numbers[name] = panel.measure(features, protocol=protocol)[0]
-        if how.copies and not copies:
-            trained_on = split_share(panel.real, config.data_share)[0]
-            found = measure_memorisation(features, trained_on, panel.reference, panel.extractor).copies
-            copies = {"copies": (round(found.value * how.num) + 0.5) / (how.num + 1)}  # above 0, for the logarithm
-            described["copies_of_held_out"] = found.floor
-    values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"], **copies, **probe}
+        features[name] = panel.extractor(images)
+        numbers[name] = panel.measure(features[name], protocol={**drawn, **shared})[0]
+    values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"]}
+    if how.copies:
+        trained_on = split_share(panel.real, config.data_share)[0]
+        found = measure_memorisation(features["frechet"], trained_on, panel.reference, panel.extractor).copies
+        values["copies"] = (round(found.value * how.num) + 0.5) / (how.num + 1)  # above 0, for the logarithm
+        described["copies_of_held_out"] = found.floor
     known = {name: last[name] for name in last if name.startswith(DESCRIBED)}
     if how.curves:
         curves = [name for name in last if name == "held_out" or name.startswith("depth_use")]
@@ -182,7 +177,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     first = numbers["frechet"]
     record = {"name": first.name, "floor_value": first.floor, "n_reference": first.n_reference, **first.protocol}
     del record["neighbours"]  # of other numbers of the panel
-    return {"values": values, "described": {"gradient_ratio": ratio, **known, **described}, "record": record}
+    return {"values": values | probe, "described": {"gradient_ratio": ratio, **known, **described}, "record": record}
 
 
 @lru_cache(maxsize=1)
@@ -196,10 +191,8 @@ def _panel(
 
 
 def _pooled_rank(model: Any, config: TrainConfig) -> float:
-    """RankMe of the mean tokens of clean held-out images after the block that the published settings tap.
-
-    The effective rank in the training log is of the rows that the arm's loss gets: 64 rows, with the channels that its
-    pooling leaves. The one here uses the same images, block and pooling for all arms, so that arms can be compared.
+    """RankMe of the mean tokens of clean held-out images after the block that the published settings tap. It compares
+    arms, as the rank in the training log cannot: that one is of the rows that the arm's loss gets.
     """
     images = draw_images(load_reference(config)[1], TESTED).images
     (features,) = extract(encoder(model), images, LEVELS[:1], pool="mean")  # (1, blocks, N, D)
@@ -231,9 +224,8 @@ def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:
 
 
 def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each condition and arm, the trial with the lowest mean log of the Frechet distance over the tuning seeds.
-
-    A crashed trial counts as ten times the worst value of its arm. Without tuning: nothing is chosen.
+    """For each condition and arm, the trial with the lowest mean log of the Frechet distance over the tuning seeds; a
+    crashed run counts as ten times the worst one of its arm. Without tuning: nothing is chosen.
     """
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for condition, (arm, trials) in product(plan.conditions, plan.tuning.trials.items()):
@@ -248,9 +240,8 @@ def _choose(plan: Plan, runs: list[Run]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def conclude(plan: Plan, out: Path) -> dict[str, Any]:
-    """Bring all runs of a plan together, write OUT/results.json, and return its content.
-
-    Raises DataError: runs are missing, or were measured against other real images or by another extractor.
+    """Write OUT/results.json, of all runs of a plan, and return its content. Raises DataError: runs are missing, or
+    were measured against different real images or by different extractors.
     """
     tuning = _collect(plan, plan.tuning_cells(), out)
     chosen = _choose(plan, tuning)
@@ -259,9 +250,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
     results = {
         "plan": plan.name,
         "plan_sha256": plan.sha256,
-        "title": plan.title,
-        "question": plan.question,
-        "reference": plan.reference,
+        **plan.model_dump(include={"title", "question", "reference"}),
         "cpu_hours": {"planned": plan.cpu_hours, "used": round(sum(r["cpu_seconds"] for r in tuning + runs) / 3600, 2)},
         "verdicts": verdicts(plan, runs),
         "summary": summary(plan, runs),
@@ -276,10 +265,7 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _shared_record(runs: list[Run]) -> dict[str, Any]:
-    """The part of the records that is equal in all runs.
-
-    Raises DataError: reference or extractor differ, or, within a condition, the training images.
-    """
+    """The part of the records that is equal in all runs. Raises DataError: what must be equal is not."""
     records = [(run["condition"], run["record"]) for run in runs if run["status"] == "ok"]
     for name in ("reference", "extractor", "data_sha256"):
         by = name == "data_sha256"  # a share of the training images may be a condition

@@ -86,9 +86,7 @@ def require_home() -> Path:
     try:
         return Path.home()
     except RuntimeError as error:  # Path.home raises it for a user id without a home
-        raise ConfigError(
-            f"Jupyter keeps its files in a home folder ({error}): set HOME, as in HOME=/tmp/me"
-        ) from error
+        raise ConfigError(f"Jupyter keeps files in a home folder ({error}): set HOME, as in HOME=/tmp/me") from error
 
 
 def _packages() -> str:
@@ -161,20 +159,16 @@ def in_pool(call: Callable[[T], R], items: Iterable[T], workers: int | None = No
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(free,)) as pool:
         while True:
             for item in islice(waiting, workers - len(running)):
-                running[_submit(pool, call, item)] = item
+                try:
+                    future = pool.submit(call, item)
+                except BrokenExecutor as error:  # a worker was killed, and the others with it
+                    future = Future()
+                    future.set_exception(error)
+                running[future] = item
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future
-
-
-def _submit(pool: ProcessPoolExecutor, call: Callable[[T], R], item: T) -> Future[R]:
-    try:
-        return pool.submit(call, item)
-    except BrokenExecutor as error:  # a worker was killed, and the others with it
-        broken: Future[R] = Future()
-        broken.set_exception(error)
-        return broken
 
 
 def _start_worker(free_gpus: Any) -> None:

@@ -122,10 +122,7 @@ def _fault(answer: Callable[..., Any], arguments: tuple[Any, ...], right: Any) -
 
 
 def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
-    """Open a run of the notebook `name`; with no `out`, in a new folder below `runs_folder()`.
-
-    Raises ConfigError: unknown mode.
-    """
+    """Open a run of a notebook, by default in a new folder of `runs_folder()`. Raises ConfigError: unknown mode."""
     if forced := os.environ.get(MODE_VARIABLE):
         print(f"{MODE_VARIABLE}={forced} replaces mode={mode!r}")
         mode = forced
@@ -139,9 +136,8 @@ def begin(name: str, *, mode: str, out: str = "") -> NotebookRun:
 
 
 def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigError) -> Any:
-    """The content of a YAML or JSON file.
-
-    Raises `error`: the file cannot be read (`missing` says more), is damaged, or holds more than plain values.
+    """The content of a YAML or JSON file. Raises `error`: it cannot be read (`missing` says more), is damaged, or holds
+    more than plain values.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -159,10 +155,7 @@ def read_plain(file: Path, missing: str = "", error: type[KitError] = ConfigErro
 
 
 def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = ConfigError, /, **changes: Any) -> F:
-    """The content of a YAML or JSON file as a pydantic model, with fields changed.
-
-    Raises `error`: as `read_plain`; or a field has a wrong form.
-    """
+    """A YAML or JSON file as a model, with fields changed. Raises `error`: see `read_plain`; or a field is wrong."""
     content = read_plain(file, missing, error)
     try:
         return form.model_validate({**content, **changes} if isinstance(content, dict) else content)
@@ -171,10 +164,7 @@ def read_form(file: Path, form: type[F], missing: str, error: type[KitError] = C
 
 
 def read_result(folder: Path) -> Result:
-    """What the run in `folder` measured.
-
-    Raises DataError: there is no result.json, or it is not of the form that `NotebookRun.finish` writes.
-    """
+    """What the run in `folder` measured. Raises DataError: it has no result.json, or a damaged one."""
     file = folder / "result.json"
     missing = f"{file} is missing: the notebook did not reach its last cell, nb.finish()"
     return read_form(file, Result, missing, DataError)
@@ -205,14 +195,13 @@ def read_notebook(file: Path) -> Any:
     return document
 
 
-def find_notebook(name: str, beside: Path | None = None) -> Path:
+def find_notebook(name: str, beside: Path = Path()) -> Path:
     """A notebook by path (also one `beside` a pipeline's file), by name, or by the number its name starts with.
 
     Raises ConfigError: no notebook or several start with this name.
     """
-    if Path(name).suffix == ".ipynb":
-        places = [folder / name for folder in (beside, Path()) if folder is not None]
-        if file := next((p for p in places if p.is_file()), None):
+    for file in (beside / name, Path(name)):
+        if file.suffix == ".ipynb" and file.is_file():
             return file
     known = sorted(notebooks_folder().glob("*.ipynb"))
     found = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(name)]

@@ -41,9 +41,6 @@ class Contrast(_Form):
     condition: str = ""  # empty: the first of the plan
     measure: str
 
-    def __str__(self) -> str:
-        return f"{self.arm} against {self.against}, {self.condition}, {self.measure}"
-
     @property
     def kind(self) -> str:
         """The measure without its guidance: "frechet" of "frechet cfg 2"."""
@@ -192,13 +189,12 @@ class Plan(_Form):
             sampler_of(config.objective, self.evaluation.sampler)
             if config.data in TOY_SETS or config.model == "MLP":
                 raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
-            kept = (config.eval_every, config.steps // config.eval_every)
-            if self.is_early_stopped(cell) and (
-                config.data_share == 1 or kept != (config.checkpoint_every, config.keep_last)
-            ):
+            every, number = config.eval_every, config.steps // config.eval_every
+            all_kept = (config.checkpoint_every, config.keep_last) == (every, number)
+            if self.is_early_stopped(cell) and not (all_kept and config.data_share < 1):
                 raise ConfigError(
                     f"{cell.arm} is stopped early, which needs validation images (data_share below 1) and every "
-                    f"checkpoint: set checkpoint_every to {kept[0]} and keep_last to {kept[1]}"
+                    f"checkpoint: set checkpoint_every to {every} and keep_last to {number}"
                 )
         return self
 

@@ -20,9 +20,8 @@ _IN_SCIKIT_IMAGE = {
 
 
 def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
-    """Write crops of each photograph into `out`, one class for each; returns the settings to encode them.
-
-    Raises DataError: scikit-image or scikit-learn, which bring the photographs, is not installed.
+    """Write crops of each photograph into `out`, one class for each; returns the settings to encode them. Raises
+    DataError: see `photographs`.
     """
     images, rng = out / "images", np.random.default_rng(0)
     for name, photograph in photographs().items():
@@ -38,7 +37,7 @@ def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Ten photographs by name, uint8 (H, W, 3). Raises DataError: see `practice`."""
+    """Ten photographs by name, uint8 (H, W, 3). Raises DataError: scikit-image or scikit-learn is not installed."""
     try:
         from skimage import data
         from sklearn.datasets import load_sample_images

@@ -105,21 +105,17 @@ def _plan(pipeline: _Pipeline, out: Path = Path()) -> list[list[NotebookTask]]:
         name = stage.name or notebook.stem
         if name in planned:
             raise ConfigError(f"two stages are called {name!r}: give each a name of its own")
-        for cell, point in _expand(stage.grid):
+        tasks = planned.setdefault(name, [])
+        for values in itertools.product(*stage.grid.values()):
+            point = dict(zip(stage.grid, values, strict=True))
             checked = _check_parameters(notebook, {"mode": pipeline.mode, **stage.parameters, **point})
+            cell = ",".join(f"{key}={value}" for key, value in point.items())  # such as seed=0,tau=0.5
+            cell = re.sub(r"[^\w.=,+-]", "-", cell, flags=re.ASCII)  # safe as a folder's name
             run = f"{name}/{cell}" if cell else name
-            task = NotebookTask(name=run, notebook=notebook, parameters=checked, folder=out.resolve() / run)
-            planned.setdefault(name, []).append(task)
+            if run in (task.name for task in tasks):
+                raise ConfigError(f"two points of the grid would share the folder {cell!r}")
+            tasks.append(NotebookTask(name=run, notebook=notebook, parameters=checked, folder=out.resolve() / run))
     return list(planned.values())
-
-
-def _expand(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The points of a grid, each with a name like "seed=0,tau=0.5", safe as a folder; one nameless without a grid."""
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    names = [re.sub(r"[^\w.=,+-]", "-", ",".join(f"{k}={v}" for k, v in p.items()), flags=re.ASCII) for p in points]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"two points of the grid would share the folder {sorted(twice)[0]!r}")
-    return list(zip(names, points, strict=True))
 
 
 def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool = False) -> dict[str, Any]:
@@ -149,11 +145,7 @@ def _check_parameters(notebook: Path, given: Mapping[str, Any], *, typed: bool =
 
 
 def _run_pipeline(pipeline: _Pipeline, out: Path, *, resume: bool = False) -> Iterator[NotebookTask]:
-    """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage.
-
-    Raises KitError: `out` is not empty and `resume` is off. ConfigError: a notebook or parameter is unknown, a value
-        has the wrong type, a name is used twice; or there are more workers than GPUs.
-    """
+    """Run the stages in order, yielding each run as it ends; a failed run ends the pipeline after its stage."""
     planned = _plan(pipeline, out)
     if out.exists() and any(out.iterdir()) and not resume:
         raise KitError(f"{out} is not empty: go on with --resume, or name another folder with --out")
@@ -214,9 +206,8 @@ def _run_task(task: NotebookTask, busy: str = "") -> NotebookTask:
         task = task.model_copy(update={**started, "environment": describe_environment()})
         write_json(folder / "stage.json", task.model_dump(mode="json"))
         began = time.perf_counter()
-        error, traceback = _execute(task)
-        ended = {"status": "failed" if error else "ok", "error": error, "traceback": traceback}
-        task = task.model_copy(update={**ended, "seconds": round(time.perf_counter() - began, 1)})
+        task.error, task.traceback = _execute(task)
+        task.status, task.seconds = "failed" if task.error else "ok", round(time.perf_counter() - began, 1)
         write_json(folder / "stage.json", task.model_dump(mode="json"))
         return task
 

@@ -49,13 +49,10 @@ def _log_ratios(arm: Sequence[float | None], reference: Sequence[float | None], 
     """Paired log-ratios (n,); None is a crashed run, which counts as `CRASH` against its own side. If both runs of a
     pair crashed, the value is 0; give the number of such pairs to `judge_pairs`.
     """
-
-    def one(a: float | None, b: float | None) -> float:
-        if a is not None and b is not None:
-            return math.log(a / b)
-        return -better * CRASH * ((a is None) - (b is None))
-
-    return np.array([one(a, b) for a, b in zip(arm, reference, strict=True)])
+    return np.array([
+        math.log(a / b) if a is not None and b is not None else -better * CRASH * ((a is None) - (b is None))
+        for a, b in zip(arm, reference, strict=True)
+    ])  # fmt: skip
 
 
 def _sign_flip_p(x: NDArray[np.float64]) -> float:
@@ -176,9 +173,7 @@ class _Results(BaseModel, extra="allow"):
 
 def load_results(plan: Plan, out: Path | None = None) -> dict[str, Any]:
     """Results of a plan: those in `out`, if it is given; else those of the study run on this machine; else those that
-    come with the kit.
-
-    Raises DataError: there are none, they are damaged, or the plan was changed after them.
+    come with the kit. Raises DataError: there are none, they are damaged, or the plan was changed after them.
     """
     here, shipped = (out or plan.folder) / "results.json", studies_folder() / f"{plan.name}.results.json"
     return _read_results(plan, shipped if out is None and not here.is_file() and shipped.is_file() else here)
@@ -201,9 +196,8 @@ def _read_results(plan: Plan, file: Path) -> dict[str, Any]:
 
 @functools.cache
 def shipped_results() -> dict[str, dict[str, Any]]:
-    """The results that come with the kit, by the name of their plan, without runs of this machine. Do not modify them.
-
-    Raises DataError: some are damaged, or their plan was changed after them.
+    """The results that come with the kit, by the name of their plan. Do not modify them. Raises DataError: some are
+    damaged, or their plan was changed after them.
     """
     files = {name: studies_folder() / f"{name}.results.json" for name in shipped_plans()}
     return {name: _read_results(load_plan(name), file) for name, file in files.items() if file.is_file()}
@@ -218,12 +212,10 @@ def all_verdicts() -> list[dict[str, Any]]:
         plan = load_plan(name)
         bases = {c.condition: plan.config(c) for c in plan.cells() if c.arm == plan.reference}
         for v in results["verdicts"]:
-            both = [
-                _of(results["runs"], arm, v["condition"]) for arm in (v.get("against", results["reference"]), v["arm"])
-            ]
-            base = bases[v["condition"]]
+            arms, base = (v.get("against", results["reference"]), v["arm"]), bases[v["condition"]]
+            runs = [run["id"] for arm in arms for run in _of(results["runs"], arm, v["condition"])]
             epochs = base.steps * base.batch_size / (base.data_share * _IMAGES[base.data])
-            found.append({**v, "study": name, "epochs": epochs, "runs": [run["id"] for runs in both for run in runs]})
+            found.append({**v, "study": name, "epochs": epochs, "runs": runs})
     return found
 
 

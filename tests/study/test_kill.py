@@ -2,7 +2,6 @@
 
 import random
 import re
-import time
 
 import warm
 import yaml
@@ -30,7 +29,7 @@ class Killed:
         command = ["dispersive-kit", "run", folder / "p.yaml", *options, "--out", folder / "out", "--resume"]
         process = warm.start(*command)
         try:
-            until(lambda: all(self.times(name, "begun") for name in victims), process)
+            process.until(lambda: all(self.times(name, "begun") for name in victims))
         finally:
             process.kill()
         self.finished = {file: file.stat() for file in (folder / "out").rglob("result.json")}
@@ -40,13 +39,6 @@ class Killed:
     def times(self, name, word):
         """How often the run `name` began or ended."""
         return self.marks.read_text().splitlines().count(f"{name} {word}")
-
-
-def until(done, process):
-    end = time.monotonic() + 400
-    while not done():
-        assert process.poll() is None and time.monotonic() < end, process.output
-        time.sleep(0.02)
 
 
 def drawn(seed):

@@ -36,10 +36,7 @@ def lab(tmp_path):
     places = {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     process = warm.start("dispersive-kit", "lab", "--no-browser", "--port", port, **places)
     try:
-        end = time.monotonic() + 120
-        while not answers(port):
-            assert process.poll() is None and time.monotonic() < end, process.output
-            time.sleep(0.1)
+        process.until(lambda: answers(port), timeout=120)
         address = re.search(rf"^open (http://127\.0\.0\.1:{port}/lab\?token=\w+)$", process.output, re.MULTILINE)
         assert address, process.output
         yield address[1]

@@ -14,10 +14,6 @@ from dispersive_kit.study.machine import examine, in_pool
 from dispersive_kit.study.run import _Pipeline, _run_pipeline, _Stage
 
 
-def finding(name):
-    return next((fine, said) for one, fine, said in examine() if one == name)
-
-
 def test_a_machine_that_is_ready_is_described(capsys):
     main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
@@ -25,13 +21,8 @@ def test_a_machine_that_is_ready_is_described(capsys):
     assert [line[6:18].strip() for line in lines] == [name for name, _, _ in examine()]
 
 
-def missing_package(monkeypatch, folder):
-    needs = ["torch>=2.6", 'no-such-thing>=1; extra == "notebooks"', 'another>=1; extra == "latents"']
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: needs)
-
-
-def old_package(monkeypatch, folder):
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: ['papermill>=99; extra == "notebooks"'])
+def requires(*needs):
+    return lambda monkeypatch, folder: monkeypatch.setattr("importlib.metadata.requires", lambda name: needs)
 
 
 def driver_without_torch(monkeypatch, folder):
@@ -47,29 +38,24 @@ def file_in_place_of_a_folder(monkeypatch, folder):
     monkeypatch.setenv("DISPERSIVE_KIT_RUNS", str(folder / "file" / "runs"))
 
 
-def little_memory(monkeypatch, folder):
-    monkeypatch.setattr(machine, "_MEMORY_GIB", 1e6)
+def replaced(name, value):
+    return lambda monkeypatch, folder: monkeypatch.setattr(machine, name, value)
 
 
-def unforeseen(monkeypatch, folder):
-    monkeypatch.setattr(machine, "_memory", lambda: {}["no such thing"])
+MISSING = ("torch>=2.6", 'no-such-thing>=1; extra == "notebooks"', 'another>=1; extra == "latents"')
+FAULTS = [
+    (requires(*MISSING), "packages", ["no-such-thing>=1 wanted, found none", "pip install"]),
+    (requires('papermill>=99; extra == "notebooks"'), "packages", ["papermill>=99 wanted, found 2", "pip install"]),
+    (driver_without_torch, "device", ["NVIDIA driver", "install the PyTorch build"]),
+    (file_in_place_of_a_folder, "runs folder", ["Not a directory", "DISPERSIVE_KIT_RUNS"]),
+    (replaced("_MEMORY_GIB", 1e6), "memory", ["close other programs"]),
+    (replaced("_memory", lambda: {}["no such thing"]), "memory", ["KeyError: 'no such thing'"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("fault", "name", "words"),
-    [
-        (missing_package, "packages", ["no-such-thing>=1 wanted, found none", "pip install"]),
-        (old_package, "packages", ["papermill>=99 wanted, found 2", "pip install"]),
-        (driver_without_torch, "device", ["NVIDIA driver", "install the PyTorch build"]),
-        (file_in_place_of_a_folder, "runs folder", ["Not a directory", "DISPERSIVE_KIT_RUNS"]),
-        (little_memory, "memory", ["close other programs"]),
-        (unforeseen, "memory", ["KeyError: 'no such thing'"]),
-    ],
-)
-def test_a_fault_is_named_with_what_to_do_and_the_other_checks_are_made(
-    monkeypatch, tmp_path, capsys, fault, name, words
-):
-    fault(monkeypatch, tmp_path)
+@pytest.mark.parametrize(("make", "name", "words"), FAULTS)
+def test_a_fault_is_named_with_what_to_do_and_the_others_are_checked(monkeypatch, tmp_path, capsys, make, name, words):
+    make(monkeypatch, tmp_path)
     with pytest.raises(SystemExit):
         main(["doctor"])
     captured = capsys.readouterr()
@@ -81,7 +67,7 @@ def test_a_fault_is_named_with_what_to_do_and_the_other_checks_are_made(
 def test_a_gpu_that_is_hidden_on_purpose_is_no_fault(monkeypatch, tmp_path):
     driver_without_torch(monkeypatch, tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert finding("device")[0]
+    assert next(fine for name, fine, _ in examine() if name == "device")
 
 
 @pytest.mark.parametrize("command", [["doctor"], ["run", "01"], ["run", "demo"], ["lab"], ["console"]])

@@ -13,20 +13,10 @@ import pytest
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import ConfigError, KitError
+from dispersive_kit.study import run as headless
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
 from dispersive_kit.study.report import NotebookTask, write_report
-from dispersive_kit.study.run import (
-    _HIDDEN,
-    _SHIPPED,
-    _check_parameters,
-    _key,
-    _open,
-    _Pipeline,
-    _plan,
-    _run_pipeline,
-    _run_task,
-    _Stage,
-)
+from dispersive_kit.study.run import _SHIPPED, _check_parameters, _plan, _run_pipeline, _Stage
 
 FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
 RECORD = "dict(name='FD', value=3.0, low=2.5, high=3.5, floor=1.0, protocol={'cfg_scale': 2.0, 'sampler': 'sde'})"
@@ -45,15 +35,16 @@ def number_of(folder):
 
 
 def pipeline(*stages):
-    return _Pipeline(title="A & B", stages=stages)
+    return headless._Pipeline(title="A & B", stages=stages)
 
 
 def shipped(name):
-    return _open(str(name), (), {})
+    return headless._open(str(name), (), {})
 
 
 def run_one(notebook, folder, **parameters):
-    return _run_task(NotebookTask(name="run", notebook=notebook, parameters=parameters, folder=folder.absolute()))
+    task = NotebookTask(name="run", notebook=notebook, parameters=parameters, folder=folder.absolute())
+    return headless._run_task(task)
 
 
 # ---- what a run leaves
@@ -170,7 +161,7 @@ def test_an_error_that_stops_no_cell_fails_the_run(write_quick, tmp_path, x):
     cells = [cell.format(x=x) for cell in PLANTED.values()]
     result = run_one(write_quick("made", *cells, "t.join()"), tmp_path / "run")
     assert result.status == ("ok" if x else "failed") and ("ZeroDivisionError" in result.error) == (not x)
-    found = _HIDDEN.findall((tmp_path / "run" / "notebook.ipynb").read_text())
+    found = headless._HIDDEN.findall((tmp_path / "run" / "notebook.ipynb").read_text())
     assert len(found) == (0 if x else len(PLANTED)) and all("ZeroDivisionError" in "".join(one) for one in found)
 
 
@@ -235,7 +226,7 @@ def test_a_run_waits_for_another_one_in_its_folder_and_does_not_repeat_it(write_
         waiting.join(1.0)
         assert waiting.is_alive() and not folder.exists()
         folder.mkdir()
-        key = _key(NotebookTask(name="made", notebook=notebook))
+        key = headless._key(NotebookTask(name="made", notebook=notebook))
         write_json(folder / "stage.json", {"name": "made", "key": key, "status": "ok"})
         write_json(folder / "result.json", {})
     waiting.join()

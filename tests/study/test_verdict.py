@@ -15,20 +15,9 @@ from scipy import stats
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import ARTEFACTS
 from dispersive_kit.errors import DataError
+from dispersive_kit.study import verdict
 from dispersive_kit.study.plan import load_plan, studies_folder
-from dispersive_kit.study.verdict import (
-    CRASH,
-    _holm,
-    _log_ratios,
-    _read_results,
-    _sign_flip_p,
-    all_verdicts,
-    evidence_page,
-    judge_pairs,
-    shipped_results,
-    summary,
-    verdicts,
-)
+from dispersive_kit.study.verdict import all_verdicts, evidence_page, judge_pairs, shipped_results, summary, verdicts
 from dispersive_kit.training import read_metrics
 
 rng = np.random.default_rng(0)
@@ -36,22 +25,18 @@ README = studies_folder().parents[1] / "README.md"
 six = np.array([-1.0, 1.2, -0.8, 0.9, 1.1, -1.4])
 
 
-@pytest.mark.parametrize("n", [2, 5, 6, 9])
-def test_the_best_p_of_n_pairs_is_two_over_two_to_the_n(n):
-    assert _sign_flip_p(np.linspace(1, 2, n)) == pytest.approx(2 / 2**n, abs=1e-12)
-
-
-@pytest.mark.parametrize("n", [4, 7])
+@pytest.mark.parametrize("n", [2, 4, 5, 6, 7, 9])
 def test_the_sign_flip_p_is_the_share_of_all_signs_at_least_as_extreme(n):
+    assert verdict._sign_flip_p(np.linspace(1, 2, n)) == pytest.approx(2 / 2**n, abs=1e-12)  # the best of n pairs
     x = rng.normal(0.4, 1, n)
     means = [abs(np.mean(x * signs)) for signs in itertools.product((1, -1), repeat=n)]
-    assert _sign_flip_p(x) == pytest.approx(np.mean(np.array(means) >= abs(x.mean()) - 1e-12))
+    assert verdict._sign_flip_p(x) == pytest.approx(np.mean(np.array(means) >= abs(x.mean()) - 1e-12))
 
 
 def test_holm_by_hand():
     # sorted .01, .02, .03, .5 times 4, 3, 2, 1 is .04, .06, .06, .5, each at least the one before
-    assert _holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
-    assert _holm([0.6, 0.7]) == [1.0, 1.0] and _holm([]) == []
+    assert verdict._holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert verdict._holm([0.6, 0.7]) == [1.0, 1.0] and verdict._holm([]) == []
 
 
 def test_the_interval_is_students():
@@ -86,14 +71,14 @@ def test_a_difference_that_holm_does_not_let_stand_is_inconclusive():
 
 
 def test_a_crash_counts_against_its_own_side_whichever_way_is_better():
-    lower = _log_ratios([None, 2.0, None], [1.0, None, None], better=-1)
-    assert lower == pytest.approx([CRASH, -CRASH, 0.0])
-    assert _log_ratios([None], [0.9], better=1) == pytest.approx([-CRASH])
-    assert _log_ratios([3.0], [1.5], better=-1) == pytest.approx([math.log(2)])
+    lower = verdict._log_ratios([None, 2.0, None], [1.0, None, None], better=-1)
+    assert lower == pytest.approx([verdict.CRASH, -verdict.CRASH, 0.0])
+    assert verdict._log_ratios([None], [0.9], better=1) == pytest.approx([-verdict.CRASH])
+    assert verdict._log_ratios([3.0], [1.5], better=-1) == pytest.approx([math.log(2)])
 
 
 def test_pairs_of_which_both_runs_crashed_are_no_evidence_of_equality():
-    nothing = _log_ratios([None] * 6, [None] * 6, -1)
+    nothing = verdict._log_ratios([None] * 6, [None] * 6, -1)
     assert judge_pairs(nothing, better=-1, margin=0.05, empty=6)["word"] == "inconclusive"
     same = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.001])
     assert judge_pairs(same, better=-1, margin=0.05)["word"] == "equivalent"
@@ -116,11 +101,11 @@ def test_shipped_verdicts_are_of_the_shipped_plan_whole_and_follow_from_the_ship
 
 def test_every_verdict_rests_on_all_runs_of_both_its_arms():
     known = {run["id"]: run for results in shipped_results().values() for run in results["runs"]}
-    for verdict in all_verdicts():
-        plan = load_plan(verdict["study"])
-        runs = [known[one] for one in verdict["runs"]]
-        arms = (verdict.get("against", plan.reference), verdict["arm"])
-        expected = {(arm, verdict["condition"], seed) for arm in arms for seed in plan.seeds}
+    for v in all_verdicts():
+        plan = load_plan(v["study"])
+        runs = [known[one] for one in v["runs"]]
+        arms = (v.get("against", plan.reference), v["arm"])
+        expected = {(arm, v["condition"], seed) for arm in arms for seed in plan.seeds}
         assert {(run["arm"], run["condition"], run["seed"]) for run in runs} == expected
 
 
@@ -205,5 +190,5 @@ def test_damaged_results_are_refused_by_file_and_field(tmp_path, kind):
     text, said = DAMAGED[kind]
     file.write_text(text)
     with pytest.raises(DataError, match=said) as refusal:
-        _read_results(plan, file)
+        verdict._read_results(plan, file)
     assert str(file) in str(refusal.value)

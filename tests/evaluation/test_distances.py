@@ -77,7 +77,7 @@ def test_mean_and_covariance_in_a_file_give_the_distance_of_the_features_they_ar
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"mu is \(3, 1\) and sigma \(3, 3\)"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"sigma \(2, 2\)"),
         ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "sigma is not symmetric"),
-        ({"mu": np.zeros(3), "sigma": np.diag([1, np.nan, 1])}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": np.diag([1, np.nan, 1])}, "must not contain infs or NaNs"),
         ({"mu": np.zeros(3), "sigma": np.diag([1, 1, -0.1])}, "sigma has an eigenvalue of -0.1"),
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "could not convert"),
     ],

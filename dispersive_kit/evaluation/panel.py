@@ -32,8 +32,10 @@ from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
+Better = Literal["lower", "higher", "about 1"]
 Images = Tensor | Samples | NDArray[np.floating]  # uint8 (N, C, H, W), `Samples` of them, or features (N, D)
-METRICS = ("FD", "KID", "PRDC")
+DISTANCES: dict[str, Callable[..., Measured]] = {"FD": distances.frechet, "KID": distances.kid}
+METRICS = (*DISTANCES, "PRDC")
 PROTOCOL_N = 50_000  # generated images of an FID
 NEIGHBOURS, RESAMPLES = 5, 100
 ADM_STATISTICS = r"VIRTUAL_imagenet(64|128|256|512)(_labeled)?\.npz"  # names of the files that ADM published
@@ -91,7 +93,7 @@ class Record:
     n: int
     n_reference: int
     protocol: Card = field(default_factory=dict)
-    better: Literal["lower", "higher", "about 1"] = "lower"
+    better: Better = "lower"
 
     def __post_init__(self) -> None:
         if self.name.partition("[")[0].strip() == "FID":
@@ -108,9 +110,12 @@ class Record:
         floor = "none" if self.floor != self.floor else f"{self.floor:.4g}"
         return f"{self.value:.4g}", ends, floor + (f" (N={of})" if of < self.n else "")
 
-    def __str__(self) -> str:
-        value, ends, floor = self.in_words()
-        return f"{self.name} = {value}, interval {ends}, real against real {floor}"
+
+def _record(metric: str, numbers: Measured, floor: float, n: int, protocol: Card, better: Better) -> Record:
+    """The record of a number of n images, with the name that its protocol gives it."""
+    reference = protocol["reference"]
+    name = number_name(metric, protocol["extractor"], n, reference)
+    return Record(name, *numbers, floor, n, reference.get("n", 0), protocol, better)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -153,8 +158,7 @@ def _protocol(extractor: FeatureExtractor, reference: Card, floor: Card, resampl
 
 def measured(metrics: Sequence[str], x: NDArray, y: NDArray, resamples: int) -> dict[str, Measured]:
     """Each number of x (N, D) against y (M, D) by name, with its interval."""
-    known = {"FD": distances.frechet, "KID": distances.kid}
-    found = {name: measure(x, y, resamples=resamples) for name, measure in known.items() if name in metrics}
+    found = {name: measure(x, y, resamples=resamples) for name, measure in DISTANCES.items() if name in metrics}
     return found | (distances.prdc(x, y, k=NEIGHBOURS) if "PRDC" in metrics else {})
 
 
@@ -186,14 +190,12 @@ class Panel:
         found = measured(self.metrics, _features(self.extractor, generated), self.y, self.resamples)
         if n not in self._floors:
             self._floors[n] = measured(self.metrics, self.extractor(others.images), self.y, 0)
-        own, reference = {"neighbours": NEIGHBOURS, **(protocol or {})}, describe_set(self.reference)
-        everything = _protocol(self.extractor, reference, describe_set(others), self.resamples, own)
-        records = []
-        for metric, numbers in found.items():
-            better: Literal["lower", "higher"] = "lower" if metric in ("FD", "KID") else "higher"
-            name, real = number_name(metric, everything["extractor"], n, reference), self._floors[n][metric][0]
-            records.append(Record(name, *numbers, real, n, len(self.reference), everything, better))
-        return records
+        own = {"neighbours": NEIGHBOURS, **(protocol or {})}
+        everything = _protocol(self.extractor, describe_set(self.reference), describe_set(others), self.resamples, own)
+        return [
+            _record(name, numbers, self._floors[n][name][0], n, everything, "lower" if name in DISTANCES else "higher")
+            for name, numbers in found.items()
+        ]
 
 
 def _features(extractor: FeatureExtractor, images: Images) -> NDArray:
@@ -230,14 +232,10 @@ def measure_memorisation(
     copied, real_copied = (float((one < real.mean() / 2).mean()) for one in (distance, real))
     floor = describe_set(held_out)
     everything = _protocol(extractor, {**describe_set(train), "held_out": floor}, floor, RESAMPLES, protocol)
-
-    def record(metric: str, numbers: Measured, floor: float, better: Any) -> Record:
-        name = number_name(metric, everything["extractor"], n, everything["reference"])
-        return Record(name, *numbers, floor, n, len(train), everything, better)
-
+    median, share = (ratio, *distances.interval(ratio, halves)), (copied, *distances.wilson(copied, n))
     return Memorisation(
-        record("nearest-train", (ratio, *distances.interval(ratio, halves)), real_ratio, "about 1"),
-        record("copies", (copied, *distances.wilson(copied, n)), real_copied, "lower"),
+        _record("nearest-train", median, real_ratio, n, everything, "about 1"),
+        _record("copies", share, real_copied, n, everything, "lower"),
         distance,
         index,
     )
@@ -301,8 +299,7 @@ def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluat
     numbers = distances.frechet(_features(extractor, images), known, resamples=RESAMPLES)
     floor = {"none": "a file of statistics has no images to measure a floor with"}
     everything = _protocol(extractor, reference, floor, RESAMPLES, protocol)
-    name = number_name("FD", everything["extractor"], how.num, reference)
-    return Record(name, *numbers, math.nan, how.num, 0, everything)
+    return _record("FD", numbers, math.nan, how.num, everything, "lower")
 
 
 def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:

@@ -38,8 +38,7 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
     import umap
 
     reducer = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, densmap=dens, n_jobs=1)
-    with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # umap warns that a seed means one thread, which is what is wanted
         return np.asarray(reducer.fit_transform(rows), dtype=np.float64)
 
 
@@ -50,8 +49,7 @@ def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
 
     reducer = umap.AlignedUMAP(n_neighbors=15, min_dist=0.1, random_state=0)
     same = {i: i for i in range(len(stages[0]))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         reducer.fit(rows, relations=[same] * (len(stages) - 1))
     return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 

@@ -200,10 +200,6 @@ def _umap() -> dict[str, Any]:
 
 def console(seed: int = 0) -> Explorer:
     """Every demo in large type. seed: decides the sides in the blind test."""
-    return Explorer(_console(seed), playground().still)
-
-
-def _console(seed: int) -> dict[str, Any]:
     files = stored("classroom.npz")
     demos = {
         **{name: {"kind": name} for name in ("playground", "trajectories", "train")},
@@ -215,7 +211,7 @@ def _console(seed: int) -> dict[str, Any]:
         "umap": _umap(),
         "quiz": blind_quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
     }
-    return {"kind": "console", "demos": demos}
+    return Explorer({"kind": "console", "demos": demos}, playground().still)
 
 
 def write_console(file: Path) -> int:
@@ -224,5 +220,5 @@ def write_console(file: Path) -> int:
     page = page.replace("{{ module }}", MODULE.read_text(encoding="utf-8"))
     script = page.partition('<script type="module">')[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(console().spec, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     return file.write_bytes(page.replace("{{ digest }}", digest).replace("{{ data }}", data).encode())

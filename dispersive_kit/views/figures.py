@@ -218,21 +218,18 @@ def scatter(
         if labels is None:
             axis.plot(*x.T, ".", color=BLUE, markersize=2, alpha=0.5)
         else:
-            _classes(axis, x, np.asarray(labels))
+            classes = np.asarray(labels)
+            colours = sns.color_palette("husl", int(classes.max()) + 1)
+            for k in np.unique(classes):
+                own = x[classes == k]
+                axis.scatter(own[:, 0], own[:, 1], s=5, color=colours[k], alpha=0.7, linewidths=0)
+                axis.annotate(str(k), np.median(own, axis=0), ha="center", va="center", weight="bold")
         axis.set(title=name, xlabel=(notes or {}).get(name, ""))
         if extent:
             axis.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         if not extent or labels is not None:
             axis.set(xticks=[], yticks=[])
     return figure
-
-
-def _classes(axis: Axes, x: NDArray[Any], labels: NDArray[Any]) -> None:
-    colours = sns.color_palette("husl", int(labels.max()) + 1)
-    for k in np.unique(labels):
-        own = x[labels == k]
-        axis.scatter(own[:, 0], own[:, 1], s=5, color=colours[k], alpha=0.7, linewidths=0)
-        axis.annotate(str(k), np.median(own, axis=0), ha="center", va="center", weight="bold")
 
 
 def distribution(samples: Mapping[str, Any], kind: Literal["hist", "ecdf", "kde"], **axes: Any) -> Figure:
@@ -313,12 +310,6 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"], ends: Sequence[float]) ->
     side.set_minor_formatter(NullFormatter())
 
 
-def _measure_name(measure: str) -> str:
-    """In words: "frechet cfg 2" is the Fréchet distance at CFG scale 2."""
-    name, _, scale = measure.partition(" cfg ")
-    return MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else "")
-
-
 def compared(v: Mapping[str, Any]) -> str:
     """The arm of a verdict, and the other arm if it is not the reference: "paper", or "paper / placebo"."""
     return f"{v['arm']} / {v['against']}" if "against" in v else v["arm"]
@@ -349,7 +340,8 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
             for margin in {v["margin"] for v in found.values()}:
                 column[1].axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)
             column[1].set_xlabel(f"ratio to {results['reference']}")
-    axes[0, 0].set_ylabel(_measure_name(measure))
+    name, _, scale = measure.partition(" cfg ")  # as "frechet cfg 2"
+    axes[0, 0].set_ylabel(MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else ""))
     return figure
 
 

@@ -27,7 +27,6 @@ from dispersive_kit.training.batches import stream
 KEEP = 512  # rows for measures quadratic in their number
 LOCAL_BATCH = 64  # images for the saturation gap and the structure of the token grid
 UNIFORMITY_T = (0.5, 2.0, 8.0)
-TAU = 0.5  # of the loss whose saturation is measured
 Values = dict[str, Tensor]
 
 
@@ -95,7 +94,7 @@ def sweep(
          "pooling": f"residual stream after each block, {POOLS[pool]}",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
          "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": 0, "keep": KEEP,
-         "local_batch": LOCAL_BATCH, "tau": TAU, "path": repr(LINEAR), "versions": versions()},
+         "local_batch": LOCAL_BATCH, "tau": geometry.TAU, "path": repr(LINEAR), "versions": versions()},
     )  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def _measures(x: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
 
 def _grid_measures(grids: list[Tensor]) -> Values:
     """Measures (blocks,) of whole token grids z (B, N, D) of a local batch, one a block, as the loss gets them."""
-    seen = [measure(z.double(), LossOptions("infonce_l2", TAU)) for z in grids]
+    seen = [measure(z.double(), LossOptions("infonce_l2", geometry.TAU)) for z in grids]
     return {
         "saturation_gap": torch.stack([one.loss + math.log(one.rows) for one in seen]),  # above the floor, - log B
         "off_diagonal_mass": torch.stack([one.mass for one in seen]),

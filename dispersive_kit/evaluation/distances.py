@@ -104,8 +104,8 @@ def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
     """Mean and covariance of features of real images, and the description of the file for a record.
 
     Arrays mu (D,) and sigma (D, D), as in ADM's `VIRTUAL_imagenet256_labeled.npz` and in pytorch-fid's files; other
-    forms are not read. KID, precision and floor need images, so these files do not give them. The kit knows ADM's files
-    only by name, so the number's name has the sha256: compare it with your source's. Raises DataError: another form.
+    forms are not read. KID, precision and floor need images, so these files do not give them.
+    Raises DataError: another form.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:

@@ -37,8 +37,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 3 or self.x.shape[1] != len(self.y):
-            shape = tuple(self.x.shape)
-            raise DataError(f"features {shape} of {len(self.y)} labels: give (draws, N, D) and (N,)")
+            raise DataError(f"features {tuple(self.x.shape)} of {len(self.y)} labels: give (draws, N, D) and (N,)")
         finite(self.x)
 
     @property

@@ -310,11 +310,6 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
         raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
     if how.data is None and not (how.reference.endswith(".npz") and how.extractor == "inception"):
         raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
-
-    def sets() -> tuple[ImageSet, ImageSet]:
-        size = images.shape[-1]
-        return load_images(str(how.data), "train", size=size), load_images(str(how.data), "test", size=size)
-
     try:  # the form of ADM's evaluation suite
         with np.load(file, allow_pickle=False) as arrays:
             found = arrays["arr_0"]
@@ -328,7 +323,8 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
     if len(images) > how.num:  # drawn: the file may be sorted by class
         images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: how.num]]
     protocol = {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
-    return images, protocol, sets
+    data, size = str(how.data), images.shape[-1]
+    return images, protocol, lambda: (load_images(data, "train", size=size), load_images(data, "test", size=size))
 
 
 def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:

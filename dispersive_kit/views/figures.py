@@ -27,6 +27,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 BLUE, RED, GREEN, GREY = *OKABE_ITO[:3], "0.55"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+LINES: list[dict[str, Any]] = [{"color": c, "linestyle": dash} for c, dash in zip(OKABE_ITO, DASHES, strict=True)]
+POINTS: list[dict[str, Any]] = [{"color": c, "marker": mark} for c, mark in zip(OKABE_ITO, MARKERS, strict=True)]
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -89,10 +91,6 @@ def _legend(figure: Figure) -> None:
         figure.legend(list(handles.values()), list(handles), **place)
 
 
-def _look(i: int) -> dict[str, Any]:
-    return {"color": OKABE_ITO[i % 7], "linestyle": DASHES[i % 7]}
-
-
 def curves(
     panels: Mapping[str, Mapping[str, Any]], *, nulls: Mapping[str, Mapping[str, Any]] | None = None,
     each: Mapping[str, Mapping[str, Any]] | None = None, xlabel: str = "training step", columns: int | None = None,
@@ -114,7 +112,7 @@ def curves(
                 continue
             i, every = arms.index(arm), max(1, len(line[0]) // 8)
             marks: dict[str, Any] = {"marker": MARKERS[i % 7], "markevery": (i * every // 7, every), "markersize": 5}
-            axis.plot(*line, label=arm, **marks, **_look(i))
+            axis.plot(*line, label=arm, **marks, **LINES[i % 7])
         for arm, line in (nulls or {}).get(label, {}).items():
             axis.plot(*line, ":", color=OKABE_ITO[arms.index(arm)], linewidth=3, label=f"{arm}, Gaussian", alpha=0.7)
         axis.set(**{"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})})
@@ -245,7 +243,7 @@ def _distribution(axis: Axes, samples: Mapping[str, Any], kind: str, *, log: boo
     draw = {"hist": sns.histplot, "ecdf": sns.ecdfplot, "kde": sns.kdeplot}[kind]
     how: dict[str, Any] = {"hist": {"element": "step", "fill": False, "stat": "density", "bins": 60}, "kde": {"cut": 0}}
     for i, (name, values) in enumerate(samples.items()):
-        draw(x=np.asarray(values), ax=axis, label=name, log_scale=log, **how.get(kind, {}), **_look(i))
+        draw(x=np.asarray(values), ax=axis, label=name, log_scale=log, **how.get(kind, {}), **LINES[i % 7])
 
 
 def pairwise_distances(z: Tensor) -> NDArray[np.float64]:
@@ -278,8 +276,8 @@ def forest(
     lines = max(len(rows) for rows in panels.values())
     figure, drawn = _panels(len(panels), columns, width, 0.36 * lines + 1, sharey=True)
     for axis, (label, rows) in zip(drawn, panels.items(), strict=True):
-        looks = [{"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]} for i in range(len(rows))]
-        _intervals(axis, rows, [format(value, fmt) if fmt else "" for _, value, _ in rows.values()], looks)
+        notes = [format(value, fmt) if fmt else "" for _, value, _ in rows.values()]
+        _intervals(axis, rows, notes, [POINTS[i % 7] for i in range(len(rows))])
         if levels:
             axis.axvline(levels[label], color="black", linestyle=":")
         axis.set(xlabel=label, **axes)
@@ -349,8 +347,7 @@ def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[s
     runs = [run for run in results["runs"] if run["condition"] == condition]
     for i, seed in enumerate(sorted({run["seed"] for run in runs})):
         own = {run["arm"]: run["values"].get(measure, math.nan) for run in runs if run["seed"] == seed}
-        look: dict[str, Any] = {"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]}
-        axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, **look)
+        axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, **POINTS[i % 7])
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axis.set(xticks=range(len(arms)), xlim=(-0.3, len(arms) - 0.7))
     axis.set_xticklabels(arms, **(slanted if len(arms) > 5 else {}))

@@ -42,12 +42,10 @@ def cloud(B: int) -> Tensor:
 # ---- sampling with the exact velocity of eight Gaussians
 
 T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
-SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # and model evaluations per step
-    "Euler": (euler, 1),
-    "Heun": (heun, 2),
-    "RK4": (rk4, 4),
-    "SDE": (euler_maruyama, 1),
-}
+# With the model evaluations of a step.
+SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "Euler": (euler, 1), "Heun": (heun, 2), "RK4": (rk4, 4), "SDE": (euler_maruyama, 1),
+}  # fmt: skip
 DATA = eight_gaussians()
 CLASSES = [GaussianMixture(DATA.means[rows], DATA.std) for rows in ([0, 1, 7], [2, 3, 4, 5, 6])] + [DATA]
 NULL = 2  # the last of `CLASSES`: all eight

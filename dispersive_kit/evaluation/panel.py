@@ -44,16 +44,15 @@ Sets = Callable[[], tuple[ImageSet, ImageSet]]  # training and held-out images, 
 
 def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
     """The conditions of FID that do not hold, in words; see `FeatureExtractor.card` and `describe_set`."""
+    name, sha256, file = extractor.get("name"), extractor.get("weights_sha256"), reference.get("file")
     part = f"the reference is {reference.get('n', 0):,} of the {reference.get('drawn_from') or 0:,} images of "
     conditions = {
-        f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
-        "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
-        == features.INCEPTION_SHA256,
+        f"the features are {name}, not {INCEPTION}": name == INCEPTION,
+        "the weights are not the TensorFlow Inception of 2015 by their sha256": sha256 == features.INCEPTION_SHA256,
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
         f"{part}{reference.get('data')}": not reference.get("drawn_from"),
         "the reference set has no name": bool(reference.get("data")),
-        f"{reference.get('file')} has no name of a statistics file of ADM": "file" not in reference
-        or bool(re.fullmatch(ADM_STATISTICS, reference["file"])),
+        f"{file} has no name of a statistics file of ADM": file is None or bool(re.fullmatch(ADM_STATISTICS, file)),
     }
     return [fault for fault, holds in conditions.items() if not holds]
 

@@ -130,12 +130,6 @@ def test_the_label_is_always_the_null_class(network, digits):
             assert len(tokens(model, x, t)) == len(model.blocks)
 
 
-def test_the_clean_level_has_one_draw_and_the_others_differ_by_noise(network, digits):
-    clean, noised = extract(encoder(network), digits.images[:20], (math.inf, 0.0), pool="mean", draws=3)
-    assert clean.shape == (1, 3, 20, 24) and noised.shape == (3, 3, 20, 24)
-    assert not torch.allclose(noised[0], noised[2])
-
-
 def test_the_random_network_acts_in_every_block_and_leaves_the_model_alone(digits):
     model = build_dit("DiT-T/2", input_size=8, in_channels=1, depth=2, num_classes=10)
     before, state = model.blocks[0].mlp.fc1.weight.clone(), torch.get_rng_state()

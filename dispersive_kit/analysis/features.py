@@ -127,21 +127,16 @@ def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] 
         return lambda z, level: finite(z)[:, :, (side := math.isqrt(z.shape[2])) // 2 * (side + 1)]
     seen = noisy(images[:FITTED], levels, **{**how, "batch_size": FITTED})
     axes = [_axes(encode(x, t, where).flatten(2)) for where, _, x, t in seen]  # of each level
-
-    def projected(z: Tensor, level: int) -> Tensor:
-        rows, basis = finite(z).flatten(2), axes[level]
-        return rows if basis is None else rows @ basis
-
-    return projected
+    return lambda z, level: finite(z).flatten(2) @ axes[level]
 
 
-def _axes(rows: Tensor) -> Tensor | None:
+def _axes(rows: Tensor) -> Tensor:
     """First principal axes (blocks, D, k) of long rows (blocks, B, D), turned by a fixed rotation. Every column then
     has about the same variance, so a probe that standardises columns does not amplify the last components.
     """
-    k = min(WIDTH, rows.shape[1] - 1)
     if rows.shape[2] <= WIDTH:
-        return None
+        return torch.eye(rows.shape[2], device=rows.device)  # short rows stay as they are
+    k = min(WIDTH, rows.shape[1] - 1)
     if not k:
         raise ConfigError("one image has no principal components: give more images, or another pooling than tokens")
     turn = torch.linalg.qr(torch.randn(k, k, generator=stream(0, "turn"), dtype=torch.double)).Q

@@ -161,23 +161,20 @@ def measured(metrics: Sequence[str], x: NDArray, y: NDArray, resamples: int) -> 
     return found | (distances.prdc(x, y, k=NEIGHBOURS) if "PRDC" in metrics else {})
 
 
+@dataclass(eq=False, repr=False)
 class Panel:
     """One extractor, one reference set and one set of other real images for the floor, to measure any samples with."""
 
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        real: ImageSet,
-        reference: ImageSet,
-        *,
-        metrics: Sequence[str] = METRICS,
-        resamples: int = RESAMPLES,
-    ) -> None:
-        if unknown := set(metrics) - set(METRICS):
+    extractor: FeatureExtractor
+    real: ImageSet
+    reference: ImageSet
+    metrics: Sequence[str] = METRICS
+    resamples: int = RESAMPLES
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.metrics) - set(METRICS):
             raise ConfigError(f"unknown metric {sorted(unknown)}; there are: {', '.join(METRICS)}")
-        self.extractor, self.real, self.reference = extractor, real, reference
-        self.metrics, self.resamples = metrics, resamples
-        self.y = extractor(reference.images)
+        self.y = self.extractor(self.reference.images)
         self._floors: dict[int, dict[str, Measured]] = {}
 
     def measure(self, generated: Images, *, protocol: Card | None = None) -> list[Record]:

@@ -152,8 +152,7 @@ def _kernel_sums(x: Array, weights: Array) -> Array:
     total = np.zeros(len(weights))
     for start in range(0, len(x), CHUNK):
         part = _kernel(x[start : start + CHUNK], x)  # (c, N)
-        rows = np.arange(len(part))
-        part[rows, start + rows] = 0
+        np.fill_diagonal(part[:, start:], 0)
         total += ((part @ weights.T) * weights[:, start : start + CHUNK].T).sum(0)
     return total
 

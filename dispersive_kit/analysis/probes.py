@@ -163,8 +163,5 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
 def shuffled(splits: Splits) -> Splits:
     """A control of the probe: shuffled training and validation labels, so that test accuracy is at chance level."""
     generator = torch.Generator().manual_seed(0)
-
-    def at_random(part: Split) -> Split:
-        return Split(part.x, part.y[torch.randperm(len(part.y), generator=generator)])
-
-    return Splits(at_random(splits.train), at_random(splits.validation), splits.test)
+    train, validation = (Split(p.x, p.y[torch.randperm(len(p.y), generator=generator)]) for p in splits[:2])
+    return Splits(train, validation, splits.test)

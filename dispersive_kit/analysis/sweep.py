@@ -49,22 +49,20 @@ class Sweep:
     protocol: dict[str, Any]
 
 
-def sweep(
-    model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, pool: str = "tokens", batch_size: int = 250
-) -> Sweep:
+def sweep(model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, pool: str = "tokens") -> Sweep:
     """Run `model` over `data` at each level (log-SNR, inf for the clean image), and measure every block.
 
     pool: how tokens become rows, a name in `POOLS`. The rows (levels, blocks, N, E) of all images are held in memory.
-    Raises ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
+    Raises ConfigError: fewer images than the local batch; classes without a null class.
     """
-    if min(batch_size, len(data)) < LOCAL_BATCH:
-        raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
+    if len(data) < LOCAL_BATCH:
+        raise ConfigError(f"{len(data)} images: give at least {LOCAL_BATCH}")
     encode = encoder(model)
     pooled = pooling(pool, encode, data.images, levels)
     rows: list[list[Tensor]] = [[] for _ in levels]
     squares: list[list[Tensor]] = [[] for _ in levels]  # of each channel, summed over images and tokens (blocks, D)
     local: list[tuple[Values, Values]] = []
-    for where, i, x, t in noisy(data.images, levels, batch_size=batch_size):
+    for where, i, x, t in noisy(data.images, levels):
         z = encode(x, t, where)  # (blocks, B, N, D)
         if not rows[i]:
             grids = z[:, :LOCAL_BATCH]

@@ -139,10 +139,8 @@ def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[I
 def _decoded(data: Selection, decode: Decode) -> ImageSet:
     store, rows = data.store, data.rows(np.arange(min(DECODED, len(data))))
     to_model = store.spec.autoencoder.to_model
-    parts = np.array_split(rows, -(-len(rows) // 64))
-    images = torch.cat(
-        [to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in progress(parts, "decoding real images")]
-    )
+    parts = progress(np.array_split(rows, -(-len(rows) // 64)), "decoding real images")
+    images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
     name, labels = f"{store.path.name}-decoded", torch.from_numpy(store.labels(rows))
     drawn_from = len(data) if len(rows) < len(data) else None
     return ImageSet(name, data.part, images, labels, store.spec.classes, str(store.path), drawn_from=drawn_from)

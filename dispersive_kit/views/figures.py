@@ -29,12 +29,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 LINES: list[dict[str, Any]] = [{"color": c, "linestyle": dash} for c, dash in zip(OKABE_ITO, DASHES, strict=True)]
 POINTS: list[dict[str, Any]] = [{"color": c, "marker": mark} for c, mark in zip(OKABE_ITO, MARKERS, strict=True)]
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.prop_cycle": plt.cycler(color=OKABE_ITO), "image.cmap": "cividis", "legend.frameon": False,
-    "legend.fontsize": 9,
-}  # fmt: skip
 LOOKS: dict[str, dict[str, Any]] = {  # of the four verdicts
     "better": {"color": GREEN, "marker": "^"},
     "equivalent": {"color": BLUE, "marker": "o"},
@@ -49,7 +43,12 @@ Interval = tuple[float, float, float]  # low, value, high
 
 def style() -> None:
     """Set the kit's style for all figures of this process."""
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update({
+        "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.prop_cycle": plt.cycler(color=OKABE_ITO), "image.cmap": "cividis", "legend.frameon": False,
+        "legend.fontsize": 9,
+    })  # fmt: skip
 
 
 def figure_html(figure: Figure, alt: str, caption: str = "") -> str:

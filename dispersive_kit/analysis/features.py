@@ -25,7 +25,7 @@ from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 
 LEVELS = (math.inf, 4.0, 2.0, 0.0, -2.0, -4.0)  # log-SNR: the clean image and five levels of noise
-POOLS = {  # of the tokens (N, D) of a block, in words
+POOLS = {  # of the tokens (N, D) of a block, in words; Dispersive Loss itself acts on all tokens
     "tokens": "all tokens in one row, projected on its first 256 principal components where it is longer",
     "mean": "mean over tokens",
     "patch": "the token in the middle of the grid",
@@ -116,7 +116,6 @@ def raw_pixels(patch_size: int) -> Encoder:
 def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, **how: Any) -> Pooling:
     """The pooling of a name in `POOLS`. At each level, components are fitted to the first of uint8 images (N, C, H, W).
 
-    Dispersive Loss itself acts on "tokens", all of them.
     Raises ConfigError: no pooling has this name.
     """
     if pool not in POOLS:

@@ -35,11 +35,10 @@ class Sweep:
     """Every measure (levels, blocks), the same of a Gaussian with the same covariance, and what was kept.
 
     values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka: debiased
-    linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first
-    images (levels, blocks, KEEP, E). protocol: how it was measured, with the pooling.
+    linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first images (levels, blocks,
+    KEEP, E). protocol: how it was measured, with the pooling.
     """
 
-    levels: tuple[float, ...]
     values: Values
     gaussian: Values
     spectra: Tensor
@@ -81,7 +80,6 @@ def sweep(model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, pool:
     gaussian = [null | own for (null, _), (_, own) in zip(nulls, local, strict=True)]
     kept = torch.stack([x[:, :KEEP] for x in whole])
     return Sweep(
-        tuple(levels),
         {name: torch.stack([one[name] for one in values]) for name in values[0]},
         {name: torch.stack([one[name] for one in gaussian]) for name in gaussian[0]},
         torch.stack([eigenvalues for _, eigenvalues in found]),

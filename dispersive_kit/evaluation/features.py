@@ -58,9 +58,8 @@ class FeatureExtractor:
         return {key: getattr(self, key) for key in ("name", "version", "dim", "weights_sha256", "preprocess", "note")}
 
     def __call__(self, images: Tensor | Samples) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W). `Samples` are drawn here, batch by batch.
+        """Features (N, dim) of uint8 images (N, C, H, W), in batches the processes share; `Samples` are drawn here.
 
-        The processes share the batches.
         Raises ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:

@@ -18,7 +18,6 @@ from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.batches import DeviceSet
 
-TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers would change the slope
 WEIGHT, TAU = 0.5, 0.5  # of the published loss
 BINS = 4  # parts of t for which the gradients are compared
 
@@ -96,7 +95,7 @@ def two_nn(x: Tensor) -> Tensor:
     x = centred(x)  # otherwise cancellation in cdist's Gram matrix: float32 and a large mean lose two digits
     near = torch.cdist(x, x).topk(3, largest=False).values.clamp(min=1e-300)  # (..., N, 3), itself first
     ratio = (near[..., 2] / near[..., 1]).log().sort(-1).values  # log mu, rising
-    kept = ratio[..., : int(ratio.shape[-1] * (1 - TWONN_DISCARD))]
+    kept = ratio[..., : int(ratio.shape[-1] * 0.9)]  # as Facco et al.: outliers would change the slope
     share = torch.arange(1, kept.shape[-1] + 1, dtype=kept.dtype, device=kept.device) / ratio.shape[-1]
     return (kept * -torch.log1p(-share)).sum(-1) / kept.square().sum(-1)
 

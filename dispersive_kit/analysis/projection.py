@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.analysis.geometry import centred, finite
+from dispersive_kit.evaluation.distances import Array
 
 CAPTION = "Only neighbours can be read: areas and distances say nothing about dispersion."
-Array = NDArray[np.float64]
 
 
 def pca(x: Tensor, k: int = 2) -> Array:

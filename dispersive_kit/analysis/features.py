@@ -8,7 +8,6 @@ import copy
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dispersive_kit.training import load_run
 from dispersive_kit.training.batches import stream
 
 LEVELS = (math.inf, 4.0, 2.0, 0.0, -2.0, -4.0)  # log-SNR: the clean image and five levels of noise
-POOLS = {  # of the tokens (N, D) of a block, in words
+POOLS = {  # of the tokens (N, D) of a block, in words; Dispersive Loss itself acts on all tokens
     "tokens": "all tokens in one row, projected on its first 256 principal components where it is longer",
     "mean": "mean over tokens",
     "patch": "the token in the middle of the grid",
@@ -35,6 +34,7 @@ WIDTH, FITTED = 256, 512  # components that are kept of a long row, and images t
 
 # x_t (B, C, H, W), t (B,), which of the images these are -> tokens (blocks, B, N, D)
 Encoder = Callable[[Tensor, Tensor, slice], Tensor]
+Pooling = Callable[[Tensor, int], Tensor]  # tokens (blocks, B, N, D), index of the level -> rows (blocks, B, E)
 
 
 def load_with_images(run: str | pathlib.Path) -> tuple[DiT, dict[str, Any], ImageSet, ImageSet]:
@@ -113,28 +113,6 @@ def raw_pixels(patch_size: int) -> Encoder:
     return lambda x, t, where: F.unfold(x, patch_size, stride=patch_size).mT[None]
 
 
-@dataclass(frozen=True)
-class Pooling:
-    """How the tokens of a block become one row: see `POOLS`. Dispersive Loss itself acts on "tokens", all of them.
-
-    bases: for each level, the axes (blocks, N D, k) on which long rows are projected, or None.
-    """
-
-    name: str
-    bases: Sequence[Tensor | None]
-
-    def __call__(self, z: Tensor, level: int) -> Tensor:
-        """Rows (blocks, B, E) of tokens z (blocks, B, N, D) at the `level`-th level."""
-        z = finite(z)
-        if self.name == "mean":
-            return z.mean(2)
-        if self.name == "patch":
-            side = math.isqrt(z.shape[2])
-            return z[:, :, side // 2 * (side + 1)]
-        rows, basis = z.flatten(2), self.bases[level]
-        return rows if basis is None else rows @ basis
-
-
 def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] = LEVELS, **how: Any) -> Pooling:
     """The pooling of a name in `POOLS`. At each level, components are fitted to the first of uint8 images (N, C, H, W).
 
@@ -142,19 +120,22 @@ def pooling(pool: str, encode: Encoder, images: Tensor, levels: Sequence[float] 
     """
     if pool not in POOLS:
         raise ConfigError(f"unknown pooling {pool!r}; there are: {', '.join(POOLS)}")
-    if pool != "tokens":
-        return Pooling(pool, [None] * len(levels))
+    if pool == "mean":
+        return lambda z, level: finite(z).mean(2)
+    if pool == "patch":
+        return lambda z, level: finite(z)[:, :, (side := math.isqrt(z.shape[2])) // 2 * (side + 1)]
     seen = noisy(images[:FITTED], levels, **{**how, "batch_size": FITTED})
-    return Pooling(pool, [_axes(encode(x, t, where).flatten(2)) for where, _, x, t in seen])
+    axes = [_axes(encode(x, t, where).flatten(2)) for where, _, x, t in seen]  # of each level
+    return lambda z, level: finite(z).flatten(2) @ axes[level]
 
 
-def _axes(rows: Tensor) -> Tensor | None:
+def _axes(rows: Tensor) -> Tensor:
     """First principal axes (blocks, D, k) of long rows (blocks, B, D), turned by a fixed rotation. Every column then
     has about the same variance, so a probe that standardises columns does not amplify the last components.
     """
-    k = min(WIDTH, rows.shape[1] - 1)
     if rows.shape[2] <= WIDTH:
-        return None
+        return torch.eye(rows.shape[2], device=rows.device)  # short rows stay as they are
+    k = min(WIDTH, rows.shape[1] - 1)
     if not k:
         raise ConfigError("one image has no principal components: give more images, or another pooling than tokens")
     turn = torch.linalg.qr(torch.randn(k, k, generator=stream(0, "turn"), dtype=torch.double)).Q
@@ -175,7 +156,7 @@ def extract(
     pool: a name in `POOLS`, whose components are fitted to these images, or a `pooling` fitted to others. The clean
     image has one draw, since it has no noise.
     """
-    pooled = pool if isinstance(pool, Pooling) else pooling(pool, encode, images, levels, **how)
+    pooled = pooling(pool, encode, images, levels, **how) if isinstance(pool, str) else pool
     parts: list[list[list[Tensor]]] = [[[] for _ in range(draws)] for _ in levels]
     for draw in range(draws):
         wanted = [i for i, level in enumerate(levels) if draw == 0 or level != math.inf]

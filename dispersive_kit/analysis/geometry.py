@@ -6,7 +6,7 @@ their mean. Leading axes (blocks) are kept.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from dispersive_kit.errors import DataError
 from dispersive_kit.regularizers.losses import LossOptions, measure
 from dispersive_kit.training.batches import DeviceSet
 
-TWONN_DISCARD = 0.1  # the share of largest ratios that Facco et al. leave out: outliers would change the slope
+WEIGHT, TAU = 0.5, 0.5  # of the published loss
 BINS = 4  # parts of t for which the gradients are compared
 
 
@@ -95,7 +95,7 @@ def two_nn(x: Tensor) -> Tensor:
     x = centred(x)  # otherwise cancellation in cdist's Gram matrix: float32 and a large mean lose two digits
     near = torch.cdist(x, x).topk(3, largest=False).values.clamp(min=1e-300)  # (..., N, 3), itself first
     ratio = (near[..., 2] / near[..., 1]).log().sort(-1).values  # log mu, rising
-    kept = ratio[..., : int(ratio.shape[-1] * (1 - TWONN_DISCARD))]
+    kept = ratio[..., : int(ratio.shape[-1] * 0.9)]  # as Facco et al.: outliers would change the slope
     share = torch.arange(1, kept.shape[-1] + 1, dtype=kept.dtype, device=kept.device) / ratio.shape[-1]
     return (kept * -torch.log1p(-share)).sum(-1) / kept.square().sum(-1)
 
@@ -211,8 +211,7 @@ def _check_same_images(x: Tensor, y: Tensor | None, least: int) -> None:
         raise DataError(f"{x.shape[1]} and {other} rows: give features of the same images, at least {least}")
 
 
-@dataclass(frozen=True)
-class Pull:
+class Pull(NamedTuple):
     """Gradient of the weighted dispersive loss compared with that of the denoising loss, at the features.
 
     ratio: |g_disp| / |g_denoise|; cosine: between them, below 0 if they act against each other; each (bins of t,
@@ -223,24 +222,21 @@ class Pull:
     cosine: Tensor
 
 
-def gradient_pull(
-    model: nn.Module, data: ImageSet, *, weight: float = 0.5, options: LossOptions | None = None, batches: int = 8
-) -> Pull:
+def gradient_pull(model: nn.Module, data: ImageSet, *, batches: int = 8) -> Pull:
     """Compare both gradients on `batches` batches of 64 as training draws them: times mixed, a tenth of labels dropped.
 
-    The loss of each block is that of a tap at this block only. Rows are put into four equal parts of t afterwards: a
-    batch of a single t would have another loss. options: of the dispersive loss, tau 0.5 by default.
+    The loss of each block is that of a tap at this block only, with the published weight and tau. Rows are put into
+    four equal parts of t afterwards: a batch of a single t would have another loss.
     """
-    options, objective = options or LossOptions("infonce_l2", 0.5), FlowMatching()
-    images, blocks = DeviceSet.of(data, "cpu"), len(model.blocks)  # type: ignore[arg-type]
-    null = getattr(model, "null_label", None)
+    objective, images, null = FlowMatching(), DeviceSet.of(data, "cpu"), getattr(model, "null_label", None)
+    blocks = len(model.blocks)  # type: ignore[arg-type]
     features = torch.zeros(3, BINS, blocks, dtype=torch.double)
     for step in range(batches):
         batch = images.batch(objective, seed=0, step=step, size=64, null_label=null, drop_prob=0.1)
         loss, aux = objective(model, batch.x0, batch.y, draws=batch.draws, taps=range(blocks))
         part = (aux.t * BINS).long().clamp(max=BINS - 1)
         for b, z in enumerate(aux.taps):
-            spread = weight * measure(finite(z), options).loss
+            spread = WEIGHT * measure(finite(z), LossOptions("infonce_l2", TAU)).loss
             (d,), (g,) = (torch.autograd.grad(one, [z], retain_graph=True) for one in (spread, loss))
             d, g = d.flatten(1).double(), g.flatten(1).double()
             products = torch.stack([d.square().sum(1), g.square().sum(1), (d * g).sum(1)])  # (3, B)

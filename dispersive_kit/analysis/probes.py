@@ -37,8 +37,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 3 or self.x.shape[1] != len(self.y):
-            shape = tuple(self.x.shape)
-            raise DataError(f"features {shape} of {len(self.y)} labels: give (draws, N, D) and (N,)")
+            raise DataError(f"features {tuple(self.x.shape)} of {len(self.y)} labels: give (draws, N, D) and (N,)")
         finite(self.x)
 
     @property
@@ -164,8 +163,5 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
 def shuffled(splits: Splits) -> Splits:
     """A control of the probe: shuffled training and validation labels, so that test accuracy is at chance level."""
     generator = torch.Generator().manual_seed(0)
-
-    def at_random(part: Split) -> Split:
-        return Split(part.x, part.y[torch.randperm(len(part.y), generator=generator)])
-
-    return Splits(at_random(splits.train), at_random(splits.validation), splits.test)
+    train, validation = (Split(p.x, p.y[torch.randperm(len(p.y), generator=generator)]) for p in splits[:2])
+    return Splits(train, validation, splits.test)

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dispersive_kit.analysis.geometry import centred, finite
+from dispersive_kit.evaluation.distances import Array
 
 CAPTION = "Only neighbours can be read: areas and distances say nothing about dispersion."
-Array = NDArray[np.float64]
 
 
 def pca(x: Tensor, k: int = 2) -> Array:
@@ -38,8 +37,7 @@ def umap(x: Tensor, *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 
     import umap
 
     reducer = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, densmap=dens, n_jobs=1)
-    with warnings.catch_warnings():  # umap warns that a seed means one thread, which is what is wanted
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # umap warns that a seed means one thread, which is what is wanted
         return np.asarray(reducer.fit_transform(rows), dtype=np.float64)
 
 
@@ -50,8 +48,7 @@ def aligned_umap(stages: Sequence[Tensor]) -> list[Array]:
 
     reducer = umap.AlignedUMAP(n_neighbors=15, min_dist=0.1, random_state=0)
     same = {i: i for i in range(len(stages[0]))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         reducer.fit(rows, relations=[same] * (len(stages) - 1))
     return [np.asarray(one, dtype=np.float64) for one in reducer.embeddings_]
 

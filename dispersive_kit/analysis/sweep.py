@@ -27,7 +27,6 @@ from dispersive_kit.training.batches import stream
 KEEP = 512  # rows for measures quadratic in their number
 LOCAL_BATCH = 64  # images for the saturation gap and the structure of the token grid
 UNIFORMITY_T = (0.5, 2.0, 8.0)
-TAU = 0.5  # of the loss whose saturation is measured
 Values = dict[str, Tensor]
 
 
@@ -36,11 +35,10 @@ class Sweep:
     """Every measure (levels, blocks), the same of a Gaussian with the same covariance, and what was kept.
 
     values, gaussian: float64 by name. spectra: covariance eigenvalues (levels, blocks, E), falling. cka: debiased
-    linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first
-    images (levels, blocks, KEEP, E). protocol: how it was measured, with the pooling.
+    linear CKA of every two blocks (levels, blocks, blocks). rows: pooled features of the first images (levels, blocks,
+    KEEP, E). protocol: how it was measured, with the pooling.
     """
 
-    levels: tuple[float, ...]
     values: Values
     gaussian: Values
     spectra: Tensor
@@ -50,22 +48,20 @@ class Sweep:
     protocol: dict[str, Any]
 
 
-def sweep(
-    model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, pool: str = "tokens", batch_size: int = 250
-) -> Sweep:
+def sweep(model: DiT, data: ImageSet, levels: Sequence[float] = LEVELS, *, pool: str = "tokens") -> Sweep:
     """Run `model` over `data` at each level (log-SNR, inf for the clean image), and measure every block.
 
     pool: how tokens become rows, a name in `POOLS`. The rows (levels, blocks, N, E) of all images are held in memory.
-    Raises ConfigError: fewer images than the local batch, or a smaller batch; classes without a null class.
+    Raises ConfigError: fewer images than the local batch; classes without a null class.
     """
-    if min(batch_size, len(data)) < LOCAL_BATCH:
-        raise ConfigError(f"{len(data)} images in batches of {batch_size}: give at least {LOCAL_BATCH} of both")
+    if len(data) < LOCAL_BATCH:
+        raise ConfigError(f"{len(data)} images: give at least {LOCAL_BATCH}")
     encode = encoder(model)
     pooled = pooling(pool, encode, data.images, levels)
     rows: list[list[Tensor]] = [[] for _ in levels]
     squares: list[list[Tensor]] = [[] for _ in levels]  # of each channel, summed over images and tokens (blocks, D)
     local: list[tuple[Values, Values]] = []
-    for where, i, x, t in noisy(data.images, levels, batch_size=batch_size):
+    for where, i, x, t in noisy(data.images, levels):
         z = encode(x, t, where)  # (blocks, B, N, D)
         if not rows[i]:
             grids = z[:, :LOCAL_BATCH]
@@ -84,7 +80,6 @@ def sweep(
     gaussian = [null | own for (null, _), (_, own) in zip(nulls, local, strict=True)]
     kept = torch.stack([x[:, :KEEP] for x in whole])
     return Sweep(
-        tuple(levels),
         {name: torch.stack([one[name] for one in values]) for name in values[0]},
         {name: torch.stack([one[name] for one in gaussian]) for name in gaussian[0]},
         torch.stack([eigenvalues for _, eigenvalues in found]),
@@ -95,7 +90,7 @@ def sweep(
          "pooling": f"residual stream after each block, {POOLS[pool]}",
          "log_snr": ["clean" if level == math.inf else level for level in levels], "label": "null class",
          "checkpoint_sha256": weights_sha256(model.state_dict()), "noise_seed": 0, "keep": KEEP,
-         "local_batch": LOCAL_BATCH, "tau": TAU, "path": repr(LINEAR), "versions": versions()},
+         "local_batch": LOCAL_BATCH, "tau": geometry.TAU, "path": repr(LINEAR), "versions": versions()},
     )  # fmt: skip
 
 
@@ -120,7 +115,7 @@ def _measures(x: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
 
 def _grid_measures(grids: list[Tensor]) -> Values:
     """Measures (blocks,) of whole token grids z (B, N, D) of a local batch, one a block, as the loss gets them."""
-    seen = [measure(z.double(), LossOptions("infonce_l2", TAU)) for z in grids]
+    seen = [measure(z.double(), LossOptions("infonce_l2", geometry.TAU)) for z in grids]
     return {
         "saturation_gap": torch.stack([one.loss + math.log(one.rows) for one in seen]),  # above the floor, - log B
         "off_diagonal_mass": torch.stack([one.mass for one in seen]),

@@ -6,6 +6,7 @@ exactly 0, and a distance has the same bits in every chunk. A comparison `<=` wi
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,14 @@ def read_statistics(file: Path) -> tuple[Gaussian, dict[str, Any]]:
     """Mean and covariance of features of real images, and the description of the file for a record.
 
     Arrays mu (D,) and sigma (D, D), as in ADM's `VIRTUAL_imagenet256_labeled.npz` and in pytorch-fid's files; other
-    forms are not read. KID, precision and floor need images, so these files do not give them. The kit knows ADM's files
-    only by name, so the number's name has the sha256: compare it with your source's. Raises DataError: another form.
+    forms are not read. KID, precision and floor need images, so these files do not give them.
+    Raises DataError: another form.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+            mean, covariance = (np.asarray_chkfinite(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"mu is {mean.shape} and sigma {covariance.shape}")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("it has values that are not finite")
         if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * np.abs(covariance).max()):
             raise ValueError("sigma is not symmetric")
         values, vectors = np.linalg.eigh(covariance)
@@ -153,8 +152,7 @@ def _kernel_sums(x: Array, weights: Array) -> Array:
     total = np.zeros(len(weights))
     for start in range(0, len(x), CHUNK):
         part = _kernel(x[start : start + CHUNK], x)  # (c, N)
-        rows = np.arange(len(part))
-        part[rows, start + rows] = 0
+        np.fill_diagonal(part[:, start:], 0)
         total += ((part @ weights.T) * weights[:, start : start + CHUNK].T).sum(0)
     return total
 
@@ -174,11 +172,11 @@ def prdc(generated: NDArray, real: NDArray, *, k: int = 5) -> dict[str, Measured
     x, y = map(torch.from_numpy, _checked(generated, real))
     if min(len(x), len(y)) <= k:
         raise ConfigError(f"{len(x)} generated and {len(y)} real images are too few for {k} neighbours")
-    radius_x, radius_y = (_nearest(z, None, k)[0][:, -1] for z in (x, y))
+    radius_x, radius_y = (_nearest(z, z, k + 1)[0][:, -1] for z in (x, y))  # each point is its own nearest
     hits, covered, recalled = torch.zeros(len(x), dtype=torch.double), 0, 0
-    for start in range(0, len(y), CHUNK):
-        d = _distances(y[start : start + CHUNK], x)  # (c, N)
-        inside = d <= radius_y[start : start + CHUNK, None]
+    for rows, radius in zip(y.split(CHUNK), radius_y.split(CHUNK), strict=True):
+        d = _distances(rows, x)  # (c, N)
+        inside = d <= radius[:, None]
         hits += inside.sum(0)
         covered += int(inside.any(1).sum())
         recalled += int((d <= radius_x).any(1).sum())
@@ -192,19 +190,12 @@ def prdc(generated: NDArray, real: NDArray, *, k: int = 5) -> dict[str, Measured
     }
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+_distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _nearest(x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices (N, k) of the rows of y nearest to each row of x; None: other rows of x, copies too."""
-    found = []
-    for start in range(0, len(x), CHUNK):
-        part = _distances(x[start : start + CHUNK], x if y is None else y)
-        if y is None:
-            rows = torch.arange(len(part))
-            part[rows, start + rows] = torch.inf
-        found.append(part.topk(k, largest=False))
+def _nearest(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices (N, k) of the rows of y nearest to each row of x, the nearest first."""
+    found = [_distances(part, y).topk(k, largest=False) for part in x.split(CHUNK)]
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 

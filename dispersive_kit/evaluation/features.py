@@ -24,7 +24,6 @@ Extractors = Literal["auto", "classifier", "pixels-pca32", "effnet-lite0-pca64",
 INCEPTION = "inception-pool3"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-EFFNET_PCA_IMAGES = 2000  # real images on which the components of EfficientNet's features are fitted
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -58,9 +57,8 @@ class FeatureExtractor:
         return {key: getattr(self, key) for key in ("name", "version", "dim", "weights_sha256", "preprocess", "note")}
 
     def __call__(self, images: Tensor | Samples) -> NDArray[np.float32]:
-        """Features (N, dim) of uint8 images (N, C, H, W). `Samples` are drawn here, batch by batch.
+        """Features (N, dim) of uint8 images (N, C, H, W), in batches the processes share; `Samples` are drawn here.
 
-        The processes share the batches.
         Raises ConfigError: the images are not uint8 (N, C, H, W). KitError: the processes have different extractors.
         """
         if len(set(gathered([(self.weights_sha256, self.note)]))) > 1:
@@ -93,7 +91,7 @@ def make_extractor(
     makers: dict[str, Callable[[], FeatureExtractor]] = {
         "classifier": lambda: _small_classifier(train, held_out),
         "pixels-pca32": lambda: _pca(_pixels(train.images), train.images, 32),
-        "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, EFFNET_PCA_IMAGES).images, 64),
+        "effnet-lite0-pca64": lambda: _pca(_effnet_lite0(device), draw_images(train, 2000).images, 64),
         "inception": lambda: inception_pool3(device),
     }
     if name == "auto":

@@ -88,8 +88,7 @@ class Samples:
     def __getitem__(self, rows: slice) -> Tensor:
         y = self.labels[rows].to(next(self.model.parameters()).device)
         seeds = range(self.first_seed, self.first_seed + len(self))[rows]
-        interval = self.guidance_low, self.guidance_high
-        guidance = ClassifierFree(y, self.model.null_label, self.cfg_scale, *interval)
+        guidance = ClassifierFree(y, self.model.null_label, self.cfg_scale, self.guidance_low, self.guidance_high)
         how: dict[str, Any] = {"objective": self.objective, "sampler": self.sampler, "num_steps": self.num_steps}
         x = sample_batch(self.model, y, seeds, guidance=guidance, **how)
         return to_uint8(self.decode(x) if self.decode else x).cpu()
@@ -140,13 +139,11 @@ def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[I
 def _decoded(data: Selection, decode: Decode) -> ImageSet:
     store, rows = data.store, data.rows(np.arange(min(DECODED, len(data))))
     to_model = store.spec.autoencoder.to_model
-    parts = np.array_split(rows, -(-len(rows) // 64))
-    images = torch.cat(
-        [to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in progress(parts, "decoding real images")]
-    )
-    labels = torch.from_numpy(store.labels(rows))
-    found = ImageSet(f"{store.path.name}-decoded", data.part, images, labels, store.spec.classes, str(store.path))
-    return replace(found, drawn_from=len(data) if len(rows) < len(data) else None)
+    parts = progress(np.array_split(rows, -(-len(rows) // 64)), "decoding real images")
+    images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
+    name, labels = f"{store.path.name}-decoded", torch.from_numpy(store.labels(rows))
+    drawn_from = len(data) if len(rows) < len(data) else None
+    return ImageSet(name, data.part, images, labels, store.spec.classes, str(store.path), drawn_from=drawn_from)
 
 
 def pixel_gaussian(train: ImageSet, n: int, *, seed: int = 0) -> Tensor:

@@ -32,8 +32,10 @@ from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import run_folder, sampler_of
 
 Card = dict[str, Any]
+Better = Literal["lower", "higher", "about 1"]
 Images = Tensor | Samples | NDArray[np.floating]  # uint8 (N, C, H, W), `Samples` of them, or features (N, D)
-METRICS = ("FD", "KID", "PRDC")
+DISTANCES: dict[str, Callable[..., Measured]] = {"FD": distances.frechet, "KID": distances.kid}
+METRICS = (*DISTANCES, "PRDC")
 PROTOCOL_N = 50_000  # generated images of an FID
 NEIGHBOURS, RESAMPLES = 5, 100
 ADM_STATISTICS = r"VIRTUAL_imagenet(64|128|256|512)(_labeled)?\.npz"  # names of the files that ADM published
@@ -42,16 +44,15 @@ Sets = Callable[[], tuple[ImageSet, ImageSet]]  # training and held-out images, 
 
 def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -> list[str]:
     """The conditions of FID that do not hold, in words; see `FeatureExtractor.card` and `describe_set`."""
+    name, sha256, file = extractor.get("name"), extractor.get("weights_sha256"), reference.get("file")
     part = f"the reference is {reference.get('n', 0):,} of the {reference.get('drawn_from') or 0:,} images of "
     conditions = {
-        f"the features are {extractor.get('name')}, not {INCEPTION}": extractor.get("name") == INCEPTION,
-        "the weights are not the TensorFlow Inception of 2015 by their sha256": extractor.get("weights_sha256")
-        == features.INCEPTION_SHA256,
+        f"the features are {name}, not {INCEPTION}": name == INCEPTION,
+        "the weights are not the TensorFlow Inception of 2015 by their sha256": sha256 == features.INCEPTION_SHA256,
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
         f"{part}{reference.get('data')}": not reference.get("drawn_from"),
         "the reference set has no name": bool(reference.get("data")),
-        f"{reference.get('file')} has no name of a statistics file of ADM": "file" not in reference
-        or bool(re.fullmatch(ADM_STATISTICS, reference["file"])),
+        f"{file} has no name of a statistics file of ADM": file is None or bool(re.fullmatch(ADM_STATISTICS, file)),
     }
     return [fault for fault, holds in conditions.items() if not holds]
 
@@ -91,7 +92,7 @@ class Record:
     n: int
     n_reference: int
     protocol: Card = field(default_factory=dict)
-    better: Literal["lower", "higher", "about 1"] = "lower"
+    better: Better = "lower"
 
     def __post_init__(self) -> None:
         if self.name.partition("[")[0].strip() == "FID":
@@ -108,9 +109,12 @@ class Record:
         floor = "none" if self.floor != self.floor else f"{self.floor:.4g}"
         return f"{self.value:.4g}", ends, floor + (f" (N={of})" if of < self.n else "")
 
-    def __str__(self) -> str:
-        value, ends, floor = self.in_words()
-        return f"{self.name} = {value}, interval {ends}, real against real {floor}"
+
+def _record(metric: str, numbers: Measured, floor: float, n: int, protocol: Card, better: Better) -> Record:
+    """The record of a number of n images, with the name that its protocol gives it."""
+    reference = protocol["reference"]
+    name = number_name(metric, protocol["extractor"], n, reference)
+    return Record(name, *numbers, floor, n, reference.get("n", 0), protocol, better)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -153,28 +157,24 @@ def _protocol(extractor: FeatureExtractor, reference: Card, floor: Card, resampl
 
 def measured(metrics: Sequence[str], x: NDArray, y: NDArray, resamples: int) -> dict[str, Measured]:
     """Each number of x (N, D) against y (M, D) by name, with its interval."""
-    known = {"FD": distances.frechet, "KID": distances.kid}
-    found = {name: measure(x, y, resamples=resamples) for name, measure in known.items() if name in metrics}
+    found = {name: measure(x, y, resamples=resamples) for name, measure in DISTANCES.items() if name in metrics}
     return found | (distances.prdc(x, y, k=NEIGHBOURS) if "PRDC" in metrics else {})
 
 
+@dataclass(eq=False, repr=False)
 class Panel:
     """One extractor, one reference set and one set of other real images for the floor, to measure any samples with."""
 
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        real: ImageSet,
-        reference: ImageSet,
-        *,
-        metrics: Sequence[str] = METRICS,
-        resamples: int = RESAMPLES,
-    ) -> None:
-        if unknown := set(metrics) - set(METRICS):
+    extractor: FeatureExtractor
+    real: ImageSet
+    reference: ImageSet
+    metrics: Sequence[str] = METRICS
+    resamples: int = RESAMPLES
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.metrics) - set(METRICS):
             raise ConfigError(f"unknown metric {sorted(unknown)}; there are: {', '.join(METRICS)}")
-        self.extractor, self.real, self.reference = extractor, real, reference
-        self.metrics, self.resamples = metrics, resamples
-        self.y = extractor(reference.images)
+        self.y = self.extractor(self.reference.images)
         self._floors: dict[int, dict[str, Measured]] = {}
 
     def measure(self, generated: Images, *, protocol: Card | None = None) -> list[Record]:
@@ -186,14 +186,12 @@ class Panel:
         found = measured(self.metrics, _features(self.extractor, generated), self.y, self.resamples)
         if n not in self._floors:
             self._floors[n] = measured(self.metrics, self.extractor(others.images), self.y, 0)
-        own, reference = {"neighbours": NEIGHBOURS, **(protocol or {})}, describe_set(self.reference)
-        everything = _protocol(self.extractor, reference, describe_set(others), self.resamples, own)
-        records = []
-        for metric, numbers in found.items():
-            better: Literal["lower", "higher"] = "lower" if metric in ("FD", "KID") else "higher"
-            name, real = number_name(metric, everything["extractor"], n, reference), self._floors[n][metric][0]
-            records.append(Record(name, *numbers, real, n, len(self.reference), everything, better))
-        return records
+        own = {"neighbours": NEIGHBOURS, **(protocol or {})}
+        everything = _protocol(self.extractor, describe_set(self.reference), describe_set(others), self.resamples, own)
+        return [
+            _record(name, numbers, self._floors[n][name][0], n, everything, "lower" if name in DISTANCES else "higher")
+            for name, numbers in found.items()
+        ]
 
 
 def _features(extractor: FeatureExtractor, images: Images) -> NDArray:
@@ -230,14 +228,10 @@ def measure_memorisation(
     copied, real_copied = (float((one < real.mean() / 2).mean()) for one in (distance, real))
     floor = describe_set(held_out)
     everything = _protocol(extractor, {**describe_set(train), "held_out": floor}, floor, RESAMPLES, protocol)
-
-    def record(metric: str, numbers: Measured, floor: float, better: Any) -> Record:
-        name = number_name(metric, everything["extractor"], n, everything["reference"])
-        return Record(name, *numbers, floor, n, len(train), everything, better)
-
+    median, share = (ratio, *distances.interval(ratio, halves)), (copied, *distances.wilson(copied, n))
     return Memorisation(
-        record("nearest-train", (ratio, *distances.interval(ratio, halves)), real_ratio, "about 1"),
-        record("copies", (copied, *distances.wilson(copied, n)), real_copied, "lower"),
+        _record("nearest-train", median, real_ratio, n, everything, "about 1"),
+        _record("copies", share, real_copied, n, everything, "lower"),
         distance,
         index,
     )
@@ -301,8 +295,7 @@ def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluat
     numbers = distances.frechet(_features(extractor, images), known, resamples=RESAMPLES)
     floor = {"none": "a file of statistics has no images to measure a floor with"}
     everything = _protocol(extractor, reference, floor, RESAMPLES, protocol)
-    name = number_name("FD", everything["extractor"], how.num, reference)
-    return Record(name, *numbers, math.nan, how.num, 0, everything)
+    return _record("FD", numbers, math.nan, how.num, everything, "lower")
 
 
 def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
@@ -313,11 +306,6 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
         raise ConfigError(f"{file} holds samples that are drawn already: {named} would change nothing")
     if how.data is None and not (how.reference.endswith(".npz") and how.extractor == "inception"):
         raise ConfigError(f"{file} does not say what it is compared with: name the data set with --data")
-
-    def sets() -> tuple[ImageSet, ImageSet]:
-        size = images.shape[-1]
-        return load_images(str(how.data), "train", size=size), load_images(str(how.data), "test", size=size)
-
     try:  # the form of ADM's evaluation suite
         with np.load(file, allow_pickle=False) as arrays:
             found = arrays["arr_0"]
@@ -331,7 +319,8 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
     if len(images) > how.num:  # drawn: the file may be sorted by class
         images = images[torch.randperm(len(images), generator=stream(0, "samples"))[: how.num]]
     protocol = {"samples": {"file": file.name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}}
-    return images, protocol, sets
+    data, size = str(how.data), images.shape[-1]
+    return images, protocol, lambda: (load_images(data, "train", size=size), load_images(data, "test", size=size))
 
 
 def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:

@@ -104,10 +104,6 @@ def _address(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _short(x: Any, digits: int = 2) -> Any:
-    return np.round(np.asarray(x, dtype=float), digits).tolist()
-
-
 def _noise() -> dict[str, Any]:
     digits, times, frames = to_float(load_images("digits", "test").images[:10]), np.linspace(0, 1, 21).tolist(), {}
     noise = torch.randn(digits.shape, generator=torch.Generator().manual_seed(0))
@@ -115,7 +111,7 @@ def _noise() -> dict[str, Any]:
         paths = {f"{name}, log-SNR {PATHS[name].log_snr(t):.1f}": PATHS[name] for name in ("linear", "GVP", "VP")}
         rows = {name: _sheet(to_uint8(path.x_t(digits, noise, t)), 10, 1) for name, path in paths.items()}
         frames[str(i)] = {"rows": rows, "alt": f"Ten digits with noise at t = {t:.2f}: {'; '.join(rows)}."}
-    return frames_spec({"t": _short(times)}, (6,), frames, play="t")
+    return frames_spec({"t": np.round(times, 2).tolist()}, (6,), frames, play="t")
 
 
 def _training() -> dict[str, Any]:
@@ -145,7 +141,7 @@ def _map(files: Mapping[str, Tensor]) -> dict[str, Any]:
         "arms": list(ARMS.values()),
         "blocks": (1, 2, 3, 4),
         "levels": level_names(LEVELS),
-        "agreement": [_short(files[f"agreement/{arm}"], 4) for arm in ARMS],
+        "agreement": [np.round(files[f"agreement/{arm}"].numpy(), 4).tolist() for arm in ARMS],
         "nearest": [files[f"nearest/{arm}"][..., :3].tolist() for arm in ARMS],
         "labels": files["labels"].tolist(),
         "digits": {"source": _sheet(files["digits"], 20), "columns": 20, "rows": len(files["digits"]) // 20},
@@ -164,7 +160,7 @@ def patches(inside: BlockViews) -> Explorer:
         "kind": "patch",
         "controls": {"image": [*range(B)], "t": times, "block": [*range(depth)], "head": [*range(heads)]},
         "side": math.isqrt(N),
-        "attention": _short(attention.transpose(1, 2)),
+        "attention": np.round(attention.transpose(1, 2).double().numpy(), 2).tolist(),
         "nearest": nearest.permute(2, 1, 0, 3, 4).tolist(),
         "sheet": {"source": _sheet(to_uint8(images.flatten(0, 1)), len(times)), "columns": len(times), "rows": B},
     }
@@ -200,10 +196,6 @@ def _umap() -> dict[str, Any]:
 
 def console(seed: int = 0) -> Explorer:
     """Every demo in large type. seed: decides the sides in the blind test."""
-    return Explorer(_console(seed), playground().still)
-
-
-def _console(seed: int) -> dict[str, Any]:
     files = stored("classroom.npz")
     demos = {
         **{name: {"kind": name} for name in ("playground", "trajectories", "train")},
@@ -215,7 +207,7 @@ def _console(seed: int) -> dict[str, Any]:
         "umap": _umap(),
         "quiz": blind_quiz({words: files[f"quiz/{arm}"] for arm, words in ARMS.items()}, seed=seed).spec,
     }
-    return {"kind": "console", "demos": demos}
+    return Explorer({"kind": "console", "demos": demos}, playground().still)
 
 
 def write_console(file: Path) -> int:
@@ -224,5 +216,5 @@ def write_console(file: Path) -> int:
     page = page.replace("{{ module }}", MODULE.read_text(encoding="utf-8"))
     script = page.partition('<script type="module">')[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(_console(0), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(console().spec, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     return file.write_bytes(page.replace("{{ digest }}", digest).replace("{{ data }}", data).encode())

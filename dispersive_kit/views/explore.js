@@ -177,9 +177,8 @@ const paint = (node, alt, ...parts) => {
   node.innerHTML = parts.flat().join("");
 };
 
-function words(x, y, text, { color = INK, anchor = "middle" } = {}) {
-  return `<text x="${x}" y="${y}" fill="${color}" text-anchor="${anchor}">${escaped(text)}</text>`;
-}
+const words = (x, y, text, anchor = "middle") =>
+  `<text x="${x}" y="${y}" fill="${GREY}" text-anchor="${anchor}">${escaped(text)}</text>`;
 
 const colored = (text, color) => `<b style="color: ${color}">${escaped(text)}</b>`;
 
@@ -207,13 +206,12 @@ function panel({ x, y, width = 420, height = 420, left = 6, right = 6, below = 6
       fill="none" stroke="${color}" stroke-width="${size}" stroke-linecap="round" opacity="${opacity}"/>`,
     line: (points, color, size = 3, dash = "") => `<polyline points="${points.map(p => pixel(p).join()).join(" ")}"
       fill="none" stroke="${color}" stroke-width="${size}" stroke-dasharray="${dash}"/>`,
-    ways: (pairs, color, size = 2) => `<path d="${pairs.map(([p, q]) => `M${pixel(p).join(" ")}L${pixel(q).join(" ")}`)
-      .join("")}" fill="none" stroke="${color}" stroke-width="${size}" opacity=".5"/>`,
+    ways: (pairs, color) => `<path d="${pairs.map(([p, q]) => `M${pixel(p).join(" ")}L${pixel(q).join(" ")}`)
+      .join("")}" fill="none" stroke="${color}" stroke-width="2" opacity=".5"/>`,
     across: (ticks, name) => ticks
-      .map(([v, text]) => words(pixel([v, y[0]])[0], height + 32, text, { color: GREY })).join("")
-      + words(left + width / 2, height + 58, name, { color: GREY }),
-    ends: texts => texts.map((text, k) =>
-      words(left - 8, k ? 24 : height + 4, text, { color: GREY, anchor: "end" })).join(""),
+      .map(([v, text]) => words(pixel([v, y[0]])[0], height + 32, text)).join("")
+      + words(left + width / 2, height + 58, name),
+    ends: texts => texts.map((text, k) => words(left - 8, k ? 24 : height + 4, text, "end")).join(""),
   };
 }
 
@@ -563,7 +561,7 @@ function playground(root) {
 
   function everyScale(arm) {
     const limits = VARIANTS[arm.name][1], ends = [GRID[0], GRID.at(-1)].map(Math.log10), now = arm.loss.at(-1)[1];
-    const axes = panel({ x: ends, y: limits, width: 420, height: 290, left: 60, below: 64 });
+    const axes = panel({ x: ends, y: limits, height: 290, left: 60, below: 64 });
     const title = `loss ${colored(shortly(now), RED)} at every scale, ${
       arm.level > -Infinity ? `floor ${shortly(arm.level)}` : "no floor"}`;
     const losses = GRID.map(k => [Math.log10(k), dispersive(scaled(arm, k), 2, options(arm)).loss]);
@@ -635,7 +633,7 @@ export function network(random) {
 }
 
 /** Rows x (n x 2) at times t (n): the input of each layer, and the sigmoid in its SiLU. */
-export function forward(net, x, t) {
+function forward(net, x, t) {
   const n = t.length, input = new Float64Array(n * SIZES[0]);
   t.forEach((time, i) => {
     input.set([x[2 * i], x[2 * i + 1]], i * SIZES[0]);
@@ -663,7 +661,7 @@ export function batch(n, draws, random, times = random) {
 }
 
 /** One step of Adam on flow matching, with `weight` times the loss on hidden layer `tap` (1 or 2). */
-export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-3) {
+export function trainStep(net, { x, v, t }, { weight, tap, ...loss }) {
   const { weights, gradient, first, second, layers, slopes } = net, n = t.length;
   const { shares, after } = forward(net, x, t);
   let passed = after[3].map((out, i) => (out - v[i]) / n); // the mean is over 2 n numbers
@@ -686,7 +684,7 @@ export function trainStep(net, { x, v, t }, { weight, tap, ...loss }, rate = 4e-
   gradient.forEach((g, i) => { // Adam
     first[i] += 0.1 * (g - first[i]);
     second[i] += 0.001 * (g * g - second[i]);
-    weights[i] -= rate * first[i] / one / (Math.sqrt(second[i] / two) + 1e-8);
+    weights[i] -= 4e-3 * first[i] / one / (Math.sqrt(second[i] / two) + 1e-8);
   });
 }
 

@@ -27,12 +27,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 BLUE, RED, GREEN, GREY = *OKABE_ITO[:3], "0.55"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.prop_cycle": plt.cycler(color=OKABE_ITO), "image.cmap": "cividis", "legend.frameon": False,
-    "legend.fontsize": 9,
-}  # fmt: skip
+LINES: list[dict[str, Any]] = [{"color": c, "linestyle": dash} for c, dash in zip(OKABE_ITO, DASHES, strict=True)]
+POINTS: list[dict[str, Any]] = [{"color": c, "marker": mark} for c, mark in zip(OKABE_ITO, MARKERS, strict=True)]
 LOOKS: dict[str, dict[str, Any]] = {  # of the four verdicts
     "better": {"color": GREEN, "marker": "^"},
     "equivalent": {"color": BLUE, "marker": "o"},
@@ -47,7 +43,12 @@ Interval = tuple[float, float, float]  # low, value, high
 
 def style() -> None:
     """Set the kit's style for all figures of this process."""
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update({
+        "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.prop_cycle": plt.cycler(color=OKABE_ITO), "image.cmap": "cividis", "legend.frameon": False,
+        "legend.fontsize": 9,
+    })  # fmt: skip
 
 
 def figure_html(figure: Figure, alt: str, caption: str = "") -> str:
@@ -89,10 +90,6 @@ def _legend(figure: Figure) -> None:
         figure.legend(list(handles.values()), list(handles), **place)
 
 
-def _look(i: int) -> dict[str, Any]:
-    return {"color": OKABE_ITO[i % 7], "linestyle": DASHES[i % 7]}
-
-
 def curves(
     panels: Mapping[str, Mapping[str, Any]], *, nulls: Mapping[str, Mapping[str, Any]] | None = None,
     each: Mapping[str, Mapping[str, Any]] | None = None, xlabel: str = "training step", columns: int | None = None,
@@ -114,7 +111,7 @@ def curves(
                 continue
             i, every = arms.index(arm), max(1, len(line[0]) // 8)
             marks: dict[str, Any] = {"marker": MARKERS[i % 7], "markevery": (i * every // 7, every), "markersize": 5}
-            axis.plot(*line, label=arm, **marks, **_look(i))
+            axis.plot(*line, label=arm, **marks, **LINES[i % 7])
         for arm, line in (nulls or {}).get(label, {}).items():
             axis.plot(*line, ":", color=OKABE_ITO[arms.index(arm)], linewidth=3, label=f"{arm}, Gaussian", alpha=0.7)
         axis.set(**{"xlabel": xlabel, "ylabel": label, **axes, **(each or {}).get(label, {})})
@@ -218,21 +215,18 @@ def scatter(
         if labels is None:
             axis.plot(*x.T, ".", color=BLUE, markersize=2, alpha=0.5)
         else:
-            _classes(axis, x, np.asarray(labels))
+            classes = np.asarray(labels)
+            colours = sns.color_palette("husl", int(classes.max()) + 1)
+            for k in np.unique(classes):
+                own = x[classes == k]
+                axis.scatter(own[:, 0], own[:, 1], s=5, color=colours[k], alpha=0.7, linewidths=0)
+                axis.annotate(str(k), np.median(own, axis=0), ha="center", va="center", weight="bold")
         axis.set(title=name, xlabel=(notes or {}).get(name, ""))
         if extent:
             axis.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         if not extent or labels is not None:
             axis.set(xticks=[], yticks=[])
     return figure
-
-
-def _classes(axis: Axes, x: NDArray[Any], labels: NDArray[Any]) -> None:
-    colours = sns.color_palette("husl", int(labels.max()) + 1)
-    for k in np.unique(labels):
-        own = x[labels == k]
-        axis.scatter(own[:, 0], own[:, 1], s=5, color=colours[k], alpha=0.7, linewidths=0)
-        axis.annotate(str(k), np.median(own, axis=0), ha="center", va="center", weight="bold")
 
 
 def distribution(samples: Mapping[str, Any], kind: Literal["hist", "ecdf", "kde"], **axes: Any) -> Figure:
@@ -248,7 +242,7 @@ def _distribution(axis: Axes, samples: Mapping[str, Any], kind: str, *, log: boo
     draw = {"hist": sns.histplot, "ecdf": sns.ecdfplot, "kde": sns.kdeplot}[kind]
     how: dict[str, Any] = {"hist": {"element": "step", "fill": False, "stat": "density", "bins": 60}, "kde": {"cut": 0}}
     for i, (name, values) in enumerate(samples.items()):
-        draw(x=np.asarray(values), ax=axis, label=name, log_scale=log, **how.get(kind, {}), **_look(i))
+        draw(x=np.asarray(values), ax=axis, label=name, log_scale=log, **how.get(kind, {}), **LINES[i % 7])
 
 
 def pairwise_distances(z: Tensor) -> NDArray[np.float64]:
@@ -281,8 +275,8 @@ def forest(
     lines = max(len(rows) for rows in panels.values())
     figure, drawn = _panels(len(panels), columns, width, 0.36 * lines + 1, sharey=True)
     for axis, (label, rows) in zip(drawn, panels.items(), strict=True):
-        looks = [{"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]} for i in range(len(rows))]
-        _intervals(axis, rows, [format(value, fmt) if fmt else "" for _, value, _ in rows.values()], looks)
+        notes = [format(value, fmt) if fmt else "" for _, value, _ in rows.values()]
+        _intervals(axis, rows, notes, [POINTS[i % 7] for i in range(len(rows))])
         if levels:
             axis.axvline(levels[label], color="black", linestyle=":")
         axis.set(xlabel=label, **axes)
@@ -311,12 +305,6 @@ def _log_if_wide(axis: Axes, which: Literal["x", "y"], ends: Sequence[float]) ->
     side.set_major_locator(LogLocator(subs=subs))
     side.set_major_formatter("{x:g}")
     side.set_minor_formatter(NullFormatter())
-
-
-def _measure_name(measure: str) -> str:
-    """In words: "frechet cfg 2" is the Fréchet distance at CFG scale 2."""
-    name, _, scale = measure.partition(" cfg ")
-    return MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else "")
 
 
 def compared(v: Mapping[str, Any]) -> str:
@@ -349,7 +337,8 @@ def slope_graph(results: Mapping[str, Any], measure: str = "frechet") -> Figure:
             for margin in {v["margin"] for v in found.values()}:
                 column[1].axvspan(math.exp(-margin), math.exp(margin), color=BLUE, alpha=0.06, lw=0)
             column[1].set_xlabel(f"ratio to {results['reference']}")
-    axes[0, 0].set_ylabel(_measure_name(measure))
+    name, _, scale = measure.partition(" cfg ")  # as "frechet cfg 2"
+    axes[0, 0].set_ylabel(MEASURES.get(name, name) + (f" at CFG scale {scale}" if scale else ""))
     return figure
 
 
@@ -357,8 +346,7 @@ def _slopes(axis: Axes, results: Mapping[str, Any], condition: str, arms: list[s
     runs = [run for run in results["runs"] if run["condition"] == condition]
     for i, seed in enumerate(sorted({run["seed"] for run in runs})):
         own = {run["arm"]: run["values"].get(measure, math.nan) for run in runs if run["seed"] == seed}
-        look: dict[str, Any] = {"color": OKABE_ITO[i % 7], "marker": MARKERS[i % 7]}
-        axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, **look)
+        axis.plot(range(len(arms)), [own[arm] for arm in arms], lw=1, ms=4, **POINTS[i % 7])
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axis.set(xticks=range(len(arms)), xlim=(-0.3, len(arms) - 0.7))
     axis.set_xticklabels(arms, **(slanted if len(arms) > 5 else {}))

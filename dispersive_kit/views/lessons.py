@@ -42,12 +42,10 @@ def cloud(B: int) -> Tensor:
 # ---- sampling with the exact velocity of eight Gaussians
 
 T_END = 1e-3  # at t = 0 the exact velocity is 0 / 0
-SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {  # and model evaluations per step
-    "Euler": (euler, 1),
-    "Heun": (heun, 2),
-    "RK4": (rk4, 4),
-    "SDE": (euler_maruyama, 1),
-}
+# With the model evaluations of a step.
+SAMPLERS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "Euler": (euler, 1), "Heun": (heun, 2), "RK4": (rk4, 4), "SDE": (euler_maruyama, 1),
+}  # fmt: skip
 DATA = eight_gaussians()
 CLASSES = [GaussianMixture(DATA.means[rows], DATA.std) for rows in ([0, 1, 7], [2, 3, 4, 5, 6])] + [DATA]
 NULL = 2  # the last of `CLASSES`: all eight
@@ -152,11 +150,11 @@ def pull_of(distances: Any, B: int, tau: float) -> float:
     return float(2 / tau * 2 * (kernel * distances).sum() / (B + 2 * kernel.sum()))
 
 
-def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet") -> Figure:
-    """The ratio of an arm to the reference for each seed alone, and the mean of all seeds with its interval."""
-    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, measure))
-    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and measure in run["values"]]
-    values = {(run["arm"], run["seed"]): run["values"][measure] for run in runs}
+def single_seeds(results: Mapping[str, Any], arm: str) -> Figure:
+    """Ratio of an arm's Fréchet distance to the reference's: each seed alone, and the mean of all with its interval."""
+    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, "frechet"))
+    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and "frechet" in run["values"]]
+    values = {(run["arm"], run["seed"]): run["values"]["frechet"] for run in runs}
     base = results["reference"]
     seeds = sorted(seed for name, seed in values if name == arm and (base, seed) in values)
     rows = {f"seed {seed} alone": (values[arm, seed] / values[base, seed],) * 3 for seed in seeds}
@@ -165,18 +163,19 @@ def single_seeds(results: Mapping[str, Any], arm: str, measure: str = "frechet")
     return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})
 
 
-def regime_map(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("paper", "small", "placebo")) -> Figure:
+def regime_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Ratios to base without guidance, of rows as `all_verdicts` gives them, against the epochs of the base.
 
     Left held-out losses, right Frechet distances. Points with equal epochs are drawn beside each other. Dotted lines
     separate the states of the base in these studies: its held-out loss falls, has almost stopped falling, or rises.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    looks = {"paper": (RED, "o"), "small": (BLUE, "s"), "placebo": (GREY, "^")}
     states = {4: "still learning", 190: "converged", 900: "over-fitted"}
     for axis, measure in zip(axes, ("held_out", "frechet"), strict=True):
-        found = [row for row in rows if row["measure"] == measure and row["arm"] in arms and "against" not in row]
+        found = [row for row in rows if row["measure"] == measure and row["arm"] in looks and "against" not in row]
         found.sort(key=lambda row: row["epochs"])
-        for arm, color, marker in zip(arms, (RED, BLUE, GREY), "os^", strict=False):
+        for arm, (color, marker) in looks.items():
             own = [(row["epochs"] * 1.06 ** (k % 9 - 4), row) for k, row in enumerate(found) if row["arm"] == arm]
             low, mid, high = (np.exp([row[end] for _, row in own]) for end in ("low", "mean", "high"))
             how = {"color": color, "marker": marker, "label": arm, "ls": "", "capsize": 2}

@@ -110,7 +110,7 @@ def test_three_steps_of_training_with_adam(kit: Page, variant: str, tap: int) ->
           for (let k = 0; k < 3; k += 1) {
             const drawn = kit.batch(64, kit.SETS["two moons"], random);
             batches.push([[...drawn.x], [...drawn.v], [...drawn.t]]);
-            kit.trainStep(net, drawn, options, 0.004);
+            kit.trainStep(net, drawn, options);
           }
           return [start, batches, [...net.weights]];
         }""",

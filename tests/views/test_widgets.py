@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock, call
 
 import matplotlib.pyplot as plt
 import pytest
@@ -20,18 +21,10 @@ def clean_figures() -> Iterator[None]:
     assert not plt.get_fignums(), "a widget left a figure open"
 
 
-class Painter:
-    """A view that notes the states it was asked for, and fails at size 3 if it shall."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.fails = fails
-
-    def __call__(self, size: int, name: str) -> Figure:
-        self.asked.append((size, name))
-        if self.fails and size == 3:
-            raise ValueError("three")
-        return plt.figure(figsize=(1, 1))
+def view(size: int, name: str) -> Figure:
+    if name == "b" and size == 2:
+        raise ValueError("two")
+    return plt.figure(figsize=(1, 1))
 
 
 def ask(explorer: widgets.Explorer, message: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def ask(explorer: widgets.Explorer, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_first_state_is_there_without_a_front_end_and_a_picture_is_drawn_once() -> None:
-    painter = Painter()
+    painter = Mock(wraps=view)
     explorer = widgets.explore(painter, SLIDERS, start={"size": 2}, alt="{name} at {size}", caption="small")
     bundle, _ = explorer._repr_mimebundle_()
     assert 'alt="a at 2"' in bundle["text/html"] and "<figcaption>small</figcaption>" in bundle["text/html"]
@@ -52,14 +45,14 @@ def test_the_first_state_is_there_without_a_front_end_and_a_picture_is_drawn_onc
     for _ in range(2):
         answer = ask(explorer, {"place": [2, 1]})
         assert answer["place"] == [2, 1] and 'alt="b at 3"' in answer["drawn"]
-    assert painter.asked == [(2, "a"), (3, "b")]
+    assert painter.mock_calls == [call(size=2, name="a"), call(size=3, name="b")]
 
 
 def test_an_error_of_a_view_stops_the_cell_at_first_and_later_is_told_to_the_browser() -> None:
-    with pytest.raises(ValueError, match="three"):
-        widgets.explore(Painter(fails=True), SLIDERS, start={"size": 3}, alt="")
-    answer = ask(widgets.explore(Painter(fails=True), SLIDERS, alt=""), {"place": [2, 0]})
-    assert answer["place"] == [2, 0] and answer["fault"].endswith("ValueError: three\n")
+    with pytest.raises(ValueError, match="two"):
+        widgets.explore(view, SLIDERS, start={"size": 2, "name": "b"}, alt="")
+    answer = ask(widgets.explore(view, SLIDERS, alt=""), {"place": [1, 1]})
+    assert answer["place"] == [1, 1] and answer["fault"].endswith("ValueError: two\n")
 
 
 def test_a_film_is_given_whole_and_begins_at_its_end() -> None:

@@ -109,12 +109,6 @@ class LossOptions:
         if why:
             raise DispersiveError(f"kind {self.kind!r} {why}")
 
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> "LossOptions":
-        for name in options:
-            check_choice("option", name, [f.name for f in fields(cls)])
-        return cls(**options)
-
     @property
     def scale(self) -> float | str | None:
         return KINDS[self.kind].tau if self.tau is None else self.tau
@@ -197,9 +191,7 @@ def dispersive_loss(
     float32 D / tau is right to some 1e-7 of itself: where it passes 300 without the diagonal, give z.double().
     Raises DispersiveError: shapes, types, options; a single row for covariance or vicreg.
     """
-    options = LossOptions(
-        kind, tau, diagonal, pool, normalize, norm_penalty, t_window=t_window, ignore_same_class=ignore_same_class
-    )
+    options = LossOptions(kind, tau, diagonal, pool, normalize, norm_penalty, t_window, ignore_same_class)
     return measure(z, options, t=t, y=y).loss
 
 
@@ -261,19 +253,13 @@ def _rows_of(z: Tensor, options: LossOptions) -> Tensor:
     return F.normalize(x, dim=1, eps=EPS) if KINDS[options.kind].unit else x
 
 
-def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
-    y = _per_row("ignore_same_class", "y", y, x) if options.ignore_same_class else None
-    t = _per_row("t_window", "t", t, x) if options.t_window else None
-    if t is not None and not t.is_floating_point():
-        t = t.long()  # the difference of unsigned numbers wraps round
-    return Pairs(y, t, options.t_window or 0.0)
-
-
 def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
     if label is None:
         raise DispersiveError(f"{option} needs {name}: pass {name}= (B,)")
     if label.device.type == "cpu" and not label.isfinite().all():  # on a GPU the check would synchronise
         raise DispersiveError(f"{option} needs {name}, and it holds NaN or infinity: give finite numbers")
+    if not label.is_floating_point():
+        label = label.long()  # the difference of unsigned numbers wraps round
     return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
 
@@ -320,7 +306,9 @@ SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
 def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y: Tensor | None) -> Measured:
     """The loss from the sum over the pairs i != j; the diagonal, where D is exactly 0, is added in closed form."""
     kernel, rows = _kernel_of(options.kind, tau, x.shape[1]), len(x)
-    total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
+    y = _per_row("ignore_same_class", "y", y, x) if options.ignore_same_class else None
+    t = _per_row("t_window", "t", t, x) if options.t_window else None
+    total, dropped, gram = PairSum.apply(x, kernel, Pairs(y, t, options.t_window or 0.0))
     own = rows if options.with_diagonal else 0
     count = (rows * (rows - 1) + own - dropped).to(tau.dtype)
     at_zero = kernel.value(torch.zeros_like(tau))
@@ -357,17 +345,11 @@ def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
 
 
 def floor(
-    kind: str,
-    batch: int,
-    tau: float | None = None,
-    *,
-    diagonal: bool | None = None,
-    dim: int | None = None,
-    dropped: int = 0,
+    kind: str, batch: int, tau: float | None = None, *, diagonal: bool | None = None, dim: int = 0, dropped: int = 0
 ) -> float:
     """Lower bound of the loss of `batch` rows, or -inf; `dispersive_loss` says for which features it is reached.
 
-    dim: width of the rows, for covariance. dropped: pairs i != j that do not count, out of batch (batch - 1).
+    dim: width of the rows, for covariance, if known. dropped: pairs i != j that do not count, of batch (batch - 1).
     Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)

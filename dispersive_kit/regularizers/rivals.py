@@ -60,9 +60,7 @@ class LayerSync(_Rival):
         order = [int(name) for of, name in blocks if name.isdigit() and of == blocks[0][0]]
         if len(blocks) != 2 or order != sorted(order):
             self.remove()
-            raise DispersiveError(
-                f"LayerSync of {self.where}: give a shallow module, which is taught, and a deeper one"
-            )
+            raise DispersiveError(f"LayerSync: {self.where}: give a shallow module, which is taught, and a deeper one")
 
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor:
         shallow, deep = features
@@ -80,13 +78,7 @@ class REPA(_Rival):
     squared = False
 
     def __init__(
-        self,
-        model: nn.Module,
-        at: At = None,
-        *,
-        encoder: Callable[[Tensor], Tensor],
-        projector: nn.Module,
-        **options: Any,
+        self, model: nn.Module, at: At = None, *, encoder: Callable[..., Tensor], projector: nn.Module, **options: Any
     ) -> None:
         super().__init__(model, at, **options)
         self.encoder, self.projector = encoder, projector

@@ -93,7 +93,7 @@ def read_metrics_of(config, folder):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"regularizer": {"preset": "layersync", "tau": 0.5}}, "tau is set, and layersync takes only at, weight"),
+        ({"regularizer": {"preset": "layersync", "tau": 0.5}}, "tau is set, and preset layersync takes only at, weight"),
         ({"regularizer": {"preset": "repa", "norm_matched": 2.0}}, "norm_matched is set"),
         ({"regularizer": {"preset": "clean-patch", "gather": False}}, "gather is set"),
         ({"regularizer": {"preset": "repa", "weight": -1.0}}, "weight is -1.0"),

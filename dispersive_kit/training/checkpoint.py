@@ -75,7 +75,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Read a checkpoint, and verify every file against its sha256."""
     try:
         manifest = read_form(path / "manifest.json", _Manifest, error=CheckpointError)
         groups = {}

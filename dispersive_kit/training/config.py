@@ -14,7 +14,7 @@ from dispersive_kit.regularizers.taps import Schedule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 # What may be set beside a preset, where not everything may: without a loss, how dispersion is measured.
-TAKES = dict.fromkeys(RIVALS, ("at", "weight", "depth", "schedule", "schedule_steps"))
+TAKES: dict[str, tuple[str, ...]] = dict.fromkeys(RIVALS, ("at", "weight", "depth", "schedule", "schedule_steps"))
 TAKES["none"] = ("at", "depth", "gather", "group_size")
 
 

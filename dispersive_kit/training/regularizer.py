@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -35,21 +34,18 @@ def attach_regularizer(
     Raises ConfigError: the model has no such block, or the configuration does not fit it or the data.
     """
     chosen = config.regularizer
-    placebo = partial(NormMatched.from_preset, rms=chosen.norm_matched)
-    attach: Any = placebo if chosen.norm_matched else Dispersive.from_preset
     try:
         if chosen.preset in RIVALS:
-            found = _attach_rival(model, config, data)
+            found: Any = _attach_rival(model, config, data)
+        elif chosen.norm_matched:
+            found = NormMatched.from_preset(model, chosen.preset, rms=chosen.norm_matched, **chosen.overrides())
         else:
-            found = attach(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
+            found = Dispersive.from_preset(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
     except DispersiveError as error:
         raise ConfigError(f"regularizer: {error}") from error
     whole = all(re.fullmatch(r"blocks\.\d+", path) for path in found.paths)
     if not whole and (config.objective == "meanflow" or hasattr(model, HEAD)):
-        raise ConfigError(
-            f"regularizer.at is {', '.join(found.paths)}: with MeanFlow, repa and clean-patch it must be whole blocks, "
-            "such as blocks.1"
-        )
+        raise ConfigError(f"regularizer.at is {found.where}: MeanFlow, repa, clean-patch need whole blocks (blocks.1)")
     return found
 
 

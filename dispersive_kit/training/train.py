@@ -27,7 +27,7 @@ from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
 from dispersive_kit.regularizers import Dispersive, depth_use
 from dispersive_kit.training import runs
-from dispersive_kit.training.batches import Batch, open_source
+from dispersive_kit.training.batches import Batch, LatentSet, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import StopRequest, make_accelerator
@@ -83,9 +83,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 logs = True
             if logs:
                 values |= _depth_use(run.ema.model, run.objective, run.frozen)
-            record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
-            if logs:
-                run.log(step + 1, record.values)
+            record = StepRecord(step + 1, config.steps, run.log(step + 1, values) if logs else {})
             if saves or stops:
                 run.save(step + 1)
             yield record
@@ -220,7 +218,8 @@ class Session:
             card = runs.run_card(config, accelerator, self.source.card, self.model)
             self.dispersion_batch: int = card["dispersion_batch"]  # images that are compared with each other
             if accelerator.is_main_process:
-                self.source.verify()
+                if isinstance(self.source.train, LatentSet):
+                    self.source.train.verify()
                 held.enter_context(runs.claim_run_folder(run_dir, config, card, resume=resume))
             accelerator.wait_for_everyone()
             folder = run_dir / "checkpoints"
@@ -279,18 +278,16 @@ class Session:
             "fail at the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
         )
 
-    def reduce(self, values: dict[str, Any]) -> dict[str, float]:
-        """Mean over processes, read back from the device."""
+    def log(self, step: int, values: dict[str, Any]) -> dict[str, float]:
+        """Means over processes, read back from the device; the finite ones are written to metrics.jsonl."""
         tensors = {k: torch.as_tensor(v, device=self.accelerator.device) for k, v in values.items()}
-        return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Write finite values to metrics.jsonl. The gradient ratio is infinite while the model's output is 0."""
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        means = {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
         file = self.run_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
+            finite = {k: v for k, v in means.items() if math.isfinite(v)}  # while the output is 0 gradient_ratio is not
             with writing(file, CheckpointError), file.open("a") as lines:
                 lines.write(json.dumps({"step": step, **finite}) + "\n")
+        return means
 
     def save(self, step: int) -> None:
         """All processes wait until the checkpoint is on disk: when one of them ends, a launcher ends the others."""

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +43,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
     Raises CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    _discard(folder.glob(f"{PARTIAL}*"))  # left by a killed process; removed first to free disk space
+    for left in folder.glob(f"{PARTIAL}*"):  # by a killed process; removed first to free disk space
+        shutil.rmtree(left, ignore_errors=True)
     with atomic_write(final, CheckpointError) as partial:
         partial.mkdir()
         hashes = {}
@@ -55,12 +55,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
         manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
     kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
-    _discard(path for path in checkpoints(folder) if path not in kept)
-
-
-def _discard(paths: Iterable[Path]) -> None:
-    """Remove folders. Where this fails (one is read over a network file system), the next save tries again."""
-    for path in paths:
+    for path in set(checkpoints(folder)) - set(kept):  # one that is read over a network may stay until the next save
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -92,14 +87,12 @@ def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
 
     Raises CheckpointError: there is none, none of this step, or every one is damaged.
     """
-    found, faults = checkpoints(folder), []
+    found, faults = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}, []
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
-    steps = {int(path.name.removeprefix("step-")): path for path in found}
-    if step is not None and step not in steps:
-        kept = ", ".join(map(str, steps))
-        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {kept}")
-    for path in reversed(found) if step is None else [steps[step]]:
+    if step is not None and step not in found:
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {', '.join(map(str, found))}")
+    for path in reversed(found.values()) if step is None else [found[step]]:
         try:
             checkpoint = _load(path)
         except CheckpointError as error:

@@ -15,9 +15,6 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from dispersive_kit.errors import ConfigError
 
-# Processes wait this long for the one that checks the hashes of a store, 42 GB perhaps, before the first step.
-LONGEST_WAIT = timedelta(hours=4)
-
 
 def this_process() -> PartialState:
     """Rank, number of processes and device; one process if there is no launcher."""
@@ -32,7 +29,7 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)
-    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=4))  # one checks the hashes of a store, 42 GB perhaps
     cpu = not torch.accelerator.is_available()  # otherwise each of several CPU processes would train alone
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[patient])

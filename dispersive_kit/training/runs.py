@@ -29,7 +29,6 @@ from dispersive_kit.training.regularizer import ENCODER_NOTE, HEAD
 
 LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it wrote config.json
 KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # files that an exported run has besides its weights
-PREVIEW_STEPS = 20
 
 
 @contextlib.contextmanager
@@ -67,7 +66,9 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
         )
     longer = config.schedule == "constant" and config.steps >= old_config.steps
     free = {*FREE_TO_CHANGE, "data", *(["steps"] if longer else [])}
-    before, now = (_by_name(one.model_dump(exclude=free)) for one in (old_config, config))
+    before, now = (one.model_dump(exclude=free) for one in (old_config, config))
+    for settings in (before, now):
+        settings |= {f"regularizer.{name}": value for name, value in settings.pop("regularizer").items()}
     changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
     key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
     if not changed and old["data"][key] != card["data"][key]:
@@ -81,11 +82,6 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
     if changed:
         raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
-
-
-def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    inner = settings.pop("regularizer")
-    return settings | {f"regularizer.{name}": value for name, value in inner.items()}
 
 
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -270,7 +266,7 @@ def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
     """n samples, classes in turn, always from the same noise: images as PNG; points and latents as safetensors."""
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
     try:
-        samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
+        samples = sample_batch(model, labels, range(n), objective=objective, num_steps=20).cpu()
     except DataError as error:
         warnings.warn(f"no preview {file.name}: {error}", stacklevel=2)
         return

@@ -160,7 +160,6 @@ class _Card(BaseModel, extra="allow"):
 
 
 def _read_card(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json. Raises CheckpointError: it cannot be read, or a field is missing."""
     return files.read_form(run_dir / "run.json", _Card, error=CheckpointError).model_dump()
 
 

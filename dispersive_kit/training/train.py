@@ -59,6 +59,10 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
         folder. DataError: the data set is missing. KitError: NaN or infinity.
     """
     run = Session(config, Path(run_dir), resume=resume)
+    last_good = (
+        f"The newest checkpoint in {run.folder} is from before. Resumed there, the run would fail at the same step: "
+        "start a run with a lower learning rate, or a lower weight of the regulariser"
+    )
     on_cpu = run.accelerator.device.type == "cpu"
     broken_at = torch.zeros((), dtype=torch.long, device=run.accelerator.device)  # first step that was not finite
     with run.held, StopRequest() as stop:
@@ -69,12 +73,12 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             try:
                 values = _update(run, step, measure=logs)
             except DispersiveError as error:  # of this step, or of an earlier one and noticed only now
-                raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {run.last_good}") from error
+                raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {last_good}") from error
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             stops = False
             if on_cpu or logs or saves or (step + 1) % LOOK_EVERY == 0:
                 if int(broken_at):
-                    raise KitError(f"the gradient became NaN or infinite at step {int(broken_at)}. {run.last_good}")
+                    raise KitError(f"the gradient became NaN or infinite at step {int(broken_at)}. {last_good}")
                 stops = stop.asked(run.accelerator)
             if last or (step + 1) % config.eval_every == 0:
                 values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
@@ -207,6 +211,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         self.config, self.run_dir = config, run_dir
+        folder = self.folder = run_dir / "checkpoints"
         self.objective: Objective = runs.OBJECTIVES[config.objective][0]()
         with contextlib.ExitStack() as held:  # released at once if the run cannot start
             accelerator = make_accelerator(config.precision)
@@ -215,6 +220,9 @@ class Session:
             self.ema = EMA(self.model, config.ema_decay)
             self.regularizer = attach_regularizer(self.model, config, self.source.train)
             held.callback(self.regularizer.remove)
+            # The model returns these features itself: a hook cannot see through MeanFlow's derivative.
+            paths = self.regularizer.paths if config.objective == "meanflow" else []
+            self.returned_taps = tuple(int(path.removeprefix("blocks.")) for path in paths)
             card = runs.run_card(config, accelerator, self.source.card, self.model)
             self.dispersion_batch: int = card["dispersion_batch"]  # images that are compared with each other
             if accelerator.is_main_process:
@@ -222,7 +230,6 @@ class Session:
                     self.source.train.verify()
                 held.enter_context(runs.claim_run_folder(run_dir, config, card, resume=resume))
             accelerator.wait_for_everyone()
-            folder = run_dir / "checkpoints"
             latest = load_latest(folder) if resume and checkpoints(folder) else None
             self.done = latest.step if latest else 0  # steps already taken
             seen = gather_object([(self.done, self.source.card["all_sha256"])])
@@ -259,24 +266,10 @@ class Session:
             moments.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": moments, "param_groups": latest.state["param_groups"]})
 
-    @property
-    def returned_taps(self) -> tuple[int, ...]:
-        """Blocks whose features the model must return itself: a hook cannot see through MeanFlow's derivative."""
-        if self.config.objective != "meanflow":
-            return ()
-        return tuple(int(path.removeprefix("blocks.")) for path in self.regularizer.paths)
-
     def batch(self, step: int) -> Batch:
         config, label = self.config, self.model.null_label
         drawn: dict[str, Any] = {"seed": config.seed, "step": step, "size": config.batch_size, "flip": config.flip}
         return self.source.train.batch(self.objective, **drawn, null_label=label, drop_prob=config.class_dropout_prob)
-
-    @property
-    def last_good(self) -> str:
-        return (
-            f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Resumed there, the run would "
-            "fail at the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
-        )
 
     def log(self, step: int, values: dict[str, Any]) -> dict[str, float]:
         """Means over processes, read back from the device; the finite ones are written to metrics.jsonl."""
@@ -296,8 +289,7 @@ class Session:
             groups = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict()}
             groups["optimizer"] = {f"{i}.{k}": v for i, own in moments["state"].items() for k, v in own.items()}
             state = {"param_groups": moments["param_groups"], "ema_updates": self.ema.updates}
-            folder = self.run_dir / "checkpoints"
-            save_checkpoint(folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
+            save_checkpoint(self.folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
             if n := self.config.preview_images:
                 file = self.run_dir / "previews" / f"step-{step:08d}"
                 runs.draw_preview(self.ema.model, n, objective=self.config.objective, file=file)

@@ -9,9 +9,9 @@ import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     return torch.cat(orders)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Samples x0 (B, ...), images in [-1, 1]; labels y (B,), some dropped to the null class; the objective's draws."""
 
     x0: Tensor
@@ -58,8 +57,7 @@ class Batch:
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
         size = len(self.x0) // parts
-        keep = slice(part * size, (part + 1) * size)
-        return Batch(self.x0[keep], self.y[keep], self.draws[keep], self.condition[keep])
+        return Batch(*(one[part * size : (part + 1) * size] for one in self))
 
 
 class _TrainingSet(Sized):
@@ -157,16 +155,12 @@ class LatentSet(_TrainingSet):
             refuse_other(found, card)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Training and held-out data of a run, and their card for run.json, from which the model can be rebuilt.
-
-    all_sha256 is a hash of both and of the class names.
-    """
+class _Source(NamedTuple):
+    """The data of a run, and their card for run.json, from which the model can be rebuilt."""
 
     train: DeviceSet | LatentSet
     held_out: DeviceSet | LatentSet
-    card: dict[str, Any]
+    card: dict[str, Any]  # all_sha256: of both sets and of the class names
     validation: DeviceSet | None  # images that `data_share` leaves out, for early stopping
 
 

@@ -9,9 +9,8 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors import SafetensorError
@@ -22,8 +21,7 @@ from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256, list_f
 from dispersive_kit.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Step count after which it was taken, named groups of tensors, and JSON state."""
 
     step: int

@@ -56,9 +56,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and device.type == "cpu":
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 class StopRequest:

@@ -12,10 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -37,13 +36,12 @@ LOOK_EVERY = 10  # steps between checks for NaN and signals on an accelerator: e
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """`step` is counted from 1; `values`, what was measured, is empty between logged steps."""
 
     step: int
     steps: int
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float]
 
 
 def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Iterator[StepRecord]:

@@ -58,9 +58,7 @@ RIVALS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_settings(
-    name: str, overrides: Mapping[str, Any], presets: Mapping[str, dict[str, Any]] = PRESETS
-) -> dict[str, Any]:
+def preset_settings(name: str, overrides: Mapping[str, Any], presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
     """`presets[name]` and `overrides`, checked. A changed kind uses its own default tau, unless tau is given."""
     check_choice("preset", name, tuple(presets))
     settings = dict(presets[name])
@@ -74,10 +72,7 @@ def preset_settings(
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `dispersive_loss`, checked.
-
-    Raises DispersiveError: an option is unknown, out of range, or contradicts another one.
-    """
+    """Options of `dispersive_loss`. Raises DispersiveError: one is unknown, out of range, or contradicts another."""
 
     kind: str = "infonce_l2"
     tau: float | str | None = None

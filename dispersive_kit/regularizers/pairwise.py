@@ -20,15 +20,12 @@ CORNER = 1024  # rows of the Gram matrix that are returned for statistics
 
 
 class Kernel(NamedTuple):
-    """f(u) of a pair and its derivative, u = |x_i - x_j|^2; `log`: summed as log sum exp f.
-
-    `inner`: u = <x_i, x_j> of the rows as they are, and the pairs i = j count too.
-    """
+    """f(u) of a pair and its derivative, u = |x_i - x_j|^2."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
-    log: bool = True
-    inner: bool = False
+    log: bool = True  # summed as log sum exp f
+    inner: bool = False  # u = <x_i, x_j> of the rows as they are, and the pairs i = j count too
 
 
 class Pairs(NamedTuple):
@@ -125,9 +122,7 @@ def _split(R: int) -> list[tuple[int, int]]:
     return [(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def _block(
-    gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block(gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs) -> tuple[Tensor, ...]:
     """Kernel values and slopes (j - i, R) of the rows i to j, and how many of their pairs i != j were dropped."""
     if kernel.inner:
         return kernel.value(gram), kernel.slope(gram), gram.new_zeros(())

@@ -34,7 +34,7 @@ class NormMatched(Dispersive):
         return (mean_square.log() / 2 - math.log(self.rms)).square()
 
 
-class _Rival(Attached):
+class Rival(Attached):
     value: Tensor  # unweighted, of the last loss() in training
 
     def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor:
@@ -48,7 +48,7 @@ class _Rival(Attached):
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor: ...
 
 
-class LayerSync(_Rival):
+class LayerSync(Rival):
     """weight * -E cos(shallow token, deep token without gradient): an earlier block learns from a deeper one.
 
     Used like `Dispersive`. options: weight, select, schedule.
@@ -67,7 +67,7 @@ class LayerSync(_Rival):
         return _compared(shallow, deep.detach(), self.paths[0])
 
 
-class REPA(_Rival):
+class REPA(Rival):
     """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
 
     Used like `Dispersive`, with loss(x0=x0). encoder: any function of the clean images that returns (B, E), compared

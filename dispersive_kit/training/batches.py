@@ -10,7 +10,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sized
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ class DeviceSet(_TrainingSet):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in (self.samples, self.labels))).hexdigest()
 

@@ -58,10 +58,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first.
-
-    Raises CheckpointError: `folder` is a link to a place that does not exist. DataError: it cannot be listed.
-    """
+    """Complete checkpoints, oldest first. Raises CheckpointError: `folder` is a dead link. DataError: unreadable."""
     if folder.is_symlink() and not folder.exists():
         raise CheckpointError(f"{folder} leads to {folder.readlink()}, which cannot be reached: is its disk mounted?")
     return [path for path in list_folder(folder) if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]

@@ -154,8 +154,7 @@ class TrainConfig(_Settings):
             place, _, field = name.rpartition(".")
             if (value := (values[place] if place else values).pop(field, default)) != default:
                 raise ConfigError(
-                    f"{name} is {value!r}, which this version cannot do: use dispersive-kit 0.1 for this run, or train "
-                    "it again without this setting"
+                    f"{name} is {value!r}, as only version 0.1 can do: use that, or train again without this setting"
                 )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 

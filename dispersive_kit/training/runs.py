@@ -61,8 +61,7 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
     old, old_config = _read_card(run_dir), read_config(run_dir)
     if "exported" in old:
         raise CheckpointError(
-            f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
-            "Sample or evaluate it, or start a new run in another folder"
+            f"{run_dir} is an exported run, of averaged weights only: sample or evaluate it, or train in another folder"
         )
     longer = config.schedule == "constant" and config.steps >= old_config.steps
     free = {*FREE_TO_CHANGE, "data", *(["steps"] if longer else [])}
@@ -92,8 +91,7 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
     processes, regularizer = accelerator.num_processes, config.regularizer
     if regularizer.gather and processes == 1:
         raise ConfigError(
-            "regularizer.gather needs several processes, and this is one: start with "
-            "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+            "regularizer.gather needs several processes: start with `torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
         )
     if config.batch_size % (parts := processes * config.accumulation):
         raise ConfigError(
@@ -140,8 +138,7 @@ def read_config(run_dir: Path) -> TrainConfig:
         return TrainConfig.from_json(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{run_dir} holds no run (no config.json): train one there, or take a run that comes with the package: "
-            f"{', '.join(shipped_names())}"
+            f"{run_dir} holds no run (no config.json): train one, or take a shipped one: {', '.join(shipped_names())}"
         ) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
@@ -190,7 +187,7 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
 
 
 # The training objective of each name, and its samplers; the first sampler is the default.
-_SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}
+_SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}  # SiT's, w = 2 sigma(t)
 OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]] = {
     "flow": (FlowMatching, {name: getattr(samplers, name) for name in ("heun", "euler", "dopri5")} | _SDE),
     "ddpm": (DDPM, {"ddim": samplers.ddim, "ddpm": samplers.ddpm}),
@@ -199,10 +196,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Ten
 
 
 def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tensor]]:
-    """Name and function of a sampler; without a name, the objective's default. sde is SiT's, w = 2 sigma(t).
-
-    Raises ConfigError: this objective has no such sampler.
-    """
+    """Name and function of a sampler, by default the objective's own. Raises ConfigError: it has no such sampler."""
     _, known = OBJECTIVES[objective]
     name = name or next(iter(known))
     if name not in known:

@@ -110,7 +110,7 @@ RIVALS = {
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_that_would_do_nothing_raises(name):
-    """Mutations: `_Rival.loss` without `_take`, without its check of NaN, without its check of x0."""
+    """Mutations: `Rival.loss` without `_take`, without its check of NaN, without its check of x0."""
     model, x = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train(), torch.randn(3, 4, 8, 8)
     rival = RIVALS[name](model)
 

@@ -99,22 +99,19 @@ class Stats:
 class Watch:
     """Raises on NaN, warns once at the floor: at once on a CPU, on an accelerator one step later, without waiting."""
 
-    def __init__(self) -> None:
-        self._pending: tuple[Tensor, Any, list[Record]] | None = None
-        self._warned = False
+    _pending: tuple[Any, Tensor, list[Record]] | None = None
+    _warned = False
 
     def look(self, records: list[Record]) -> None:
         vitals = torch.stack([record.vitals for record in records])  # (taps, 5)
         if vitals.device.type == "cpu":
             self._judge(vitals, records)
-            return
-        if self._pending is not None and self._pending[1].query():
-            self._judge(self._pending[0], self._pending[2])
-            self._pending = None
-        if self._pending is None:
+        elif self._pending is None or self._pending[0].query():
+            if self._pending:
+                self._judge(*self._pending[1:])
             host, arrived = vitals.to("cpu", non_blocking=True), torch.Event(vitals.device)
             arrived.record()
-            self._pending = host, arrived, [record._replace(gram=record.vitals) for record in records]
+            self._pending = arrived, host, [record._replace(gram=record.vitals) for record in records]
 
     def _judge(self, vitals: Tensor, records: list[Record]) -> None:
         for (loss, dropped, mass, *_), record in zip(vitals.tolist(), records, strict=True):

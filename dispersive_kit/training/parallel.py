@@ -66,8 +66,7 @@ class StopRequest:
     If one process has several runs, the one that began last gets the signal. Only the main thread can set handlers.
     """
 
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
+    signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dispersive_kit.errors import ConfigError, DispersiveError, form_error
@@ -18,10 +18,8 @@ TAKES: dict[str, tuple[str, ...]] = dict.fromkeys(RIVALS, ("at", "weight", "dept
 TAKES["none"] = ("at", "depth", "gather", "group_size")
 
 
-class _Settings(BaseModel):
+class _Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Wrong values raise one ConfigError, which names field, value and cure."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -34,10 +32,8 @@ class _Settings(BaseModel):
         return type(self)(**{**dict(self), **values})
 
 
-class RegularizerConfig(_Settings):
+class RegularizerConfig(_Settings, title="regularizer", frozen=True):
     """Which Dispersive Loss is added, if any. A field that is None has the value of the preset."""
-
-    model_config = ConfigDict(title="regularizer")
 
     preset: str = "none"  # none, paper, official-pytorch, small, care; or a rival: repa, clean-patch, layersync
     at: str | None = None  # dotted path of the block; None: the preset's depth
@@ -89,10 +85,8 @@ class RegularizerConfig(_Settings):
         return self
 
 
-class TrainConfig(_Settings):
+class TrainConfig(_Settings, title="training", frozen=True):
     """One training run. `batch_size` is global: processes and accumulation divide it."""
-
-    model_config = ConfigDict(title="training")
 
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder

@@ -173,10 +173,9 @@ def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: 
 
 def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int = 64) -> dict[str, Tensor]:
     """Depth use of the averaged model, over the first `size` held-out samples at their own times."""
-    x0, y, draws = frozen.x0[:size], frozen.y, frozen.draws[:size]
-    x = objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype)
+    x0, y, draws = frozen.x0[:size], frozen.y[:size], frozen.draws[:size]
     with torch.no_grad(), depth_use(model) as use:
-        model(x, draws.t, *([] if y is None else [y[:size]]))
+        model(objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype), draws.t, y)
     return {f"depth_use_{i}": value for i, value in enumerate(use.values())}
 
 

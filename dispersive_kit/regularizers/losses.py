@@ -295,9 +295,6 @@ def _kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
     return Kernel(lambda u: u * slope + shift, lambda u: slope.expand_as(u).clone())
 
 
-SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
-
-
 def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y: Tensor | None) -> Measured:
     """The loss from the sum over the pairs i != j; the diagonal, where D is exactly 0, is added in closed form."""
     kernel, rows = _kernel_of(options.kind, tau, x.shape[1]), len(x)
@@ -329,7 +326,7 @@ def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
     variance = x.square().sum(0)
     if of_correlations:
         x = x / (variance + EPS).sqrt()
-    total, dropped, gram = PairSum.apply(x, SQUARE, Pairs())
+    total, dropped, gram = PairSum.apply(x, Kernel(torch.square, lambda g: 2 * g, log=False, inner=True), Pairs())
     if not options.with_diagonal:
         total = total - x.square().sum(0).square().sum()
     if of_correlations:

@@ -21,7 +21,6 @@ from dispersive_kit.regularizers.losses import check_choice, check_number
 At = str | nn.Module | Sequence[str | nn.Module] | None
 Select = Callable[[Any], Tensor] | int | str | None
 
-LISTS = (nn.ModuleList, nn.Sequential)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 LAYERS = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, *LAYERS)
@@ -355,7 +354,7 @@ def block_list(model: nn.Module, at: str | None = None) -> dict[str, nn.Module]:
     """The blocks, by path, in the list at the path `at`, or in the one named `blocks`."""
     modules = _modules_of(model)
     named = [path for path in modules if path == at or (at is None and path.split(".")[-1] == "blocks")]
-    lists = [path for path in named if isinstance(modules[path], LISTS)]
+    lists = [path for path in named if isinstance(modules[path], nn.ModuleList | nn.Sequential)]
     if len(lists) != 1:
         what = f"the model has {len(lists)} lists named {at or 'blocks'!r}"
         raise DispersiveError(f"{what}: name the module with at=, from {', '.join(list(modules)[:8])}, ...")

@@ -16,6 +16,10 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # What may be set beside a preset, where not everything may: without a loss, how dispersion is measured.
 TAKES: dict[str, tuple[str, ...]] = dict.fromkeys(RIVALS, ("at", "weight", "depth", "schedule", "schedule_steps"))
 TAKES["none"] = ("at", "depth", "gather", "group_size")
+# Settings of version 0.1 that are no more, with their defaults.
+RETIRED = {"classes": [], "balanced": False, "ema_widths": [], "fsdp": False, "regularizer.ignore_same_class": None}
+# When a run logs and saves, and where its data are, changes no number: a resumed run may change these.
+FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -151,14 +155,6 @@ class TrainConfig(_Settings, title="training", frozen=True):
                     f"{name} is {value!r}, as only version 0.1 can do: use that, or train again without this setting"
                 )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
-
-
-RETIRED: dict[str, Any] = {
-    "classes": [], "balanced": False, "ema_widths": [], "fsdp": False,
-    "regularizer.ignore_same_class": None,
-}  # fmt: skip
-# When a run logs and saves, and where its data are, changes no number: a resumed run may change these.
-FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
 # fmt: off

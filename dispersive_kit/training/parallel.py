@@ -15,6 +15,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from dispersive_kit.errors import ConfigError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_entered: list["StopRequest"] = []
+_before: dict[int, Any] = {}  # the handlers before the first run
+
 
 def this_process() -> PartialState:
     """Rank, number of processes and device; one process if there is no launcher."""
@@ -95,11 +99,6 @@ class StopRequest:
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signal_number or signal.SIGTERM))
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_entered: list[StopRequest] = []
-_before: dict[int, Any] = {}  # the handlers before the first run
 
 
 def _note(number: int, frame: FrameType | None) -> None:

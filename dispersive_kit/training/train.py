@@ -33,6 +33,7 @@ from dispersive_kit.training.parallel import StopRequest, make_accelerator
 from dispersive_kit.training.regularizer import attach_regularizer
 
 LOOK_EVERY = 10  # steps between checks for NaN and signals on an accelerator: each check waits for it
+LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"  # of the progress, where there is no terminal
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
 
 
@@ -303,9 +304,6 @@ def _forget_metrics_after(file: Path, step: int) -> None:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
-
-
-LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:

@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
         manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
     kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
-    for path in set(checkpoints(folder)) - set(kept):  # one that is read over a network may stay until the next save
+    for path in sorted({*checkpoints(folder)} - {*kept}):  # one that is read over a network may stay until a later save
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,8 +1,4 @@
-"""The training loop: a generator of step records.
-
-for record in train(config, "runs/mine"):
-    ...                       # for example draw a live curve
-"""
+"""The training loop: a generator of step records."""
 
 import contextlib
 import copy

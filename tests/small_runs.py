@@ -20,6 +20,10 @@ def stopped(config, folder, *, after):
     return folder
 
 
+def bytes_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def tensors(folder):
     return load_latest(folder / "checkpoints").groups
 

@@ -1,5 +1,6 @@
 """`Dispersive`: Dispersive Loss on any module inside any `nn.Module`, by a forward hook."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -48,15 +49,15 @@ class Dispersive(Attached):
         schedule: Schedule | None = None,
         **options: Any,
     ) -> None:
-        self.options = LossOptions.of(options)
+        for name in options:
+            check_choice("option", name, [field.name for field in fields(LossOptions)])
+        self.options = LossOptions(**options)
         check_choice("gather", gather, (True, False))
         check_number("memory", memory, at_least=0, whole=True)
         if group_size is not None:
             check_number("group_size", group_size, at_least=2, whole=True)
-            if gather or memory:
-                raise DispersiveError(
-                    "group_size splits the batch, and gather and memory join batches: leave out one of the two"
-                )
+        if group_size and (gather or memory):
+            raise DispersiveError("group_size splits a batch, gather and memory join batches: leave out one of the two")
         super().__init__(model, at, depth=depth, select=select, weight=weight, schedule=schedule)
         self.gather, self.group_size, self.memory = gather, group_size, memory
         self._forget_all()

@@ -58,9 +58,7 @@ RIVALS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_settings(
-    name: str, overrides: Mapping[str, Any], presets: Mapping[str, dict[str, Any]] = PRESETS
-) -> dict[str, Any]:
+def preset_settings(name: str, overrides: Mapping[str, Any], presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
     """`presets[name]` and `overrides`, checked. A changed kind uses its own default tau, unless tau is given."""
     check_choice("preset", name, tuple(presets))
     settings = dict(presets[name])
@@ -74,10 +72,7 @@ def preset_settings(
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `dispersive_loss`, checked.
-
-    Raises DispersiveError: an option is unknown, out of range, or contradicts another one.
-    """
+    """Options of `dispersive_loss`. Raises DispersiveError: one is unknown, out of range, or contradicts another."""
 
     kind: str = "infonce_l2"
     tau: float | str | None = None
@@ -108,12 +103,6 @@ class LossOptions:
             why = "has normalised rows here, so the norm needs no penalty: leave out norm_penalty"
         if why:
             raise DispersiveError(f"kind {self.kind!r} {why}")
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> "LossOptions":
-        for name in options:
-            check_choice("option", name, [f.name for f in fields(cls)])
-        return cls(**options)
 
     @property
     def scale(self) -> float | str | None:
@@ -197,9 +186,7 @@ def dispersive_loss(
     float32 D / tau is right to some 1e-7 of itself: where it passes 300 without the diagonal, give z.double().
     Raises DispersiveError: shapes, types, options; a single row for covariance or vicreg.
     """
-    options = LossOptions(
-        kind, tau, diagonal, pool, normalize, norm_penalty, t_window=t_window, ignore_same_class=ignore_same_class
-    )
+    options = LossOptions(kind, tau, diagonal, pool, normalize, norm_penalty, t_window, ignore_same_class)
     return measure(z, options, t=t, y=y).loss
 
 
@@ -261,19 +248,13 @@ def _rows_of(z: Tensor, options: LossOptions) -> Tensor:
     return F.normalize(x, dim=1, eps=EPS) if KINDS[options.kind].unit else x
 
 
-def _select_pairs(options: LossOptions, t: Tensor | None, y: Tensor | None, x: Tensor) -> Pairs:
-    y = _per_row("ignore_same_class", "y", y, x) if options.ignore_same_class else None
-    t = _per_row("t_window", "t", t, x) if options.t_window else None
-    if t is not None and not t.is_floating_point():
-        t = t.long()  # the difference of unsigned numbers wraps round
-    return Pairs(y, t, options.t_window or 0.0)
-
-
 def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
     if label is None:
         raise DispersiveError(f"{option} needs {name}: pass {name}= (B,)")
     if label.device.type == "cpu" and not label.isfinite().all():  # on a GPU the check would synchronise
         raise DispersiveError(f"{option} needs {name}, and it holds NaN or infinity: give finite numbers")
+    if not label.is_floating_point():
+        label = label.long()  # the difference of unsigned numbers wraps round
     return label.detach().to(x.device).repeat_interleave(len(x) // len(label))  # tokens may be rows
 
 
@@ -314,13 +295,12 @@ def _kernel_of(kind: str, tau: Tensor, dim: int) -> Kernel:
     return Kernel(lambda u: u * slope + shift, lambda u: slope.expand_as(u).clone())
 
 
-SQUARE = Kernel(torch.square, lambda g: 2 * g, log=False, inner=True)
-
-
 def _of_pairs(x: Tensor, tau: Tensor, options: LossOptions, t: Tensor | None, y: Tensor | None) -> Measured:
     """The loss from the sum over the pairs i != j; the diagonal, where D is exactly 0, is added in closed form."""
     kernel, rows = _kernel_of(options.kind, tau, x.shape[1]), len(x)
-    total, dropped, gram = PairSum.apply(x, kernel, _select_pairs(options, t, y, x))
+    y = _per_row("ignore_same_class", "y", y, x) if options.ignore_same_class else None
+    t = _per_row("t_window", "t", t, x) if options.t_window else None
+    total, dropped, gram = PairSum.apply(x, kernel, Pairs(y, t, options.t_window or 0.0))
     own = rows if options.with_diagonal else 0
     count = (rows * (rows - 1) + own - dropped).to(tau.dtype)
     at_zero = kernel.value(torch.zeros_like(tau))
@@ -346,7 +326,7 @@ def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
     variance = x.square().sum(0)
     if of_correlations:
         x = x / (variance + EPS).sqrt()
-    total, dropped, gram = PairSum.apply(x, SQUARE, Pairs())
+    total, dropped, gram = PairSum.apply(x, Kernel(torch.square, lambda g: 2 * g, log=False, inner=True), Pairs())
     if not options.with_diagonal:
         total = total - x.square().sum(0).square().sum()
     if of_correlations:
@@ -357,17 +337,11 @@ def _of_channels(x: Tensor, tau: Tensor, options: LossOptions) -> Measured:
 
 
 def floor(
-    kind: str,
-    batch: int,
-    tau: float | None = None,
-    *,
-    diagonal: bool | None = None,
-    dim: int | None = None,
-    dropped: int = 0,
+    kind: str, batch: int, tau: float | None = None, *, diagonal: bool | None = None, dim: int = 0, dropped: int = 0
 ) -> float:
     """Lower bound of the loss of `batch` rows, or -inf; `dispersive_loss` says for which features it is reached.
 
-    dim: width of the rows, for covariance. dropped: pairs i != j that do not count, out of batch (batch - 1).
+    dim: width of the rows, for covariance, if known. dropped: pairs i != j that do not count, of batch (batch - 1).
     Raises DispersiveError: no pair, tau "auto", or as `dispersive_loss`.
     """
     options = LossOptions(kind=kind, tau=tau, diagonal=diagonal)

@@ -20,15 +20,12 @@ CORNER = 1024  # rows of the Gram matrix that are returned for statistics
 
 
 class Kernel(NamedTuple):
-    """f(u) of a pair and its derivative, u = |x_i - x_j|^2; `log`: summed as log sum exp f.
-
-    `inner`: u = <x_i, x_j> of the rows as they are, and the pairs i = j count too.
-    """
+    """f(u) of a pair and its derivative, u = |x_i - x_j|^2."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
-    log: bool = True
-    inner: bool = False
+    log: bool = True  # summed as log sum exp f
+    inner: bool = False  # u = <x_i, x_j> of the rows as they are, and the pairs i = j count too
 
 
 class Pairs(NamedTuple):
@@ -73,27 +70,26 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class PairSum(torch.autograd.Function):
     """Of rows x (R, D): (sum or log-sum-exp of the kernel over pairs, number dropped, corner of the Gram matrix).
 
-    Saves the centred rows for backward and, up to `WHOLE` entries, the derivative f' of every pair.
+    Call it inside `full_precision`. Saves for backward the centred rows and, up to `WHOLE` entries, f' of every pair.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Kernel, pairs: Pairs) -> tuple[Tensor, ...]:
-        with full_precision(x.device):
-            # A shift does not change distances, and the product of centred rows has four more correct digits.
-            rows = x if kernel.inner else x - x.mean(0)
-            squared = torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
-            blocks, weight, sums, drops, corner = _split(len(x)), None, [], [], None
-            for i, j in blocks:
-                gram = _symmetric_product(rows) if len(blocks) == 1 else rows[i:j] @ rows.T
-                f, slope, dropped = _block(gram, squared, i, j, kernel, pairs)
-                sums.append(_log_sum_exp(f) if kernel.log else f.sum())
-                drops.append(dropped)
-                if corner is None:
-                    n = min(j, CORNER)
-                    corner = gram if n == len(x) else gram[:n, :n].clone()
-                if len(blocks) == 1:
-                    weight = slope.mul_(f.sub_(sums[0]).exp_()) if kernel.log else slope
-            total = torch.stack(sums).logsumexp(0) if kernel.log else torch.stack(sums).sum()
+        # A shift does not change distances, and the product of centred rows has four more correct digits.
+        rows = x if kernel.inner else x - x.mean(0)
+        squared = torch.linalg.vector_norm(rows, dim=1).square()  # (R,)
+        blocks, weight, sums, drops, corner = _split(len(x)), None, [], [], None
+        for i, j in blocks:
+            gram = _symmetric_product(rows) if len(blocks) == 1 else rows[i:j] @ rows.T
+            f, slope, dropped = _block(gram, squared, i, j, kernel, pairs)
+            sums.append(_log_sum_exp(f) if kernel.log else f.sum())
+            drops.append(dropped)
+            if corner is None:
+                n = min(j, CORNER)
+                corner = gram if n == len(x) else gram[:n, :n].clone()
+            if len(blocks) == 1:
+                weight = slope.mul_(f.sub_(sums[0]).exp_()) if kernel.log else slope
+        total = torch.stack(sums).logsumexp(0) if kernel.log else torch.stack(sums).sum()
         ctx.kernel, ctx.pairs = kernel, pairs
         ctx.save_for_backward(rows, squared, total, weight)
         dropped = torch.stack(drops).sum()
@@ -126,9 +122,7 @@ def _split(R: int) -> list[tuple[int, int]]:
     return [(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def _block(
-    gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block(gram: Tensor, squared: Tensor, i: int, j: int, kernel: Kernel, pairs: Pairs) -> tuple[Tensor, ...]:
     """Kernel values and slopes (j - i, R) of the rows i to j, and how many of their pairs i != j were dropped."""
     if kernel.inner:
         return kernel.value(gram), kernel.slope(gram), gram.new_zeros(())

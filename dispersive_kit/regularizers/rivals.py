@@ -34,7 +34,7 @@ class NormMatched(Dispersive):
         return (mean_square.log() / 2 - math.log(self.rms)).square()
 
 
-class _Rival(Attached):
+class Rival(Attached):
     value: Tensor  # unweighted, of the last loss() in training
 
     def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor:
@@ -48,7 +48,7 @@ class _Rival(Attached):
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor: ...
 
 
-class LayerSync(_Rival):
+class LayerSync(Rival):
     """weight * -E cos(shallow token, deep token without gradient): an earlier block learns from a deeper one.
 
     Used like `Dispersive`. options: weight, select, schedule.
@@ -60,16 +60,14 @@ class LayerSync(_Rival):
         order = [int(name) for of, name in blocks if name.isdigit() and of == blocks[0][0]]
         if len(blocks) != 2 or order != sorted(order):
             self.remove()
-            raise DispersiveError(
-                f"LayerSync of {self.where}: give a shallow module, which is taught, and a deeper one"
-            )
+            raise DispersiveError(f"LayerSync: {self.where}: give a shallow module, which is taught, and a deeper one")
 
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor:
         shallow, deep = features
         return _compared(shallow, deep.detach(), self.paths[0])
 
 
-class REPA(_Rival):
+class REPA(Rival):
     """weight * -E cos(projector(token), encoder's feature): alignment with a frozen encoder, arXiv 2410.06940.
 
     Used like `Dispersive`, with loss(x0=x0). encoder: any function of the clean images that returns (B, E), compared
@@ -80,13 +78,7 @@ class REPA(_Rival):
     squared = False
 
     def __init__(
-        self,
-        model: nn.Module,
-        at: At = None,
-        *,
-        encoder: Callable[[Tensor], Tensor],
-        projector: nn.Module,
-        **options: Any,
+        self, model: nn.Module, at: At = None, *, encoder: Callable[..., Tensor], projector: nn.Module, **options: Any
     ) -> None:
         super().__init__(model, at, **options)
         self.encoder, self.projector = encoder, projector

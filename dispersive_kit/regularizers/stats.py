@@ -17,7 +17,6 @@ from dispersive_kit.regularizers.losses import KINDS, LossOptions, Measured, flo
 from dispersive_kit.regularizers.taps import block_list
 
 AT_FLOOR = 1e-3  # below this share of the pairs i != j in the sum of exp(-D / tau), the gradient is almost zero
-VITALS = 5
 
 
 class Record(NamedTuple):
@@ -38,8 +37,8 @@ class Record(NamedTuple):
         numbers = [value.detach().to(m.gram.dtype) for value in (m.loss, m.dropped, m.mass, m.tau, rms)]
         return cls(path, options, torch.stack(numbers), m.gram, len(z), m.rows, m.dim, weight)
 
-    def numbers(self, flat: list[float]) -> dict[str, float]:
-        loss, dropped, mass, tau, rms = flat[:VITALS]
+    def numbers(self, vitals: list[float], gram: Tensor) -> dict[str, float]:
+        loss, dropped, mass, tau, rms = vitals
         R, diagonal = self.rows, self.options.with_diagonal
         scale = None if math.isnan(tau) else tau
         low = floor(self.options.kind, R, scale, diagonal=diagonal, dim=self.dim, dropped=round(dropped))
@@ -49,7 +48,7 @@ class Record(NamedTuple):
             "gap": loss - low,
             "off_diagonal_mass": mass,
             "feature_rms": rms,
-            "effective_rank": _effective_rank(torch.tensor(flat[VITALS:])),
+            "effective_rank": _effective_rank(gram),
             "batch_size": float(self.batch),
             "pairs": R * (R - 1) + R * diagonal - dropped,
             "tau": tau,
@@ -59,7 +58,7 @@ class Record(NamedTuple):
 
 def _effective_rank(gram: Tensor) -> float:
     """exp of the entropy of the centred rows' singular values, scaled to sum 1 (Roy & Vetterli, 2007)."""
-    gram = gram.double().view(math.isqrt(gram.numel()), -1)
+    gram = gram.float().double().view(math.isqrt(gram.numel()), -1)  # float: `noise` is of that precision
     gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     eigenvalues = torch.linalg.eigvalsh(gram)
     noise = 1e-7 * len(gram) * eigenvalues[-1]  # of a Gram product in float32
@@ -81,40 +80,38 @@ class Stats:
         self._records = records
 
     @cached_property
-    def _numbers(self) -> list[dict[str, float]]:
-        parts = [torch.cat([record.vitals, record.gram.flatten()]) for record in self._records]
-        flat = torch.cat(parts).cpu().split([len(part) for part in parts])
-        return [record.numbers(part.tolist()) for record, part in zip(self._records, flat, strict=True)]
-
-    def read(self) -> dict[str, float]:
-        taps = self._numbers
+    def _means(self) -> dict[str, float]:
+        parts = [part for record in self._records for part in (record.vitals, record.gram.flatten())]
+        copied = torch.cat(parts).cpu().split([len(part) for part in parts])
+        read = zip(self._records, copied[::2], copied[1::2], strict=True)
+        taps = [record.numbers(vitals.tolist(), gram) for record, vitals, gram in read]
         return {name: sum(tap[name] for tap in taps) / len(taps) for name in taps[0]}
 
+    def read(self) -> dict[str, float]:
+        return dict(self._means)
+
     def __getattr__(self, name: str) -> float:
-        if name.startswith("_") or name not in self.read():
+        if name.startswith("_") or name not in self._means:
             raise AttributeError(f"Stats has no {name!r}")
-        return self.read()[name]
+        return self._means[name]
 
 
 class Watch:
     """Raises on NaN, warns once at the floor: at once on a CPU, on an accelerator one step later, without waiting."""
 
-    def __init__(self) -> None:
-        self._pending: tuple[Tensor, Any, list[Record]] | None = None
-        self._warned = False
+    _pending: tuple[Any, Tensor, list[Record]] | None = None
+    _warned = False
 
     def look(self, records: list[Record]) -> None:
         vitals = torch.stack([record.vitals for record in records])  # (taps, 5)
         if vitals.device.type == "cpu":
             self._judge(vitals, records)
-            return
-        if self._pending is not None and self._pending[1].query():
-            self._judge(self._pending[0], self._pending[2])
-            self._pending = None
-        if self._pending is None:
+        elif self._pending is None or self._pending[0].query():
+            if self._pending:
+                self._judge(*self._pending[1:])
             host, arrived = vitals.to("cpu", non_blocking=True), torch.Event(vitals.device)
             arrived.record()
-            self._pending = host, arrived, [record._replace(gram=record.vitals) for record in records]
+            self._pending = arrived, host, [record._replace(gram=record.vitals) for record in records]
 
     def _judge(self, vitals: Tensor, records: list[Record]) -> None:
         for (loss, dropped, mass, *_), record in zip(vitals.tolist(), records, strict=True):
@@ -148,14 +145,12 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
-    handles = [b.register_forward_hook(partial(_measure_update, use, p), with_kwargs=True) for p, b in blocks.items()]
-    compiles = "torch._dynamo" in sys.modules  # else nothing was compiled, and the call would import it (2 s)
-    try:
-        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-            yield use
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as held:
+        for path, block in blocks.items():
+            held.enter_context(block.register_forward_hook(partial(_measure_update, use, path), with_kwargs=True))
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the call would import it (2 s)
+            held.enter_context(torch.compiler.set_stance("force_eager"))
+        yield use
     if left_out := ", ".join(path for path in blocks if path not in use):
         why = "the block was not called, or its output has another shape than its input"
         raise DispersiveError(f"{left_out}: {why}: call the model inside `with`, and choose residual blocks with at=")

@@ -21,12 +21,10 @@ from dispersive_kit.regularizers.losses import check_choice, check_number
 At = str | nn.Module | Sequence[str | nn.Module] | None
 Select = Callable[[Any], Tensor] | int | str | None
 
-LISTS = (nn.ModuleList, nn.Sequential)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 LAYERS = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, *LAYERS)
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP, FSDP1
-SHAPES = ("constant", "warmup", "cosine-to-zero", "stop-at")
 Captured = tuple[Any, list[tuple[Tensor, int]]]  # an output, and its tensors with their version counters
 UNSEEN = (
     "has captured nothing since the last loss(): call the model in training mode inside `with`. If you did, the model "
@@ -48,7 +46,7 @@ class Schedule:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.shape, SHAPES)
+        check_choice("schedule", self.shape, ("constant", "warmup", "cosine-to-zero", "stop-at"))
         if self.shape != "constant" and (not isinstance(self.steps, int) or self.steps < 1):
             raise DispersiveError(f"schedule {self.shape!r} over {self.steps!r} steps: give a whole number above 0")
 
@@ -216,12 +214,12 @@ class Attached:
 
     def _take(self, taps: Sequence[Tensor] | None) -> list[Tensor]:
         """One z (B, ...) for each tap, with gradient, captured or given."""
-        outputs = self._let_go()
-        if taps is None:
-            return [self._checked(tap, output, self.select) for tap, output in zip(self.taps, outputs, strict=True)]
-        if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
-            raise DispersiveError(f"taps= does not fit: give a list of one tensor each for {self.where}")
-        return [self._checked(tap, (z, []), lambda z: z) for tap, z in zip(self.taps, taps, strict=True)]
+        outputs, select = self._let_go(), self.select
+        if taps is not None:
+            if not isinstance(taps, list | tuple) or len(taps) != len(self.taps):
+                raise DispersiveError(f"taps= does not fit: give a list of one tensor each for {self.where}")
+            outputs, select = [(z, []) for z in taps], lambda z: z
+        return [self._checked(tap, output, select) for tap, output in zip(self.taps, outputs, strict=True)]
 
     def _checked(self, tap: _Tap, output: Captured | None, select: Select) -> Tensor:
         if output is None:
@@ -356,7 +354,7 @@ def block_list(model: nn.Module, at: str | None = None) -> dict[str, nn.Module]:
     """The blocks, by path, in the list at the path `at`, or in the one named `blocks`."""
     modules = _modules_of(model)
     named = [path for path in modules if path == at or (at is None and path.split(".")[-1] == "blocks")]
-    lists = [path for path in named if isinstance(modules[path], LISTS)]
+    lists = [path for path in named if isinstance(modules[path], nn.ModuleList | nn.Sequential)]
     if len(lists) != 1:
         what = f"the model has {len(lists)} lists named {at or 'blocks'!r}"
         raise DispersiveError(f"{what}: name the module with at=, from {', '.join(list(modules)[:8])}, ...")

@@ -8,10 +8,10 @@ import hashlib
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sized
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Sized
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ def sample_index(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     return torch.cat(orders)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Samples x0 (B, ...), images in [-1, 1]; labels y (B,), some dropped to the null class; the objective's draws."""
 
     x0: Tensor
@@ -58,8 +57,7 @@ class Batch:
     def rows(self, part: int, parts: int) -> "Batch":
         """The `part`-th of `parts` equal slices."""
         size = len(self.x0) // parts
-        keep = slice(part * size, (part + 1) * size)
-        return Batch(self.x0[keep], self.y[keep], self.draws[keep], self.condition[keep])
+        return Batch(*(one[part * size : (part + 1) * size] for one in self))
 
 
 class _TrainingSet(Sized):
@@ -102,6 +100,7 @@ class DeviceSet(_TrainingSet):
 
     def __init__(self, samples: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> None:
         self.samples, self.labels, self.device = samples.to(device), labels.to(device), torch.device(device)
+        self.shape = samples.shape[1:]
 
     @classmethod
     def of(cls, data: ImageSet, device: torch.device | str = "cpu") -> "DeviceSet":
@@ -110,11 +109,9 @@ class DeviceSet(_TrainingSet):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        digest = hashlib.sha256(self.samples.cpu().numpy().tobytes())
-        digest.update(self.labels.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in (self.samples, self.labels))).hexdigest()
 
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         index = sample_index(seed, step, size, len(self)).to(self.device)
@@ -130,6 +127,7 @@ class LatentSet(_TrainingSet):
 
     def __init__(self, selection: Selection, device: torch.device | str = "cpu") -> None:
         self.selection, self.device = selection, torch.device(device)
+        self.shape, self.sha256 = selection.store.spec.shape, selection.store.spec.sha256
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -145,20 +143,25 @@ class LatentSet(_TrainingSet):
         labels = torch.from_numpy(store.labels(rows)).to(self.device)
         return store.spec.autoencoder.to_model(mean + std * noise), labels
 
+    def verify(self) -> None:
+        """Check all checksums of the store, and its autoencoder if it is on this machine."""
+        self.selection.store.verify()
+        card = self.selection.store.spec.autoencoder
+        try:
+            found = load_autoencoder(card.id, download=False).card
+        except DataError as missing:
+            warnings.warn(f"training continues, but its samples cannot be decoded here: {missing}", stacklevel=2)
+        else:
+            refuse_other(found, card)
 
-@dataclass(frozen=True)
-class _Source:
-    """Training and held-out data of a run, and their card for run.json, from which the model can be rebuilt.
 
-    `verify` reads a whole store of latents, and raises DataError if anything in it has changed since it was written.
-    validation: images that `data_share` leaves out, for early stopping.
-    """
+class _Source(NamedTuple):
+    """The data of a run, and their card for run.json, from which the model can be rebuilt."""
 
     train: DeviceSet | LatentSet
     held_out: DeviceSet | LatentSet
-    card: dict[str, Any]
-    validation: DeviceSet | None = None
-    verify: Callable[[], None] = lambda: None
+    card: dict[str, Any]  # all_sha256: of both sets and of the class names
+    validation: DeviceSet | None  # images that `data_share` leaves out, for early stopping
 
 
 def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Source:
@@ -175,36 +178,28 @@ def open_source(config: TrainConfig, device: torch.device | str = "cpu") -> _Sou
         raise ConfigError(f"image_size is for folders of images; {name!r} has a fixed size")
     if config.flip and points:
         raise ConfigError(f"flip is for images; {name!r} holds points")
-    validation = None
+    validation, beside = None, {}
     if store:
-        parts = open_store(name, flip=config.flip)
-        opened, spec = parts[0].store, parts[0].store.spec
-        latents = [LatentSet(part, device) for part in parts]
-        hashes = [spec.sha256, spec.sha256]
-        card = _card(opened.path.name, str(opened.path.resolve()), hashes, latents[0], spec.shape, spec.classes)
-        card["autoencoder"] = asdict(spec.autoencoder)  # to decode the run's samples
-        return _Source(latents[0], latents[1], card, verify=partial(_verify_store, opened))
-    if points:
-        train, held_out = (sample_toy(name, n, seed=seed) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1)))
-        source, classes = "dispersive_kit.data.toy", tuple(map(str, range(int(train[1].max()) + 1)))
+        parts: list[Any] = [LatentSet(part, device) for part in open_store(name, flip=config.flip)]
+        opened = parts[0].selection.store
+        name, source, classes = opened.path.name, str(opened.path.resolve()), opened.spec.classes
+        beside = {"autoencoder": asdict(opened.spec.autoencoder)}  # to decode the run's samples
+    elif points:
+        parts = [DeviceSet(*sample_toy(name, n, seed=seed), device) for n, seed in ((TOY_POINTS, 0), (HELD_OUT, 1))]
+        source, classes = "dispersive_kit.data.toy", tuple(map(str, range(int(parts[0].labels.max()) + 1)))
     else:
         images, others = (
             load_images(name, split, data_dir=config.data_dir, size=config.image_size) for split in ("train", "test")
         )
         images, left_out = split_share(images, config.data_share)
-        train, held_out = ((one.images, one.labels) for one in (images, others))
-        name, source, classes = images.name, images.source, images.classes
+        parts = [DeviceSet.of(one, device) for one in (images, others)]
         validation = DeviceSet.of(left_out, device) if left_out else None
-    seen, held = (DeviceSet(*one, device) for one in (train, held_out))
-    card = _card(name, source, [seen.sha256, held.sha256], seen, seen.samples.shape[1:], classes)
-    return _Source(seen, held, card, validation)
-
-
-def _card(name: str, source: str, hashes: list[str], train: Any, shape: Any, classes: Any) -> dict[str, Any]:
-    """hashes: of the training and of the held-out data; `all_sha256` is the hash of both and of the class names."""
-    both = hashlib.sha256(json.dumps([*hashes, *classes]).encode()).hexdigest()
-    card = {"name": name, "source": source, "sha256": hashes[0], "all_sha256": both, "samples": len(train)}
-    return card | {"shape": list(shape), "classes": list(classes)}
+        name, source, classes = images.name, images.source, images.classes
+    train, held_out = parts
+    both = hashlib.sha256(json.dumps([train.sha256, held_out.sha256, *classes]).encode()).hexdigest()
+    card = {"name": name, "source": source, "sha256": train.sha256, "all_sha256": both, "samples": len(train)}
+    card |= {"shape": list(train.shape), "classes": list(classes), **beside}
+    return _Source(train, held_out, card, validation)
 
 
 def split_share(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
@@ -227,15 +222,3 @@ def open_store(path: str, *, flip: bool = False) -> tuple[Selection, Selection]:
     if flip and not store.spec.flip:
         raise ConfigError(f"{store.path} holds no mirror images: train with flip off, or encode with --flip")
     return Selection(store), Selection(store, "test")
-
-
-def _verify_store(store: LatentStore) -> None:
-    """Check all checksums of a store, and its autoencoder if it is on this machine."""
-    store.verify()
-    card = store.spec.autoencoder
-    try:
-        found = load_autoencoder(card.id, download=False).card
-    except DataError as missing:
-        warnings.warn(f"training continues, but its samples cannot be decoded here: {missing}", stacklevel=2)
-    else:
-        refuse_other(found, card)

@@ -9,10 +9,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors import SafetensorError
@@ -23,8 +21,7 @@ from dispersive_kit.data.files import PARTIAL, atomic_write, file_sha256, list_f
 from dispersive_kit.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Step count after which it was taken, named groups of tensors, and JSON state."""
 
     step: int
@@ -44,7 +41,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
     Raises CheckpointError: it could not be written (disk full, no permission); older checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    _discard(folder.glob(f"{PARTIAL}*"))  # left by a killed process; removed first to free disk space
+    for left in folder.glob(f"{PARTIAL}*"):  # by a killed process; removed first to free disk space
+        shutil.rmtree(left, ignore_errors=True)
     with atomic_write(final, CheckpointError) as partial:
         partial.mkdir()
         hashes = {}
@@ -55,27 +53,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int = 2)
         manifest = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
     kept = [path for path in checkpoints(folder) if path <= final][-keep_last:]
-    _discard(path for path in checkpoints(folder) if path not in kept)
-
-
-def _discard(paths: Iterable[Path]) -> None:
-    """Remove folders. Where this fails (one is read over a network file system), the next save tries again."""
-    for path in paths:
+    for path in sorted({*checkpoints(folder)} - {*kept}):  # one that is read over a network may stay until a later save
         shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first.
-
-    Raises CheckpointError: `folder` is a link to a place that does not exist. DataError: it cannot be listed.
-    """
+    """Complete checkpoints, oldest first. Raises CheckpointError: `folder` is a dead link. DataError: unreadable."""
     if folder.is_symlink() and not folder.exists():
         raise CheckpointError(f"{folder} leads to {folder.readlink()}, which cannot be reached: is its disk mounted?")
     return [path for path in list_folder(folder) if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
 
 
 def _load(path: Path) -> Checkpoint:
-    """Read a checkpoint, and verify every file against its sha256."""
     try:
         manifest = read_form(path / "manifest.json", _Manifest, error=CheckpointError)
         groups = {}
@@ -93,14 +82,12 @@ def load_latest(folder: Path, step: int | None = None) -> Checkpoint:
 
     Raises CheckpointError: there is none, none of this step, or every one is damaged.
     """
-    found, faults = checkpoints(folder), []
+    found, faults = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}, []
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train the run further")
-    steps = {int(path.name.removeprefix("step-")): path for path in found}
-    if step is not None and step not in steps:
-        kept = ", ".join(map(str, steps))
-        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {kept}")
-    for path in reversed(found) if step is None else [steps[step]]:
+    if step is not None and step not in found:
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; kept are: {', '.join(map(str, found))}")
+    for path in reversed(found.values()) if step is None else [found[step]]:
         try:
             checkpoint = _load(path)
         except CheckpointError as error:

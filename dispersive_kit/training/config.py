@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dispersive_kit.errors import ConfigError, DispersiveError, form_error
@@ -13,12 +13,17 @@ from dispersive_kit.regularizers.losses import PRESETS, RIVALS, preset_settings
 from dispersive_kit.regularizers.taps import Schedule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+# What may be set beside a preset, where not everything may: without a loss, how dispersion is measured.
+TAKES: dict[str, tuple[str, ...]] = dict.fromkeys(RIVALS, ("at", "weight", "depth", "schedule", "schedule_steps"))
+TAKES["none"] = ("at", "depth", "gather", "group_size")
+# Settings of version 0.1 that are no more, with their defaults.
+RETIRED = {"classes": [], "balanced": False, "ema_widths": [], "fsdp": False, "regularizer.ignore_same_class": None}
+# When a run logs and saves, and where its data are, changes no number: a resumed run may change these.
+FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
-class _Settings(BaseModel):
+class _Settings(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Wrong values raise one ConfigError, which names field, value and cure."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -31,10 +36,8 @@ class _Settings(BaseModel):
         return type(self)(**{**dict(self), **values})
 
 
-class RegularizerConfig(_Settings):
+class RegularizerConfig(_Settings, title="regularizer", frozen=True):
     """Which Dispersive Loss is added, if any. A field that is None has the value of the preset."""
-
-    model_config = ConfigDict(title="regularizer")
 
     preset: str = "none"  # none, paper, official-pytorch, small, care; or a rival: repa, clean-patch, layersync
     at: str | None = None  # dotted path of the block; None: the preset's depth
@@ -66,40 +69,28 @@ class RegularizerConfig(_Settings):
 
     def overrides(self) -> dict[str, Any]:
         """Keywords of `Dispersive.from_preset` that were set by hand."""
-        options = {k: v for k, v in dict(self).items() if k not in ("preset", "schedule_steps", "norm_matched")}
-        if self.schedule:
-            options["schedule"] = Schedule(self.schedule, self.schedule_steps)
-        return {k: v for k, v in options.items() if v is not None}
+        options = self.model_dump(exclude_none=True, exclude={"preset", "schedule", "schedule_steps", "norm_matched"})
+        return options | ({"schedule": Schedule(self.schedule, self.schedule_steps)} if self.schedule else {})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.preset not in (known := ("none", *PRESETS, *RIVALS)):
-            raise ConfigError(f"unknown preset {self.preset!r}; there are: {', '.join(known)}")
-        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
-        if not self.added and (
-            idle := [name for name in changed if name not in ("at", "depth", "gather", "group_size")]
-        ):
-            raise ConfigError(
-                f"{idle[0]} is set, but preset is none and adds no loss: choose a preset to start from, one of "
-                f"{', '.join(PRESETS)}"
-            )
-        fits = ("preset", "at", "weight", "depth", "schedule", "schedule_steps")
-        if self.preset in RIVALS and (odd := [name for name in changed if name not in fits]):
-            raise ConfigError(f"{odd[0]} is set, and {self.preset} takes only {', '.join(fits[1:])}: leave it out")
+        changed = self.model_dump(exclude_defaults=True, exclude={"preset"})
+        takes = TAKES.get(self.preset, tuple(changed))
+        if odd := [name for name in changed if name not in takes]:
+            cure = f"takes only {', '.join(takes)}: leave it out, or choose another preset, such as paper"
+            raise ConfigError(f"{odd[0]} is set, and preset {self.preset} {cure}")
         if self.schedule_steps and not self.schedule:
             raise ConfigError("schedule_steps is set, but no schedule: set regularizer.schedule too")
         if self.added:
             try:
-                preset_settings(self.preset, self.overrides(), RIVALS if self.preset in RIVALS else PRESETS)
+                preset_settings(self.preset, self.overrides(), {"none": {}, **PRESETS, **RIVALS})
             except DispersiveError as error:
                 raise ConfigError(str(error)) from error
         return self
 
 
-class TrainConfig(_Settings):
+class TrainConfig(_Settings, title="training", frozen=True):
     """One training run. `batch_size` is global: processes and accumulation divide it."""
-
-    model_config = ConfigDict(title="training")
 
     data: str = "digits"  # a data set's name (digits, mnist, cifar10, a 2-D set), or a folder of images or of latents
     data_dir: str | None = None  # where mnist and cifar10 lie; None: the data folder
@@ -133,17 +124,12 @@ class TrainConfig(_Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ConfigError(
-                f"batch_size {self.batch_size} cannot be split into accumulation {self.accumulation} equal parts"
-            )
+            parts = f"accumulation {self.accumulation} equal parts"
+            raise ConfigError(f"batch_size {self.batch_size} cannot be split into {parts}")
         if self.checkpointing and self.objective == "meanflow":
-            raise ConfigError(
-                "checkpointing frees activations that the time derivative of meanflow needs: use one of the two"
-            )
+            raise ConfigError("checkpointing frees activations that meanflow's time derivative needs: use one of them")
         if self.regularizer.memory and self.accumulation == 1:
-            raise ConfigError(
-                "regularizer.memory keeps rows of earlier micro-batches: with accumulation 1 there are none"
-            )
+            raise ConfigError("regularizer.memory keeps rows of earlier micro-batches: accumulation 1 has none")
         return self
 
     def learning_rate_at(self, step: int) -> float:
@@ -166,18 +152,9 @@ class TrainConfig(_Settings):
             place, _, field = name.rpartition(".")
             if (value := (values[place] if place else values).pop(field, default)) != default:
                 raise ConfigError(
-                    f"{name} is {value!r}, which this version cannot do: use dispersive-kit 0.1 for this run, or train "
-                    "it again without this setting"
+                    f"{name} is {value!r}, as only version 0.1 can do: use that, or train again without this setting"
                 )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
-
-
-RETIRED: dict[str, Any] = {
-    "classes": [], "balanced": False, "ema_widths": [], "fsdp": False,
-    "regularizer.ignore_same_class": None,
-}  # fmt: skip
-# When a run logs and saves, and where its data are, changes no number: a resumed run may change these.
-FREE_TO_CHANGE = {"data_dir", "log_every", "eval_every", "checkpoint_every", "keep_last", "preview_images"}
 
 
 # fmt: off

@@ -15,8 +15,9 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from dispersive_kit.errors import ConfigError
 
-# Processes wait this long for the one that checks the hashes of a store, 42 GB perhaps, before the first step.
-LONGEST_WAIT = timedelta(hours=4)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_entered: list["StopRequest"] = []
+_before: dict[int, Any] = {}  # the handlers before the first run
 
 
 def this_process() -> PartialState:
@@ -32,7 +33,7 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     """
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = precision == "bf16" or (precision == "auto" and has_it)
-    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=4))  # one checks the hashes of a store, 42 GB perhaps
     cpu = not torch.accelerator.is_available()  # otherwise each of several CPU processes would train alone
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[patient])
@@ -59,9 +60,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and device.type == "cpu":
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 class StopRequest:
@@ -70,8 +70,7 @@ class StopRequest:
     If one process has several runs, the one that began last gets the signal. Only the main thread can set handlers.
     """
 
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
+    signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -100,11 +99,6 @@ class StopRequest:
         if self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signal_number or signal.SIGTERM))
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_entered: list[StopRequest] = []
-_before: dict[int, Any] = {}  # the handlers before the first run
 
 
 def _note(number: int, frame: FrameType | None) -> None:

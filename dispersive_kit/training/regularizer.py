@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from dispersive_kit.errors import ConfigError, DispersiveError
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers.attach import Dispersive
 from dispersive_kit.regularizers.losses import RIVALS, preset_settings
-from dispersive_kit.regularizers.rivals import REPA, CleanPatch, LayerSync, NormMatched
+from dispersive_kit.regularizers.rivals import REPA, CleanPatch, LayerSync, NormMatched, Rival
 from dispersive_kit.regularizers.taps import block_at
 from dispersive_kit.training.batches import DeviceSet, LatentSet, stream
 from dispersive_kit.training.config import TrainConfig
@@ -25,9 +24,7 @@ ENCODER: dict[str, Any] = {"seed": 1, "widths": (16, 32, 64)}  # of REPA; the cl
 ENCODER_NOTE = f"classifier, trained on the labels of the run's own images, {ENCODER}; it judges no samples"
 
 
-def attach_regularizer(
-    model: nn.Module, config: TrainConfig, data: DeviceSet | LatentSet
-) -> Dispersive | LayerSync | REPA | CleanPatch:
+def attach_regularizer(model: nn.Module, config: TrainConfig, data: DeviceSet | LatentSet) -> Dispersive | Rival:
     """Attach what the configuration adds. If it adds nothing, attach the paper's loss, which is then only measured.
 
     data: the training set. A rival's head becomes a part of the model, `HEAD`, so that the optimizer, the checkpoints
@@ -35,25 +32,22 @@ def attach_regularizer(
     Raises ConfigError: the model has no such block, or the configuration does not fit it or the data.
     """
     chosen = config.regularizer
-    placebo = partial(NormMatched.from_preset, rms=chosen.norm_matched)
-    attach: Any = placebo if chosen.norm_matched else Dispersive.from_preset
     try:
         if chosen.preset in RIVALS:
-            found = _attach_rival(model, config, data)
+            found: Dispersive | Rival = _attach_rival(model, config, data)
+        elif chosen.norm_matched:
+            found = NormMatched.from_preset(model, chosen.preset, rms=chosen.norm_matched, **chosen.overrides())
         else:
-            found = attach(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
+            found = Dispersive.from_preset(model, chosen.preset if chosen.added else "paper", **chosen.overrides())
     except DispersiveError as error:
         raise ConfigError(f"regularizer: {error}") from error
     whole = all(re.fullmatch(r"blocks\.\d+", path) for path in found.paths)
     if not whole and (config.objective == "meanflow" or hasattr(model, HEAD)):
-        raise ConfigError(
-            f"regularizer.at is {', '.join(found.paths)}: with MeanFlow, repa and clean-patch it must be whole blocks, "
-            "such as blocks.1"
-        )
+        raise ConfigError(f"regularizer.at is {found.where}: MeanFlow, repa, clean-patch need whole blocks (blocks.1)")
     return found
 
 
-def _attach_rival(model: nn.Module, config: TrainConfig, data: DeviceSet | LatentSet) -> LayerSync | REPA | CleanPatch:
+def _attach_rival(model: nn.Module, config: TrainConfig, data: DeviceSet | LatentSet) -> Rival:
     name = config.regularizer.preset
     how = preset_settings(name, config.regularizer.overrides(), RIVALS)
     if name == "layersync":

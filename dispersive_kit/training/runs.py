@@ -29,7 +29,6 @@ from dispersive_kit.training.regularizer import ENCODER_NOTE, HEAD
 
 LEFT = (".lock", "run.json", files.PARTIAL)  # by a process that was killed before it wrote config.json
 KEPT = r"metrics\.jsonl|evaluation-.*\.json"  # files that an exported run has besides its weights
-PREVIEW_STEPS = 20
 
 
 @contextlib.contextmanager
@@ -62,12 +61,13 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
     old, old_config = _read_card(run_dir), read_config(run_dir)
     if "exported" in old:
         raise CheckpointError(
-            f"{run_dir} is an exported run: it holds averaged weights only and cannot be trained further. "
-            "Sample or evaluate it, or start a new run in another folder"
+            f"{run_dir} is an exported run, of averaged weights only: sample or evaluate it, or train in another folder"
         )
     longer = config.schedule == "constant" and config.steps >= old_config.steps
     free = {*FREE_TO_CHANGE, "data", *(["steps"] if longer else [])}
-    before, now = (_by_name(one.model_dump(exclude=free)) for one in (old_config, config))
+    before, now = (one.model_dump(exclude=free) for one in (old_config, config))
+    for settings in (before, now):
+        settings |= {f"regularizer.{name}": value for name, value in settings.pop("regularizer").items()}
     changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
     key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
     if not changed and old["data"][key] != card["data"][key]:
@@ -83,11 +83,6 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
         raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
 
 
-def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    inner = settings.pop("regularizer")
-    return settings | {f"regularizer.{name}": value for name, value in inner.items()}
-
-
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What run.json holds: the data, how the global batch is split, what Dispersive Loss sees of it, the machine.
 
@@ -96,8 +91,7 @@ def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any]
     processes, regularizer = accelerator.num_processes, config.regularizer
     if regularizer.gather and processes == 1:
         raise ConfigError(
-            "regularizer.gather needs several processes, and this is one: start with "
-            "`torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
+            "regularizer.gather needs several processes: start with `torchrun --nproc_per_node 2 -m dispersive_kit.cli`"
         )
     if config.batch_size % (parts := processes * config.accumulation):
         raise ConfigError(
@@ -144,8 +138,7 @@ def read_config(run_dir: Path) -> TrainConfig:
         return TrainConfig.from_json(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{run_dir} holds no run (no config.json): train one there, or take a run that comes with the package: "
-            f"{', '.join(shipped_names())}"
+            f"{run_dir} holds no run (no config.json): train one, or take a shipped one: {', '.join(shipped_names())}"
         ) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
@@ -164,7 +157,6 @@ class _Card(BaseModel, extra="allow"):
 
 
 def _read_card(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json. Raises CheckpointError: it cannot be read, or a field is missing."""
     return files.read_form(run_dir / "run.json", _Card, error=CheckpointError).model_dump()
 
 
@@ -195,7 +187,7 @@ def build_model(config: TrainConfig, card: dict[str, Any]) -> Any:
 
 
 # The training objective of each name, and its samplers; the first sampler is the default.
-_SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}
+_SDE = {"sde": partial(samplers.euler_maruyama, churn=2.0)}  # SiT's, w = 2 sigma(t)
 OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Tensor]]]] = {
     "flow": (FlowMatching, {name: getattr(samplers, name) for name in ("heun", "euler", "dopri5")} | _SDE),
     "ddpm": (DDPM, {"ddim": samplers.ddim, "ddpm": samplers.ddpm}),
@@ -204,10 +196,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], dict[str, Callable[..., Ten
 
 
 def sampler_of(objective: str, name: str = "") -> tuple[str, Callable[..., Tensor]]:
-    """Name and function of a sampler; without a name, the objective's default. sde is SiT's, w = 2 sigma(t).
-
-    Raises ConfigError: this objective has no such sampler.
-    """
+    """Name and function of a sampler, by default the objective's own. Raises ConfigError: it has no such sampler."""
     _, known = OBJECTIVES[objective]
     name = name or next(iter(known))
     if name not in known:
@@ -270,7 +259,7 @@ def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
     """n samples, classes in turn, always from the same noise: images as PNG; points and latents as safetensors."""
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
     try:
-        samples = sample_batch(model, labels, range(n), objective=objective, num_steps=PREVIEW_STEPS).cpu()
+        samples = sample_batch(model, labels, range(n), objective=objective, num_steps=20).cpu()
     except DataError as error:
         warnings.warn(f"no preview {file.name}: {error}", stacklevel=2)
         return

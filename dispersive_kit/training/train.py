@@ -1,8 +1,4 @@
-"""The training loop: a generator of step records.
-
-for record in train(config, "runs/mine"):
-    ...                       # for example draw a live curve
-"""
+"""The training loop: a generator of step records."""
 
 import contextlib
 import copy
@@ -12,10 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -27,23 +22,23 @@ from dispersive_kit.diffusion.objectives import Objective
 from dispersive_kit.errors import CheckpointError, DispersiveError, KitError
 from dispersive_kit.regularizers import Dispersive, depth_use
 from dispersive_kit.training import runs
-from dispersive_kit.training.batches import Batch, open_source
+from dispersive_kit.training.batches import Batch, LatentSet, open_source
 from dispersive_kit.training.checkpoint import Checkpoint, checkpoints, load_latest, save_checkpoint
 from dispersive_kit.training.config import TrainConfig
 from dispersive_kit.training.parallel import StopRequest, make_accelerator
 from dispersive_kit.training.regularizer import attach_regularizer
 
 LOOK_EVERY = 10  # steps between checks for NaN and signals on an accelerator: each check waits for it
+LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"  # of the progress, where there is no terminal
 LOGGED_STATS = ("floor", "gap", "off_diagonal_mass", "feature_rms", "effective_rank", "batch_size")
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """`step` is counted from 1; `values`, what was measured, is empty between logged steps."""
 
     step: int
     steps: int
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float]
 
 
 def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Iterator[StepRecord]:
@@ -59,6 +54,10 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
         folder. DataError: the data set is missing. KitError: NaN or infinity.
     """
     run = Session(config, Path(run_dir), resume=resume)
+    last_good = (
+        f"The newest checkpoint in {run.folder} is from before. Resumed there, the run would fail at the same step: "
+        "start a run with a lower learning rate, or a lower weight of the regulariser"
+    )
     on_cpu = run.accelerator.device.type == "cpu"
     broken_at = torch.zeros((), dtype=torch.long, device=run.accelerator.device)  # first step that was not finite
     with run.held, StopRequest() as stop:
@@ -69,12 +68,12 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             try:
                 values = _update(run, step, measure=logs)
             except DispersiveError as error:  # of this step, or of an earlier one and noticed only now
-                raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {run.last_good}") from error
+                raise DispersiveError(f"step {int(broken_at) or step + 1}: {error}. {last_good}") from error
             broken_at = torch.where((broken_at == 0) & ~values["grad_norm"].isfinite(), step + 1, broken_at)
             stops = False
             if on_cpu or logs or saves or (step + 1) % LOOK_EVERY == 0:
                 if int(broken_at):
-                    raise KitError(f"the gradient became NaN or infinite at step {int(broken_at)}. {run.last_good}")
+                    raise KitError(f"the gradient became NaN or infinite at step {int(broken_at)}. {last_good}")
                 stops = stop.asked(run.accelerator)
             if last or (step + 1) % config.eval_every == 0:
                 values |= _held_out_loss(run.ema.model, run.objective, run.frozen)
@@ -83,9 +82,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 logs = True
             if logs:
                 values |= _depth_use(run.ema.model, run.objective, run.frozen)
-            record = StepRecord(step + 1, config.steps, run.reduce(values) if logs else {})
-            if logs:
-                run.log(step + 1, record.values)
+            record = StepRecord(step + 1, config.steps, run.log(step + 1, values) if logs else {})
             if saves or stops:
                 run.save(step + 1)
             yield record
@@ -173,10 +170,9 @@ def _held_out_loss(model: nn.Module, objective: Objective, frozen: Batch, bins: 
 
 def _depth_use(model: nn.Module, objective: Objective, frozen: Batch, size: int = 64) -> dict[str, Tensor]:
     """Depth use of the averaged model, over the first `size` held-out samples at their own times."""
-    x0, y, draws = frozen.x0[:size], frozen.y, frozen.draws[:size]
-    x = objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype)
+    x0, y, draws = frozen.x0[:size], frozen.y[:size], frozen.draws[:size]
     with torch.no_grad(), depth_use(model) as use:
-        model(x, draws.t, *([] if y is None else [y[:size]]))
+        model(objective.path.x_t(x0, draws.eps, draws.t).to(x0.dtype), draws.t, y)
     return {f"depth_use_{i}": value for i, value in enumerate(use.values())}
 
 
@@ -209,6 +205,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         self.config, self.run_dir = config, run_dir
+        folder = self.folder = run_dir / "checkpoints"
         self.objective: Objective = runs.OBJECTIVES[config.objective][0]()
         with contextlib.ExitStack() as held:  # released at once if the run cannot start
             accelerator = make_accelerator(config.precision)
@@ -217,13 +214,16 @@ class Session:
             self.ema = EMA(self.model, config.ema_decay)
             self.regularizer = attach_regularizer(self.model, config, self.source.train)
             held.callback(self.regularizer.remove)
+            # The model returns these features itself: a hook cannot see through MeanFlow's derivative.
+            paths = self.regularizer.paths if config.objective == "meanflow" else []
+            self.returned_taps = tuple(int(path.removeprefix("blocks.")) for path in paths)
             card = runs.run_card(config, accelerator, self.source.card, self.model)
             self.dispersion_batch: int = card["dispersion_batch"]  # images that are compared with each other
             if accelerator.is_main_process:
-                self.source.verify()
+                if isinstance(self.source.train, LatentSet):
+                    self.source.train.verify()
                 held.enter_context(runs.claim_run_folder(run_dir, config, card, resume=resume))
             accelerator.wait_for_everyone()
-            folder = run_dir / "checkpoints"
             latest = load_latest(folder) if resume and checkpoints(folder) else None
             self.done = latest.step if latest else 0  # steps already taken
             seen = gather_object([(self.done, self.source.card["all_sha256"])])
@@ -260,37 +260,21 @@ class Session:
             moments.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": moments, "param_groups": latest.state["param_groups"]})
 
-    @property
-    def returned_taps(self) -> tuple[int, ...]:
-        """Blocks whose features the model must return itself: a hook cannot see through MeanFlow's derivative."""
-        if self.config.objective != "meanflow":
-            return ()
-        return tuple(int(path.removeprefix("blocks.")) for path in self.regularizer.paths)
-
     def batch(self, step: int) -> Batch:
         config, label = self.config, self.model.null_label
         drawn: dict[str, Any] = {"seed": config.seed, "step": step, "size": config.batch_size, "flip": config.flip}
         return self.source.train.batch(self.objective, **drawn, null_label=label, drop_prob=config.class_dropout_prob)
 
-    @property
-    def last_good(self) -> str:
-        return (
-            f"The newest checkpoint in {self.run_dir / 'checkpoints'} is from before. Resumed there, the run would "
-            "fail at the same step: start a run with a lower learning rate, or a lower weight of the regulariser"
-        )
-
-    def reduce(self, values: dict[str, Any]) -> dict[str, float]:
-        """Mean over processes, read back from the device."""
+    def log(self, step: int, values: dict[str, Any]) -> dict[str, float]:
+        """Means over processes, read back from the device; the finite ones are written to metrics.jsonl."""
         tensors = {k: torch.as_tensor(v, device=self.accelerator.device) for k, v in values.items()}
-        return {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Write finite values to metrics.jsonl. The gradient ratio is infinite while the model's output is 0."""
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        means = {k: float(self.accelerator.reduce(v, "mean")) for k, v in tensors.items()}
         file = self.run_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
+            finite = {k: v for k, v in means.items() if math.isfinite(v)}  # while the output is 0 gradient_ratio is not
             with writing(file, CheckpointError), file.open("a") as lines:
                 lines.write(json.dumps({"step": step, **finite}) + "\n")
+        return means
 
     def save(self, step: int) -> None:
         """All processes wait until the checkpoint is on disk: when one of them ends, a launcher ends the others."""
@@ -299,8 +283,7 @@ class Session:
             groups = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict()}
             groups["optimizer"] = {f"{i}.{k}": v for i, own in moments["state"].items() for k, v in own.items()}
             state = {"param_groups": moments["param_groups"], "ema_updates": self.ema.updates}
-            folder = self.run_dir / "checkpoints"
-            save_checkpoint(folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
+            save_checkpoint(self.folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
             if n := self.config.preview_images:
                 file = self.run_dir / "previews" / f"step-{step:08d}"
                 runs.draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
@@ -317,9 +300,6 @@ def _forget_metrics_after(file: Path, step: int) -> None:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines))
-
-
-LINE = "{desc}step {n}/{total}{postfix}  {rate_fmt}  {remaining} left"
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from nets import seen
 from torch import nn
 
 from dispersive_kit.errors import DispersiveError
@@ -65,9 +66,7 @@ def test_features_that_differ_between_processes_are_refused_in_every_process(two
 def test_gather_outside_a_process_group_raises():
     with pytest.raises(DispersiveError, match="init_process_group"):
         all_gather(torch.zeros(2, 3))
-    model = nn.Sequential(nn.Linear(3, 3)).train()
-    reg = Dispersive(model, "0", gather=True)
-    with reg:
-        model(torch.zeros(2, 3))
+    reg = Dispersive(nn.Sequential(nn.Linear(3, 3)), "0", gather=True)
+    seen(reg, torch.zeros(2, 3))
     with pytest.raises(DispersiveError, match=r"tap '0'.*init_process_group"):
         reg.loss()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import seen
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -19,8 +20,7 @@ def test_layer_sync_teaches_the_shallow_block_only():
     model = MLP(hidden_size=16).train()
     sync = LayerSync(model, "blocks.0", "blocks.3", weight=0.2, schedule=Schedule("warmup", 2))
     x, t = torch.randn(6, 2), torch.rand(6)
-    with sync:
-        model(x, t)
+    seen(sync, x, t)
     shallow, deep = sync.captured
     loss = sync.loss(step=0)
     torch.testing.assert_close(loss, -0.1 * F.cosine_similarity(shallow, deep, dim=1).mean())
@@ -40,8 +40,7 @@ def test_repa_aligns_with_efficientnet_features_of_real_images():
     optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=1e-3)
     losses = []
     for _ in range(12):
-        with repa:
-            model(x, t)
+        seen(repa, x, t)
         loss = repa.loss(x0=images)
         optimizer.zero_grad()
         loss.backward()
@@ -57,8 +56,7 @@ def test_repa_takes_features_of_tokens_or_of_the_image_and_refuses_others(N, bf1
     select = (lambda z: z.bfloat16()) if bf16 else None  # as under autocast
     encoder = lambda x: torch.ones(len(x), *[N] * (N > 0), 5)  # noqa: E731
     repa = REPA(model, encoder=encoder, projector=nn.Linear(96, 5), select=select)
-    with repa:
-        model(x, torch.rand(3))
+    seen(repa, x, torch.rand(3))
     if N == 9:
         with pytest.raises(DispersiveError, match=r"blocks\.0.*\(3, 16, 5\).*\(3, 9, 5\)"):
             repa.loss(x0=x)
@@ -73,8 +71,7 @@ def test_the_placebo_is_the_squared_log_of_the_size_and_cares_for_no_spread():
     placebo = NormMatched(model, "0", rms=2.0, weight=0.5)
     for scale in (1.0, 3.0):
         for x in (torch.randn(8, 4), torch.ones(8, 4)):  # spread out, and all the same
-            with placebo:
-                z = model(scale * x)
+            z = seen(placebo, scale * x)
             loss = placebo.loss()
             want = 0.5 * (z.square().mean().sqrt() / 2.0).log().square()
             torch.testing.assert_close(loss, want)
@@ -113,13 +110,12 @@ RIVALS = {
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_that_would_do_nothing_raises(name):
-    """Mutations: `_Rival.loss` without `_take`, without its check of NaN, without its check of x0."""
+    """Mutations: `Rival.loss` without `_take`, without its check of NaN, without its check of x0."""
     model, x = build_dit("DiT-T/2", input_size=8, depth=2, num_classes=0).train(), torch.randn(3, 4, 8, 8)
     rival = RIVALS[name](model)
 
     def loss(scale=1.0, **given):
-        with rival:
-            model(scale * x, torch.rand(3))
+        seen(rival, scale * x, torch.rand(3))
         return rival.loss(**given)
 
     assert loss(x0=x, t=torch.rand(3), y=torch.arange(3), step=0).requires_grad
@@ -140,11 +136,9 @@ def test_a_clean_patch_is_that_of_its_own_token():
     tokens = x0.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 4, 48).requires_grad_()
     head = CleanPatch(model, "0", patch_size=4, projector=nn.Identity(), weight=0.3)
     for given, want in ((tokens, 0.0), (tokens + 1, 0.3)):
-        with head:
-            model(given)
+        seen(head, given)
         torch.testing.assert_close(head.loss(x0=x0).item(), want)
-    with head:
-        model(tokens[:, :, :16])
+    seen(head, tokens[:, :, :16])
     with pytest.raises(DispersiveError, match=r"\(2, 4, 16\).*\(2, 4, 48\)"):
         head.loss(x0=x0)
 
@@ -153,8 +147,7 @@ def test_a_memory_of_features_of_another_size_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     reg = Dispersive(model, "0", memory=4)
     for size in (8, 6):
-        with reg:
-            model(torch.randn(2, 1, size, size))
+        seen(reg, torch.randn(2, 1, size, size))
         if size == 8:
             reg.loss(step=0)
     with pytest.raises(DispersiveError, match="one image size"):

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import bytes_of
 from small_runs import run as trained
 
 from dispersive_kit.cli import main
@@ -28,10 +29,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path):
     return shutil.copytree(made, tmp_path / "run")
-
-
-def bytes_of(run):
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def changed(run, file, field, value):

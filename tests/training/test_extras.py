@@ -115,15 +115,9 @@ def test_adamw_is_told_its_betas_and_decay(tmp_path):
 
 
 def test_bf16_is_taken_where_it_is_asked_for(tmp_path, run_command, paper):
-    settings = [
-        "steps=4",
-        "model=DiT-T/4",
-        "precision=bf16",
-        "checkpoint_every=2",
-        "accumulation=2",
-        "regularizer.memory=8",
-    ]
-    arguments = [word for setting in settings for word in ("--set", setting)]
+    settings = {"steps": 4, "model": "DiT-T/4", "precision": "bf16", "checkpoint_every": 2, "accumulation": 2}
+    settings["regularizer.memory"] = 8
+    arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     run_command(["train", "--preset", "smoke", "--regularizer", "paper", *arguments, "--out", tmp_path / "run"])
     card = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (card["precision"], card["dispersion_batch"], card["dispersion_memory"]) == ("bf16", 16, 8)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from small_runs import assert_same_bits, tensors
 
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import (
@@ -17,7 +18,7 @@ from dispersive_kit.training import (
     train,
     train_preset,
 )
-from dispersive_kit.training.checkpoint import checkpoints, load_latest
+from dispersive_kit.training.checkpoint import checkpoints
 from dispersive_kit.training.regularizer import HEAD
 from dispersive_kit.training.train import Session
 
@@ -36,28 +37,23 @@ def run(request, tmp_path_factory):
 
 def test_an_arm_trains_and_resumes_to_the_same_bits(run, tmp_path, monkeypatch):
     """Mutations: an encoder with a gradient left over; one made anew on resume (its seed is another here)."""
-    config, whole = ARMS[run.parent.name[:-1]], load_latest(run / "checkpoints").groups
-    last = read_metrics(run)[-1]
+    config, last = ARMS[run.parent.name[:-1]], read_metrics(run)[-1]
     assert math.isfinite(last["dispersive"]) and last["gradient_ratio"] > 0
     assert ("floor" in last) == (config.regularizer.preset == "care")
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    half = load_latest(tmp_path / "run" / "checkpoints").groups["model"]
+    half = tensors(tmp_path / "run")["model"]
     monkeypatch.setitem(regularizer.ENCODER, "seed", 2)
     list(train(config, tmp_path / "run", resume=True))
-    for name, tensors in load_latest(tmp_path / "run" / "checkpoints").groups.items():
-        assert tensors.keys() == whole[name].keys(), name
-        assert all(torch.equal(value, whole[name][key]) for key, value in tensors.items()), name
-    moved = {
-        key for key in half if key.startswith(f"{HEAD}.projector") and not torch.equal(half[key], whole["model"][key])
-    }
-    assert moved == {key for key in half if key.startswith(f"{HEAD}.projector")}
+    assert_same_bits(tmp_path / "run", run)
+    projector = [key for key in half if key.startswith(f"{HEAD}.projector")]
+    assert not [key for key in projector if torch.equal(half[key], tensors(run)["model"][key])]
 
 
 def test_a_head_is_kept_for_training_and_is_no_part_of_the_model_that_samples(run, tmp_path):
     """Mutations: `load_run` takes all keys; the average holds a head."""
-    groups, preset = load_latest(run / "checkpoints").groups, ARMS[run.parent.name[:-1]].regularizer.preset
-    heads = {name for name, tensors in groups.items() if any(key.startswith(HEAD) for key in tensors)}
+    preset = ARMS[run.parent.name[:-1]].regularizer.preset
+    heads = {name for name, group in tensors(run).items() if any(key.startswith(HEAD) for key in group)}
     assert heads == ({"model"} if preset in ("repa", "clean-patch") else set())
     exported = export_run(run, tmp_path / "exported")
     for found in (load_run(run), load_run(run, weights="model"), load_run(exported)):
@@ -82,18 +78,14 @@ def test_care_repels_no_pair_of_one_class_and_a_dropped_label_is_like_no_other(t
     own = batch.condition[dropped]
     assert dropped.any() and (own < 0).all() and len(own.unique()) == len(own)
     assert torch.equal(batch.condition[~dropped], batch.y[~dropped])
-    assert read_metrics_of(ARMS["care"], tmp_path)["floor"] > -math.log(16)
-
-
-def read_metrics_of(config, folder):
-    list(train(config.changed(steps=1), folder / "trained"))
-    return read_metrics(folder / "trained")[-1]
+    [record] = train(ARMS["care"].changed(steps=1), tmp_path / "trained")
+    assert record.values["floor"] > -math.log(16)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"regularizer": {"preset": "layersync", "tau": 0.5}}, "tau is set, and layersync takes only at, weight"),
+        ({"regularizer": {"preset": "layersync", "tau": 0.5}}, "tau is set, and preset layersync takes only at,"),
         ({"regularizer": {"preset": "repa", "norm_matched": 2.0}}, "norm_matched is set"),
         ({"regularizer": {"preset": "clean-patch", "gather": False}}, "gather is set"),
         ({"regularizer": {"preset": "repa", "weight": -1.0}}, "weight is -1.0"),

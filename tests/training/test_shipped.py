@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from small_runs import bytes_of, stopped
 from small_runs import run as trained
-from small_runs import stopped
 
 from dispersive_kit.errors import CheckpointError
 from dispersive_kit.training import export_run, load_run, run_folder, shipped_names, train, train_preset
@@ -44,10 +44,6 @@ def test_an_exported_run_is_the_average_in_half_precision(run, tmp_path):
     weights = {f"checkpoints/step-00000004/{name}" for name in ("ema.safetensors", "manifest.json")}
     beside = {"config.json", "run.json", "metrics.jsonl", "previews/step-00000004.png", "evaluation-run.json"}
     assert found == weights | beside
-
-
-def bytes_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_exported_run_is_not_trained_further(run, tmp_path):

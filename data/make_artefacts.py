@@ -38,7 +38,7 @@ from dispersive_kit.views.figures import image_grid, style
 from dispersive_kit.views.lessons import regime_map
 
 DIGITS = {"base": "digits-base", "paper": "digits-paper"}  # short trainings
-FILMS = {"digits": "digits-long", "digits, short training": "digits"}  # whose images are looked at
+FILMS = {"MNIST": "mnist-long", "digits": "digits-long", "digits, short training": "digits"}  # of denoising
 SCALES = (1.0, 2.0, 3.0, 5.0)
 UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_dist, seed
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
@@ -61,7 +61,7 @@ def classroom() -> dict[str, Any]:
         found |= {f"agreement/{arm}": own, f"nearest/{arm}": near[:, :, :6].short()}
         for (name, run), scale in product(FILMS.items(), SCALES):
             found[f"film/{name}/{arm}/{scale:g}"] = film(f"{run}-{arm}", scale)
-        found[f"quiz/{arm}"] = samples(f"digits-long-{arm}", 1.0, 60)
+        found[f"quiz/{arm}"] = samples(f"mnist-long-{arm}", 1.5, 60)
     seen = torch.stack([to_uint8(x) for _, _, x, _ in noisy(data.images[:6])])
     return found | {"digits": data.images, "labels": data.labels.byte(), "noisy": seen}
 
@@ -118,8 +118,8 @@ def evidence() -> None:
 def digits() -> None:
     """Both long arms from the same noise and labels."""
     style()
-    arms = {"without the loss": "digits-long-base", "with the loss": "digits-long-paper"}
-    grid = image_grid({arm: samples(run, 1.0, 20) for arm, run in arms.items()}, columns=20, size=0.5)
+    arms = {"without the loss": "mnist-long-base", "with the loss": "mnist-long-paper"}
+    grid = image_grid({arm: samples(run, 1.5, 20) for arm, run in arms.items()}, columns=20, size=0.5)
     grid.savefig(Path(__file__).parents[1] / "notebooks" / "figures" / "digits.png")
 
 

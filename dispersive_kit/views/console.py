@@ -36,9 +36,9 @@ from dispersive_kit.views.widgets import MODULE, Explorer, frames_spec
 
 EACH = 6  # images of an arm in one round of the quiz
 ARMS = {"base": "without the loss", "paper": "with Dispersive Loss"}
-RUNS = {"digits": "digits-long", "CIFAR-10": "cifar10-cpu"}  # whose trainings are shown
+RUNS = {"MNIST": "mnist-long", "digits": "digits-long", "CIFAR-10": "cifar10-cpu"}  # whose trainings are shown
 CHECKPOINTS = (500, 1000, 1500, 2000, 3000, 4000, 5000, 6000)  # training steps that all of them have
-FILMS, SCALES = ("digits", "digits, short training"), (1.0, 2.0, 3.0, 5.0)  # of classroom.npz
+FILMS, SCALES = ("MNIST", "digits", "digits, short training"), (1.0, 2.0, 3.0, 5.0)  # of classroom.npz
 
 
 def playground() -> Explorer:
@@ -98,8 +98,8 @@ def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:
 
 
 def _address(image: Image.Image) -> str:
-    """An image as a data URL: grey as PNG, without loss, others as WebP."""
-    buffer, kind = io.BytesIO(), "webp" if image.mode == "RGB" else "png"
+    """An image as a data URL: small grey ones as PNG, without loss, others as WebP."""
+    buffer, kind = io.BytesIO(), "webp" if image.mode == "RGB" or image.width > 200 else "png"
     image.save(buffer, kind, **({"quality": 80} if kind == "webp" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -128,7 +128,7 @@ def _denoising(files: Mapping[str, Tensor]) -> dict[str, Any]:
     steps, frames = len(files[f"film/{FILMS[0]}/base/1"]), {}
     for (i, data), (j, scale), k in itertools.product(enumerate(FILMS), enumerate(SCALES), range(steps)):
         rows = {words: _sheet(files[f"film/{data}/{arm}/{scale:g}"][k], 10, 1) for arm, words in ARMS.items()}
-        alt = f"Ten {data} of each run, one of each class, after step {k} of {steps - 1} at CFG scale {scale:g}."
+        alt = f"{data}: ten samples of each run, one a class, after step {k} of {steps - 1} at CFG scale {scale:g}."
         frames[f"{i},{j},{k}"] = {"rows": rows, "alt": alt}
     controls = {"data": FILMS, "CFG scale": SCALES, "step": range(steps)}
     return frames_spec(controls, (0, 0, steps - 1), frames, play="step")

@@ -137,10 +137,21 @@ def test_the_readme_takes_its_findings_from_the_shipped_verdicts():
 
 def test_the_readme_has_the_held_out_losses_of_the_shipped_runs():
     rows = re.findall(r"(?m)^\|.*?\| ([\d.]+) \| ([\d.]+) \| shipped `([\w-]+)-base`", README.read_text())
-    assert {run for *_, run in rows} == {"cifar10-cpu", "digits", "digits-long"}
+    assert {run for *_, run in rows} == {"cifar10-cpu", "digits", "digits-long", "mnist-long"}
     for *shown, run in rows:
         last = [read_metrics(ARTEFACTS / f"{run}-{arm}")[-1]["held_out"] for arm in ("base", "paper")]
         assert shown == [f"{loss:.3f}" for loss in last]
+
+
+def test_the_readme_has_the_distances_of_the_shipped_runs():
+    distance = r"([\d.]+ \[.*?\])"
+    rows = re.findall(rf"(?m)shipped `([\w-]+)-base`.*?FD\[.*?\] {distance} and {distance} \|$", README.read_text())
+    assert len(rows) == 2
+    for run, *shown in rows:
+        for arm, text in zip(("base", "paper"), shown, strict=True):
+            (file,) = (ARTEFACTS / f"{run}-{arm}").glob("evaluation-*.json")
+            fd = next(one for one in json.loads(file.read_text())["numbers"] if one["name"].startswith("FD["))
+            assert text == f"{fd['value']:.2f} [{fd['low']:.2f}, {fd['high']:.2f}]"
 
 
 def test_the_page_of_the_evidence_is_what_the_command_writes(capsys):

@@ -49,7 +49,7 @@ class Rival(Attached):
 
 
 class LayerSync(Rival):
-    """weight * -E cos(shallow token, deep token without gradient): an earlier block learns from a deeper one.
+    """weight * -E cos(shallow token, deep token without gradient), arXiv 2510.12581: an early block learns from a late one.
 
     Used like `Dispersive`. options: weight, select, schedule.
     """

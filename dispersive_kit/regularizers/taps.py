@@ -39,7 +39,7 @@ class Schedule:
     """Factor on the weight of a regulariser at an optimizer step counted from 0.
 
     constant: 1. warmup: min(1, (step + 1) / steps). cosine-to-zero: (1 + cos(pi min(1, step / steps))) / 2.
-    stop-at: 1 before `steps`, then 0 (early stopping, as in HASTE).
+    stop-at: 1 before `steps`, then 0 (early stopping, as in HASTE, arXiv 2505.16792).
     """
 
     shape: str = "constant"

@@ -49,9 +49,9 @@ class Rival(Attached):
 
 
 class LayerSync(Rival):
-    """weight * -E cos(shallow token, deep token without gradient), arXiv 2510.12581: an early block learns from a late one.
+    """weight * -E cos(shallow token, deep token without gradient): an earlier block learns from a deeper one.
 
-    Used like `Dispersive`. options: weight, select, schedule.
+    arXiv 2510.12581. Used like `Dispersive`. options: weight, select, schedule.
     """
 
     def __init__(self, model: nn.Module, shallow: str | nn.Module, deep: str | nn.Module, **options: Any) -> None:

@@ -211,7 +211,7 @@ class Plan(_Form):
             if contrast.kind not in self.margin:
                 raise ConfigError(f"no margin for {contrast.measure!r}: `margin` needs one, to judge equivalence")
             if self.contrasts.count(contrast) > 1:
-                raise ConfigError(f"the contrast ({contrast}) is listed twice")
+                raise ConfigError(f"the contrast ({', '.join(contrast.model_dump().values())}) is listed twice")
 
     def _check_seeds(self) -> None:
         n, family, trials = len(self.seeds), max(1, len(self.secondaries)), self.tuning.trials

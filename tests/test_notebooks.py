@@ -53,6 +53,8 @@ def test_the_first_code_cell_holds_typed_parameters_with_a_comment_each(path: Pa
     assert all(isinstance(line, ast.AnnAssign) for line in ast.parse(first.source).body)
     assert all("  # " in line for line in first.source.splitlines())
     assert {"mode", "out"} <= {line.split(":")[0] for line in first.source.splitlines()}
+    folded = [(cell.metadata.get("tags"), cell.metadata.get("jupyter")) for cell in CODE[path][1:3]]
+    assert folded == 2 * [(["setup"], {"source_hidden": True})]  # installation and imports
 
 
 @each_notebook

@@ -20,9 +20,7 @@ _IN_SCIKIT_IMAGE = {
 
 
 def practice(out: Path, *, per_class: int, shard_size: int) -> Encoder:
-    """Write crops of each photograph into `out`, one class for each; returns the settings to encode them. Raises
-    DataError: see `photographs`.
-    """
+    """Write crops of the photographs to `out`, a class each; returns how to encode them. Raises DataError: as below."""
     images, rng = out / "images", np.random.default_rng(0)
     for name, photograph in photographs().items():
         (images / name).mkdir(parents=True, exist_ok=True)

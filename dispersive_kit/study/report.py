@@ -99,14 +99,15 @@ def write_notebook_page(notebook: Path) -> None:
     if not notebook.is_file():
         return
     from nbconvert import HTMLExporter
-    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
     document = read_notebook(notebook)
     document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", [])):
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     lines = CoalesceStreamsPreprocessor(enabled=True)  # all prints of a cell are in one box
-    body, _ = HTMLExporter(template_name="basic", preprocessors=[lines]).from_notebook_node(document)
+    setup = TagRemovePreprocessor(enabled=True, remove_input_tags={"setup"})  # the code of installation and imports
+    body, _ = HTMLExporter(template_name="basic", preprocessors=[lines, setup]).from_notebook_node(document)
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 

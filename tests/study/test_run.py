@@ -57,6 +57,7 @@ def ended(write_notebook, write_quick, tmp_path_factory):
     made = write_notebook("made", "pass", *WHOLE, "nb.finish()")
     document = nbformat.read(made, 4)
     document.cells[2] = nbformat.v4.new_markdown_cell(r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula.")
+    document.cells[1].metadata["tags"] = ["setup"]
     nbformat.write(document, made)
     broken = write_quick("broken", "assert seed != 1, 'one is not enough'")
     stages = (
@@ -78,6 +79,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     assert environment["versions"]["torch"] and environment["device"] and len(environment["package_sha256"]) == 64
     page = (folder / "notebook.html").read_text()
     assert "positive" in page and "<mi>log</mi><mi>B</mi>" in page and 'alt="a dot"' in page
+    assert "begin(" not in page and "begin(" in (folder / "notebook.ipynb").read_text()  # of a cell tagged setup
     assert "$a^b^c$ (DoubleSuperscriptsError" in page  # it stays, and does not end the run
     assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
 

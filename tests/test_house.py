@@ -76,7 +76,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 12_785,
+    "lines of tests": 12_792,
     "longest line": 120,
 }
 

@@ -109,6 +109,10 @@ class Record:
         floor = "none" if self.floor != self.floor else f"{self.floor:.4g}"
         return f"{self.value:.4g}", ends, floor + (f" (N={of})" if of < self.n else "")
 
+    def __str__(self) -> str:
+        value, ends, floor = self.in_words()
+        return f"{self.name} = {value}, interval {ends}, real against real {floor}"
+
 
 def _record(metric: str, numbers: Measured, floor: float, n: int, protocol: Card, better: Better) -> Record:
     """The record of a number of n images, with the name that its protocol gives it."""

@@ -87,6 +87,7 @@ def test_fewer_real_images_than_generated_ones_are_said_beside_the_floor(digits,
     (record,) = Panel(space, test, train, metrics=("FD",), resamples=5).measure(pixel_gaussian(train, 600))
     assert record.protocol["floor"]["n"] == 500
     assert "(N=500)" in table([record]) and "(N=" not in table(gaussian)
+    assert str(record).startswith(f"{record.name} = ") and str(record).endswith("(N=500)")  # as notebook 08 shows it
 
 
 def test_the_record_says_all_that_is_needed_to_measure_again(gaussian, digits, space):

@@ -30,6 +30,7 @@ lab.serve_lab({port}, browser=False, page={page!r})
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder drives Chromium, in one worker: two browsers on two cores would time each other."""
     for item in items:

@@ -43,7 +43,7 @@ gpu:  ## on a GPU: its tests and its benchmark (eight minutes), written to runs/
 	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu; tests=$$?; \
 	$(GPU_PYTHON) tests/benchmarks/bench_gpu.py && exit $$tests
 
-course: $(VENV)/.course  ## the exercises as a course for nbgrader in build/course, and a sample of it graded
+course: $(VENV)/.course  ## the exercises as a course for nbgrader in build/course, and three students graded (half an hour)
 	"$(RUN)"/python data/make_course.py build/course
 
 class: $(VENV)/.course

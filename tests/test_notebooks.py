@@ -1,7 +1,6 @@
 """The notebooks as files, their checks and their exercises. That they run, nbmake and the pipeline show."""
 
 import ast
-import base64
 import itertools
 import re
 import statistics
@@ -111,12 +110,6 @@ def test_every_check_depends_on_what_the_notebook_computed(path: Path) -> None:
         if ast.unparse(call.func) == "nb.check":
             used = {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
             assert used - set(dir(__builtins__)), ast.unparse(call)
-
-
-def test_the_picture_in_notebook_06_is_that_of_the_readme() -> None:
-    cells = NOTEBOOKS[FOLDER / "06_does_it_help.ipynb"].cells
-    (picture,) = (cell.attachments["digits.png"]["image/png"] for cell in cells if "attachments" in cell)
-    assert base64.b64decode(picture) == (FOLDER / "figures" / "digits.png").read_bytes()
 
 
 @each_notebook

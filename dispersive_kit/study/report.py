@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from dispersive_kit.errors import DataError, printable
-from dispersive_kit.study.notebook import Number, read_form, read_notebook, read_result
+from dispersive_kit.study.notebook import Number, notebooks_folder, read_form, read_notebook, read_result
 from dispersive_kit.study.plan import Plan
 from dispersive_kit.study.verdict import WORDS, verdict_rows
 
@@ -107,7 +107,8 @@ def write_notebook_page(notebook: Path) -> None:
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     lines = CoalesceStreamsPreprocessor(enabled=True)  # all prints of a cell are in one box
     setup = TagRemovePreprocessor(enabled=True, remove_input_tags={"setup"})  # the code of installation and imports
-    body, _ = HTMLExporter(template_name="basic", preprocessors=[lines, setup]).from_notebook_node(document)
+    pages = HTMLExporter(template_name="basic", preprocessors=[lines, setup], embed_images=True)
+    body, _ = pages.from_notebook_node(document, {"metadata": {"path": str(notebooks_folder())}})
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 

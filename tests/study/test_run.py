@@ -56,7 +56,8 @@ def ended(write_notebook, write_quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "out"
     made = write_notebook("made", "pass", *WHOLE, "nb.finish()")
     document = nbformat.read(made, 4)
-    document.cells[2] = nbformat.v4.new_markdown_cell(r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula.")
+    words = r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula. ![a](figures/map.png)"
+    document.cells[2] = nbformat.v4.new_markdown_cell(words)
     document.cells[1].metadata["tags"] = ["setup"]
     nbformat.write(document, made)
     broken = write_quick("broken", "assert seed != 1, 'one is not enough'")
@@ -80,6 +81,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     page = (folder / "notebook.html").read_text()
     assert "positive" in page and "<mi>log</mi><mi>B</mi>" in page and 'alt="a dot"' in page
     assert "begin(" not in page and "begin(" in (folder / "notebook.ipynb").read_text()  # of a cell tagged setup
+    assert 'alt="a" src="data:image/png' in page  # a picture of the repository is in the page
     assert "$a^b^c$ (DoubleSuperscriptsError" in page  # it stays, and does not end the run
     assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
 

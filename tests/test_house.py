@@ -72,7 +72,7 @@ def test_importing_the_kit_is_light():
 # folders, streams or names now has a test of its kind, and what runs on a GPU is tried on a CPU. Scripts rose from 300:
 # they also write the course, its slides and the site.
 BUDGET = {
-    "lines of the package": 10_416,
+    "lines of the package": 10_419,
     "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,
@@ -82,7 +82,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 12_796,
+    "lines of tests": 12_818,
     "longest line": 120,
 }
 

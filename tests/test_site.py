@@ -37,7 +37,7 @@ def run(tmp_path):
             v4.new_code_cell("price = '$1 or $2'", outputs=[shown], metadata=on_a_slide),
         ]
         (run / name / "notebook.ipynb").write_text(v4.writes(v4.new_notebook(cells=cells)))
-        write_notebook_page(run / name / "notebook.ipynb")
+        write_notebook_page(run / name / "notebook.ipynb", run / name / "notebook.ipynb")
     head = (run / "01_noise" / "notebook.html").read_text().partition("<body>")[0]
     link = '<a href="01_noise/notebook.html">executed notebook</a>'
     (run / "report.html").write_text(f"{head}<body>{link}</body></html>")

@@ -211,7 +211,8 @@ class Plan(_Form):
             if contrast.kind not in self.margin:
                 raise ConfigError(f"no margin for {contrast.measure!r}: `margin` needs one, to judge equivalence")
             if self.contrasts.count(contrast) > 1:
-                raise ConfigError(f"the contrast ({', '.join(contrast.model_dump().values())}) is listed twice")
+                arms, rest = f"{contrast.arm} against {contrast.against}", f"{contrast.condition}, {contrast.measure}"
+                raise ConfigError(f"the contrast ({arms}, {rest}) is listed twice")
 
     def _check_seeds(self) -> None:
         n, family, trials = len(self.seeds), max(1, len(self.secondaries)), self.tuning.trials

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel, Field
 
 from dispersive_kit.errors import DataError, printable
-from dispersive_kit.study.notebook import Number, notebooks_folder, read_form, read_notebook, read_result
+from dispersive_kit.study.notebook import Number, read_form, read_notebook, read_result
 from dispersive_kit.study.plan import Plan
 from dispersive_kit.study.verdict import WORDS, verdict_rows
 
@@ -94,8 +94,8 @@ def with_formulas(page: str) -> str:
     return _FORMULA.sub(shown, page)
 
 
-def write_notebook_page(notebook: Path) -> None:
-    """Write NOTEBOOK.html beside an executed notebook, if it is there."""
+def write_notebook_page(notebook: Path, source: Path) -> None:
+    """Write NOTEBOOK.html beside an executed notebook, if it is there, with the pictures that lie beside its source."""
     if not notebook.is_file():
         return
     from nbconvert import HTMLExporter
@@ -108,7 +108,7 @@ def write_notebook_page(notebook: Path) -> None:
     lines = CoalesceStreamsPreprocessor(enabled=True)  # all prints of a cell are in one box
     setup = TagRemovePreprocessor(enabled=True, remove_input_tags={"setup"})  # the code of installation and imports
     pages = HTMLExporter(template_name="basic", preprocessors=[lines, setup], embed_images=True)
-    body, _ = pages.from_notebook_node(document, {"metadata": {"path": str(notebooks_folder())}})
+    body, _ = pages.from_notebook_node(document, {"metadata": {"path": str(source.parent)}})
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 

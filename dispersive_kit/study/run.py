@@ -249,5 +249,5 @@ def _execute(task: NotebookTask) -> tuple[str, str]:
     lines = _ANSI.sub("", log.read_bytes().decode()).replace("\r\n", "\n").split("\n")
     said = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # the last state of each progress bar
     log.write_text(f"{said}\n{traceback or error}\n", encoding="utf-8")
-    write_notebook_page(executed)
+    write_notebook_page(executed, task.notebook)
     return error, traceback

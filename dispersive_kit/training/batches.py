@@ -111,7 +111,9 @@ class DeviceSet(_TrainingSet):
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in (self.samples, self.labels))).hexdigest()
+        digest = hashlib.sha256(self.samples.cpu().numpy().tobytes())
+        digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def draw(self, seed: int, step: int, size: int, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         index = sample_index(seed, step, size, len(self)).to(self.device)

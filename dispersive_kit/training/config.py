@@ -167,7 +167,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         steps=6000, learning_rate=1e-3, ema_decay=0.999),
     "mnist-t": TrainConfig(  # 7 minutes on one core; FD[mnist-classifier48, N=2000] = 39.7 [35.3, 44.2], real 0.06
         data="mnist", model="DiT-T/4", steps=1500, learning_rate=2e-3, log_every=50),
-    "mnist-long": TrainConfig(  # half an hour on one core: sharper digits than those of 8x8 pixels
+    "mnist-long": TrainConfig(  # 40 minutes on one core: sharper digits than those of 8x8 pixels
         data="mnist", model="DiT-T/4", steps=12_000, learning_rate=1e-3, ema_decay=0.999, log_every=50),
     "cifar10-cpu": TrainConfig(  # an hour on one core; held-out denoising loss 0.190 on JPEG re-encoded images
         data="cifar10", model="DiT-T/4", flip=True, steps=10_000, learning_rate=1e-3, warmup_steps=200,

@@ -1,6 +1,7 @@
 """Distances against closed forms and the reference codes, and their intervals against repeated sampling."""
 
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -29,6 +30,24 @@ def ball(n, d=8, seed=0, scale=1.0):
 
 def of_four(x, y, k=5):
     return {name: value for name, (value, *_) in prdc(x, y, k=k).items()}
+
+
+def test_numbers_of_fixed_features_do_not_change():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0.3, 1.2, (120, 16)), rng.normal(size=(100, 16))
+    none = (math.nan, math.nan)
+    expected = {
+        "FD": (3.6566057641496954, 2.910975727973008, 4.517383435024708),
+        "KID": (0.31925647870332163, 0.195636630067009, 0.4403295169086163),
+        "precision": (0.5916666666666667, 0.5022078309252178, 0.6754386551444218),
+        "recall": (0.97, *none),
+        "density": (0.35833333333333334, 0.265680493696165, 0.4509861729705017),
+        "coverage": (0.83, *none),
+    }
+    found = measured(METRICS, x, y, 20)
+    assert found.keys() == expected.keys()
+    for name, numbers in found.items():
+        assert numbers == pytest.approx(expected[name], rel=1e-9, nan_ok=True), name
 
 
 @pytest.mark.parametrize(("n", "m"), [(400, 300), (400, 30), (20, 30)], ids=["n > d", "mixed", "n < d"])

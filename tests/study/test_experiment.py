@@ -137,9 +137,10 @@ def test_training_images_may_differ_between_conditions_and_not_within_one(finish
         conclude(two, tmp_path)
 
 
-def test_a_study_without_a_plan_names_those_that_ship(capsys):
+@pytest.mark.parametrize("words", [["run"], ["report", "nowhere"]])
+def test_a_study_without_a_plan_or_with_none_that_is_there_names_those_that_ship(capsys, words):
     with pytest.raises(SystemExit):
-        main(["study", "run"])
+        main(["study", *words])
     assert "shipped are: 1-noise-floor, 2a-published-short" in capsys.readouterr().err
 
 

@@ -65,7 +65,7 @@ REFUSED = {
     "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
     "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),
     "a margin of nothing": ({"margin__helt_out": 0.1}, r"margin\.helt_out.*frechet\|held_out\|copies\|probe"),
-    "a contrast twice": ({"co_primary__measure": "frechet"}, r"paper.* base.* one.* frechet.* is listed twice"),
+    "a contrast twice": ({"co_primary__measure": "frechet"}, r"\(paper against base, one, frechet\) is listed twice"),
     "against no arm": ({"primary__against": "papers"}, r"against 'papers' of a contrast; there are: base, paper"),
     "stopped without validation images": (
         {"early_stopped": ["paper"]}, r"paper is stopped early, which needs .*data_share.*keep_last to 1",

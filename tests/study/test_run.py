@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
@@ -56,7 +57,8 @@ def ended(write_notebook, write_quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "out"
     made = write_notebook("made", "pass", *WHOLE, "nb.finish()")
     document = nbformat.read(made, 4)
-    words = r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula. ![a](figures/map.png)"
+    words = r"Below $-\log B$ it cannot sink; $a^b^c$ is no formula. ![a](a.png)"
+    Image.new("L", (2, 2)).save(made.with_name("a.png"))
     document.cells[2] = nbformat.v4.new_markdown_cell(words)
     document.cells[1].metadata["tags"] = ["setup"]
     nbformat.write(document, made)
@@ -81,7 +83,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     page = (folder / "notebook.html").read_text()
     assert "positive" in page and "<mi>log</mi><mi>B</mi>" in page and 'alt="a dot"' in page
     assert "begin(" not in page and "begin(" in (folder / "notebook.ipynb").read_text()  # of a cell tagged setup
-    assert 'alt="a" src="data:image/png' in page  # a picture of the repository is in the page
+    assert 'alt="a" src="data:image/png' in page  # a picture beside the notebook is in the page
     assert "$a^b^c$ (DoubleSuperscriptsError" in page  # it stays, and does not end the run
     assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
 

@@ -281,6 +281,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    group = sys.modules.get("torch.distributed")
+    if group and group.is_available() and group.is_initialized():
+        group.destroy_process_group()
+        if args is None:  # DDP keeps Gloo's threads, and they may abort Python as it ends (pytorch/pytorch#190489)
+            os._exit(0)
 
 
 def _run(args: list[str]) -> None:
@@ -289,16 +294,11 @@ def _run(args: list[str]) -> None:
         return
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dispersive-kit", description=DESCRIPTION, args=args)
-        group = sys.modules.get("torch.distributed")
-        if group and group.is_available() and group.is_initialized():  # its threads may abort Python as it ends
-            group.destroy_process_group()
-    except KitError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        raise SystemExit(2) from error
-    except OSError as error:  # such as a file in place of a folder, a missing permission, a full disk
+    except (KitError, OSError) as error:  # the latter: a file in place of a folder, a missing permission, a full disk
         if isinstance(error, BrokenPipeError):
             print(flush=True)  # raises again if stdout is the broken pipe: see `main`
-        print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
+        said = error if isinstance(error, KitError) else f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(printable(f"error: {said}"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted; to continue, give the same command again, with --resume if it has that", file=sys.stderr)

@@ -191,7 +191,6 @@ def test_a_report_is_of_the_runs_that_were_named(tmp_path, capsys):
 
 
 def test_a_command_leaves_the_group_of_its_processes_as_it_ends():
-    """mutation: without it, threads of the group may abort a process that had ended well"""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     main(["study", "table"])
     assert not dist.is_initialized()

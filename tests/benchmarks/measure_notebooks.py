@@ -5,28 +5,25 @@
 Run it on a quiet machine. Without names it measures every notebook there is.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
 from dispersive_kit.study.report import read_task
 from dispersive_kit.study.run import run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="notebooks by number; all if none is given")
-    parser.add_argument("--mode", default="class", choices=["smoke", "class", "full"])
-    given = parser.parse_args()
-    for notebook in map(find_notebook, given.names or sorted(p.stem for p in notebooks_folder().glob("*.ipynb"))):
+def main(names: tyro.conf.Positional[tuple[str, ...]] = (), mode: Literal["smoke", "class", "full"] = "class") -> None:
+    for notebook in map(find_notebook, names or sorted(p.stem for p in notebooks_folder().glob("*.ipynb"))):
         with tempfile.TemporaryDirectory() as folder:
-            run(str(notebook), Path(folder), mode=given.mode)
+            run(str(notebook), Path(folder), mode=mode)
             done = Path(folder) / notebook.stem
-            print(
-                f"{notebook.stem} | {read_task(done).seconds:.0f} s | {read_result(done).peak_gib:.2f} GiB", flush=True
-            )
+            seconds, gib = read_task(done).seconds, read_result(done).peak_gib
+            print(f"{notebook.stem} | {seconds:.0f} s | {gib:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -161,9 +161,7 @@ def sampled() -> Values:
 def objectives() -> Values:
     """Each objective's loss, draws and gradient, on the toy network and in closed form."""
     found: Values = {}
-    kinds = {
-        f"flow {n} {p}": kit.FlowMatching(path, p) for n, path in PATHS.items() for p in ("v", "x0", "eps", "score")
-    }
+    kinds = {f"flow {n} {p}": kit.FlowMatching(v, p) for n, v in PATHS.items() for p in ("v", "x0", "eps", "score")}
     kinds |= {
         "flow logit": kit.FlowMatching(t_sampling="logit_normal"), "ddpm": kit.DDPM(),
         "ddpm cosine": kit.DDPM(PATHS["cosine"]), "meanflow": kit.MeanFlow(),
@@ -179,8 +177,7 @@ def objectives() -> Values:
         found[name] = torch.cat([loss[None], aux.t, aux.per_sample, grad.flatten()]).detach()
     images = normal(4, 1, 2, 2, dtype=torch.float32).clamp(-1, 1)
     for path in (PATHS["ddpm"], PATHS["cosine"]):
-        objective = kit.DDPM(path, learn_sigma=True)
-        loss, aux = objective(twice, images, generator=torch.Generator().manual_seed(2))
+        loss, aux = kit.DDPM(path, learn_sigma=True)(twice, images, generator=torch.Generator().manual_seed(2))
         found[f"learn_sigma {path.schedule}"] = torch.cat([loss[None], aux.per_sample])
     return found
 
@@ -195,9 +192,8 @@ def networks() -> Values:
             for layer in (*model.blocks, model.final_layer):
                 layer.adaLN_modulation[-1].weight.fill_(0.02)
             model.final_layer.linear.weight.fill_(0.1)
-        out, taps = model(
-            normal(3, 2, 4, 4, dtype=torch.float32), torch.tensor([0.0, 0.4, 1.0]), torch.arange(3), taps=(0,)
-        )
+        x, t = normal(3, 2, 4, 4, dtype=torch.float32), torch.tensor([0.0, 0.4, 1.0])
+        out, taps = model(x, t, torch.arange(3), taps=(0,))
         found[f"DiT {options}"] = torch.cat([out.flatten(), taps[0].flatten()]).detach()
         found |= {f"DiT {options} {key}": norm for key, norm in norms(model.state_dict()).items()}
     for options in ({}, {"interval": True}, {"num_classes": 3}):
@@ -257,9 +253,8 @@ def summary(run: Path) -> Values:
         ordered = [tensors[key] for key in sorted(tensors)]
         found[f"{name} norms"] = torch.stack([torch.linalg.vector_norm(one.double()) for one in ordered])
         bits = [one.contiguous().view(torch.uint8).long() for one in ordered if one.ndim]
-        found[f"{name} bits"] = torch.stack(
-            [(one.flatten() * (torch.arange(one.numel()) % 9973 + 1)).sum() for one in bits]
-        )
+        sums = [(one.flatten() * (torch.arange(one.numel()) % 9973 + 1)).sum() for one in bits]
+        found[f"{name} bits"] = torch.stack(sums)
     return found
 
 

@@ -64,10 +64,9 @@ def test_the_card_says_what_dispersive_loss_saw(splits):
 
 
 def test_gathered_two_processes_equal_one_and_ungathered_they_do_not(tmp_path):
-    config = PLAIN.changed(regularizer=GATHERED)
     local_config = PLAIN.changed(regularizer=RegularizerConfig(preset="paper"))
     one, _ = gradient(tmp_path, "one", local_config, 1)
-    two, card = gradient(tmp_path, "two", config, 2)
+    two, card = gradient(tmp_path, "two", PLAIN.changed(regularizer=GATHERED), 2)
     local, _ = gradient(tmp_path, "local", local_config, 2)
     assert apart(one, two) < 1e-5 and card["dispersion_batch"] == 64
     assert apart(one, local) > 1e-4  # the first gradient of a network whose gates are still shut
@@ -114,6 +113,20 @@ def test_two_processes_of_accelerate_train_resume_to_the_same_bits_and_sample(ru
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 8, 8, 1)
 
 
+BUSY_THREAD = """
+import threading, torch
+from dispersive_kit.cli import main
+threading.Thread(target=lambda: [None for _ in iter(int, 1) if torch.ones(9).sum() < 0], daemon=True).start()
+main()
+"""
+
+
+def test_a_thread_of_pytorch_that_outlives_a_command_does_not_abort_it(tmp_path):
+    """As Gloo's do. Without the exit in cli: "terminate called without an active exception", here always."""
+    (tmp_path / "busy.py").write_text(BUSY_THREAD)
+    warm.run(*TORCHRUN, 1, tmp_path / "busy.py", *TRAIN, "--steps", 1, "--out", tmp_path / "run")
+
+
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused_with_the_cure(tmp_path):
     """Without --multi_gpu it starts one, and says nothing: a run on half the machines that were asked for."""
     started = warm.start(*ACCELERATE, "--cpu", *CLI, *TRAIN, "--out", tmp_path / "run")
@@ -157,10 +170,8 @@ def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on
     start, run_command, tmp_path, never_stopped, signalled
 ):
     out = tmp_path / "run"
-    if signalled == "torchrun":
-        started = warm.start(*TORCHRUN, 2, *CLI, *LONG, "--out", out)
-    else:
-        started = start([*LONG, "--out", out], 2)
+    command = [*LONG, "--out", out]
+    started = warm.start(*TORCHRUN, 2, *CLI, *command) if signalled == "torchrun" else start(command, 2)
     while started.poll() is None and not checkpoints(out / "checkpoints"):
         time.sleep(0.01)
     os.kill(started.pid if signalled == "torchrun" else started.pids[signalled], signal.SIGTERM)
@@ -170,19 +181,18 @@ def test_sigterm_to_any_process_ends_all_after_the_same_step_and_the_run_goes_on
     stopped = load_latest(out / "checkpoints").step
     assert 10 <= stopped < 40
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == stopped
-    run_command([*LONG, "--out", out], 2)
+    run_command(command, 2)
     assert_same_bits(out, never_stopped)
 
 
 def test_a_run_folder_that_the_processes_do_not_share_is_refused_on_resume(tmp_path):
     """As on two machines without a common file system: one finds the checkpoint, the other would begin anew."""
-    worker = str(Path(__file__).with_name("apart_worker.py"))
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
     config = PLAIN.changed(steps=2, checkpoint_every=1)
     run(config, tmp_path / "0" / "run")
     shutil.rmtree(checkpoints(tmp_path / "0" / "run" / "checkpoints")[-1])
-    started = warm.start(worker, config.model_dump_json(), tmp_path, processes=2)
+    started = warm.start(Path(__file__).with_name("apart_worker.py"), config.model_dump_json(), tmp_path, processes=2)
     assert started.wait() != 0 and "do not agree on the step and the data" in started.output
     assert load_latest(tmp_path / "0" / "run" / "checkpoints").step == 1
 
@@ -199,8 +209,7 @@ def test_another_dispersion_batch_is_refused_on_resume_where_it_is_part_of_the_o
 
 def test_meanflow_trains_on_two_processes_and_measures_its_base_arm(run_command, tmp_path):
     out = tmp_path / "run"
-    command = [*TRAIN, "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2"]
-    run_command([*command, "--out", out], 2)
+    run_command([*TRAIN, "--steps", 6, "--set", "objective=meanflow", "--set", "log_every=2", "--out", out], 2)
     assert load_run(out)[1]["step"] == 6
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all("gradient_ratio" in line for line in lines[1:])

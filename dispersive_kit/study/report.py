@@ -101,22 +101,20 @@ def write_notebook_page(notebook: Path, source: Path) -> None:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
-    document = read_notebook(notebook)
+    document, _ = CoalesceStreamsPreprocessor().preprocess(read_notebook(notebook), {})  # one box for a cell's prints
     document.metadata.pop("widgets", None)
-    for output in (output for cell in document.cells for output in cell.get("outputs", [])):
-        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
-    lines = CoalesceStreamsPreprocessor(enabled=True)  # all prints of a cell are in one box
+    for cell in (cell for cell in document.cells if cell.cell_type == "code"):
+        cell.outputs = [one for one in cell.outputs if one.get("text", "text").strip()]  # a progress bar leaves blanks
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its figure is there too
     setup = TagRemovePreprocessor(enabled=True, remove_input_tags={"setup"})  # the code of installation and imports
-    pages = HTMLExporter(template_name="basic", preprocessors=[lines, setup], embed_images=True)
+    pages = HTMLExporter(template_name="basic", preprocessors=[setup], embed_images=True)
     body, _ = pages.from_notebook_node(document, {"metadata": {"path": str(source.parent)}})
     _write_page(notebook.with_suffix(".html"), "page", title=notebook.parent.name, body=with_formulas(body))
 
 
 def write_report(tasks: Sequence[NotebookTask], out: Path, *, title: str, subtitle: str) -> tuple[Path, str]:
-    """Write `out/report.html` from the runs' folders; returns its path and the table of all numbers.
-
-    It begins with the answer of the last notebook that gave one.
-    """
+    """Write `out/report.html`, which begins with the last answer of a notebook; its path, and a table of numbers."""
     stages = [_stage(name, list(runs)) for name, runs in groupby(tasks, lambda run: run.name.partition("/")[0])]
     numbers = [(", ".join(filter(None, (row[0], point))), *row[1:])
                for stage in stages for point, rows in stage["points"].items() for row in rows[1:]]  # fmt: skip

@@ -26,7 +26,7 @@ WHOLE = (  # what a notebook may do, in few cells
     "import sys\nprint('\\x1b[31mred\\x1b[0m')\nsys.stderr.write('10%\\r20%\\r100%\\n')",
     "nb.record('half', value / 2, note='of value')\nnb.check('positive', value > 0)\nnb.say('It is so.')",
     f"nb.record('FD', 3.0, record={RECORD})\nnb.answer({ANSWER})",
-    f"from IPython.display import HTML, display\ndisplay(HTML('''{FIGURE}'''))",
+    f"from IPython.display import HTML, display\nsys.stderr.write('9%\\r  \\r')\ndisplay(HTML('''{FIGURE}'''))",
     "import ipykernel.connect as c\nprint(c.get_connection_info(unpack=True))",
 )
 
@@ -83,7 +83,7 @@ def test_a_run_folder_keeps_everything_of_the_run(ended):
     page = (folder / "notebook.html").read_text()
     assert "positive" in page and "<mi>log</mi><mi>B</mi>" in page and 'alt="a dot"' in page
     assert "begin(" not in page and "begin(" in (folder / "notebook.ipynb").read_text()  # of a cell tagged setup
-    assert 'alt="a" src="data:image/png' in page  # a picture beside the notebook is in the page
+    assert 'alt="a" src="data:image/png' in page and not re.search(r"<pre>\s*</pre>", page)  # nor a wiped progress bar
     assert "$a^b^c$ (DoubleSuperscriptsError" in page  # it stays, and does not end the run
     assert "default-src 'none'" in page and "<script" not in page and "://" not in page.partition("<body>")[0]
 

@@ -80,7 +80,7 @@ def frechet_distance(x: NDArray, y: NDArray) -> float:
 def frechet(x: NDArray, y: NDArray | Gaussian, *, resamples: int = 0) -> Measured:
     """`frechet_distance` of x (N, D) to y (M, D), or to a Gaussian of D features, with its interval."""
     if isinstance(y, tuple):
-        (x,), reference = _checked(x), y
+        (x, _), reference = _checked(x, np.stack([y[0]] * 2)), y
     else:
         x, y = _checked(x, y)
         reference = _fit(y)

@@ -15,7 +15,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import distances, frechet_distance
-from dispersive_kit.evaluation.distances import half_samples, interval, kid, nearest, prdc, read_statistics, wilson
+from dispersive_kit.evaluation.distances import frechet, half_samples, interval, kid, nearest, prdc, wilson
 from dispersive_kit.evaluation.panel import METRICS, measured
 
 
@@ -33,9 +33,8 @@ def of_four(x, y, k=5):
 
 
 def test_numbers_of_fixed_features_do_not_change():
-    rng = np.random.default_rng(0)
+    rng, none = np.random.default_rng(0), (math.nan, math.nan)
     x, y = rng.normal(0.3, 1.2, (120, 16)), rng.normal(size=(100, 16))
-    none = (math.nan, math.nan)
     expected = {
         "FD": (3.6566057641496954, 2.910975727973008, 4.517383435024708),
         "KID": (0.31925647870332163, 0.195636630067009, 0.4403295169086163),
@@ -64,7 +63,7 @@ def test_frechet_distance_equals_torch_fidelity(n, m):
 def test_mean_and_covariance_in_a_file_give_the_distance_of_the_features_they_are_of(tmp_path, m):
     x, y, file = cloud(400, 40), cloud(m, 40, seed=2), tmp_path / "fid.npz"
     np.savez(file, mu=y.mean(0), sigma=np.cov(y.T), mu_s=np.zeros(3), sigma_s=np.zeros((3, 3)), arr_0=np.zeros(2))
-    known, card = read_statistics(file)
+    known, card = distances.read_statistics(file)
     assert distances.frechet(x, known, resamples=5) == pytest.approx(distances.frechet(x, y, resamples=5), rel=1e-6)
     assert card["file"] == "fid.npz" and card["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -86,10 +85,13 @@ def test_a_file_that_is_no_mean_and_covariance_is_refused_by_name(tmp_path, arra
     if arrays is not None:
         np.savez(tmp_path / "other.npz", **arrays)
     with pytest.raises(DataError, match=rf"test, train or an \.npz .*other\.npz is none of them: .*{said}"):
-        read_statistics(tmp_path / "other.npz")
+        distances.read_statistics(tmp_path / "other.npz")
 
 
-@pytest.mark.parametrize("measure", [frechet_distance, kid, prdc, nearest])
+STORED = np.zeros(12), np.eye(12)
+
+
+@pytest.mark.parametrize("measure", [frechet_distance, kid, prdc, nearest, lambda *z: [frechet(x, STORED) for x in z]])
 @pytest.mark.parametrize(
     ("bad", "words"),
     [

@@ -113,11 +113,9 @@ def test_two_processes_of_accelerate_train_resume_to_the_same_bits_and_sample(ru
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 8, 8, 1)
 
 
-BUSY_THREAD = """
-import threading, torch
-from dispersive_kit.cli import main
+BUSY_THREAD = """import threading, torch, dispersive_kit.cli
 threading.Thread(target=lambda: [None for _ in iter(int, 1) if torch.ones(9).sum() < 0], daemon=True).start()
-main()
+dispersive_kit.cli.main()
 """
 
 

@@ -59,7 +59,7 @@ def main(run: Path, site: Path) -> None:
     if (site / "index.html").exists():  # a site: all of it is made here
         shutil.rmtree(site)
     site.mkdir(parents=True)
-    cards = [card(page, site) for page in sorted(run.glob("*/notebook.html"))]
+    cards = [card(page, site) for page in sorted(run.glob("*/notebook.html")) if ".earlier-" not in page.parent.name]
     shutil.copyfile(run / "report.html", site / "report.html")
     write_console(site / "console.html")
     head = (run / "report.html").read_text("utf-8").partition("<body>")[0]  # its style, and what it may fetch

@@ -254,7 +254,7 @@ def check(store: tyro.conf.Positional[Path], vae: str | None = None) -> None:
     from dispersive_kit.data.files import require_writable
     from dispersive_kit.data.latents import LatentStore
 
-    file = store.with_name(f"{store.name}-grid.png")
+    file = Path(f"{store.absolute()}-grid.png")
     require_writable(file)
     opened = LatentStore(store)
     for line in opened.check():

@@ -41,12 +41,12 @@ def load_with_images(run: str | pathlib.Path) -> tuple[DiT, dict[str, Any], Imag
     """Model and card of a run (as `load_run`), and the training and held-out images of the data it was trained on.
 
     run: a folder, or the name of a shipped run; of digits, MNIST, CIFAR-10 or a folder of images.
-    Raises CheckpointError: no run. ConfigError: a run on points or latents. DataError: the images are not here, or have
-        other classes than the run.
+    Raises CheckpointError: no run. ConfigError: a run on points or latents, or of ddpm. DataError: the images are not
+        here, or have other classes than the run.
     """
     model, card = load_run(run)
-    if not isinstance(model, DiT) or "autoencoder" in card["data"]:
-        raise ConfigError(f"{run} was trained on points or latents: give a run on images")
+    if not isinstance(model, DiT) or "autoencoder" in card["data"] or card["config"].objective == "ddpm":
+        raise ConfigError(f"{run} was trained on points or latents, or by ddpm: give a run of flow on images")
     train, held_out = load_reference(card["config"])
     if list(train.classes) != card["data"]["classes"]:
         raise DataError(f"{train.source} has the classes {', '.join(train.classes)}, and {run} was trained on others")

@@ -1,8 +1,8 @@
 """Linear and nearest-neighbour probes of features, chosen on validation images and tested once.
 
-Features are (draws, N, D): each image with several draws of noise. A probe is fitted on all draws, standardised with
-the training statistics. Its accuracy is the mean over draws and images, and its interval that of N images. For
-McNemar's test an image counts as right if most of its draws are classified correctly.
+Features are (draws, N, D): each image with several draws of noise. A probe is fitted on all draws, ridge on features
+standardised with the training statistics. Its accuracy is the mean over draws and images, and its interval that of N
+images. For McNemar's test an image counts as right if most of its draws are classified correctly.
 """
 
 from collections.abc import Callable, Mapping, Sequence

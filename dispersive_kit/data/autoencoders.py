@@ -144,7 +144,7 @@ def load_named(card: AutoencoderCard, *, path: str | None = None, **options: Any
 def refuse_other(found: AutoencoderCard, wanted: AutoencoderCard) -> None:
     """Raise DataError unless the two are the same autoencoder, scaled in the same way."""
     a, b = asdict(found), asdict(wanted)
-    if wrong := [f"{k} is {a[k]!r}, not {b[k]!r}" for k in a if a[k] != b[k]]:
+    if wrong := [f"{k} is {a[k]!r}, not {b[k]!r}" for k in a if k != "id" and a[k] != b[k]]:
         raise DataError(
             f"autoencoder {found.id} is not the one the latents were made with: {'; '.join(wrong)}. "
             "Its images would be wrong: restore that autoencoder, or encode again with this one"

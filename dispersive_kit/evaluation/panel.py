@@ -27,7 +27,7 @@ from dispersive_kit.evaluation.distances import Array, Measured
 from dispersive_kit.evaluation.features import INCEPTION, Extractors, FeatureExtractor, make_extractor
 from dispersive_kit.evaluation.generate import Samples, balanced_labels, decoder_of, draw_images, load_reference
 from dispersive_kit.training import load_run
-from dispersive_kit.training.batches import stream
+from dispersive_kit.training.batches import split_share, stream
 from dispersive_kit.training.parallel import this_process
 from dispersive_kit.training.runs import run_folder, sampler_of
 
@@ -116,8 +116,7 @@ class Record:
 
 def _record(metric: str, numbers: Measured, floor: float, n: int, protocol: Card, better: Better) -> Record:
     """The record of a number of n images, with the name that its protocol gives it."""
-    reference = protocol["reference"]
-    name = number_name(metric, protocol["extractor"], n, reference)
+    name = number_name(metric, protocol["extractor"], n, reference := protocol["reference"])
     return Record(name, *numbers, floor, n, reference.get("n", 0), protocol, better)
 
 
@@ -279,9 +278,9 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
         refuse_fid(extractor.card(), how.num, describe_set(reference))
     x, metrics = extractor(images), METRICS if how.metrics == "panel" else ("FD",)
     records = Panel(extractor, others, reference, metrics=metrics).measure(x, protocol=protocol)
-    if how.memorisation:
-        records += measure_memorisation(x, train, held_out, extractor, protocol=protocol)[:2]
-    return records
+    trained_on = split_share(train, protocol.get("data_share", 1.0))[0]  # and not the images that were left out
+    near = measure_memorisation(x, trained_on, held_out, extractor, protocol=protocol)[:2] if how.memorisation else ()
+    return [*records, *near]
 
 
 def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluation) -> Record:
@@ -338,6 +337,7 @@ def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:
         **{key: card[key] for key in ("run", "step", "weights")},
         "checkpoint_sha256": features.weights_sha256(model.state_dict()),
         "training_seed": config.seed,
+        **({"data_share": config.data_share} if config.data_share < 1 and how.data in (None, config.data) else {}),
         "sampler": sampler_of(config.objective)[0],
         "labels": "classes in turn",
         "autoencoder": card["data"].get("autoencoder"),
@@ -358,5 +358,5 @@ def record_file(source: Path, how: Evaluation, record: Record) -> Path:
     settings["step"] = record.protocol.get("step")  # the newest step may change later
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
     extractor = record.protocol["extractor"]["name"].replace("/", "-")
-    name = f"{source.stem}-{how.metrics}-{extractor}-{Path(how.reference).stem}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
-    return record_folder(source) / f"evaluation-{name}.json"
+    name = f"{how.metrics}-{extractor}-{Path(how.reference).stem}-N{how.num}-cfg{how.cfg_scale:g}-{mark}"
+    return record_folder(source) / f"evaluation-{source.absolute().stem}-{name}.json"

@@ -31,7 +31,7 @@ class Dispersive(Attached):
     options: those of `dispersive_loss`.
 
     With several taps the loss is the mean over them. Errors are raised by `loss()`, never by the hook. One error is not
-    detected: in a model compiled as a whole, a later layer that overwrites the tapped output in place.
+    detected: if the tapped module is compiled, alone or in its model, a later layer that overwrites its output.
     Raises DispersiveError: unknown path or option, or options that contradict each other.
     """
 

@@ -259,11 +259,11 @@ def _per_row(option: str, name: str, label: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _temperature(x: Tensor, options: LossOptions) -> Tensor:
-    """tau (0-d), nan for a kind that has none; "auto" is the median D over the pairs of the first 512 rows."""
+    """tau (0-d), nan for a kind that has none; "auto" is the median D over the pairs of 512 rows, evenly taken."""
     if options.scale != "auto":
         scale = math.nan if options.scale is None else float(options.scale)
         return torch.full((), scale, dtype=x.dtype, device=x.device)
-    rows = x.detach()[:512]
+    rows = x.detach()[torch.linspace(0, len(x) - 1, min(512, len(x)), device=x.device).round().long()]
     rows = rows - rows.mean(0)
     gram = rows @ rows.T
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)

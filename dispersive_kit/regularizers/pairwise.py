@@ -85,8 +85,8 @@ class PairSum(torch.autograd.Function):
             sums.append(_log_sum_exp(f) if kernel.log else f.sum())
             drops.append(dropped)
             if corner is None:
-                n = min(j, CORNER)
-                corner = gram if n == len(x) else gram[:n, :n].clone()
+                n = min(len(x), CORNER)
+                corner = gram if n == len(x) else gram[:n, :n].clone() if n <= j else rows[:n] @ rows[:n].T
             if len(blocks) == 1:
                 weight = slope.mul_(f.sub_(sums[0]).exp_()) if kernel.log else slope
         total = torch.stack(sums).logsumexp(0) if kernel.log else torch.stack(sums).sum()

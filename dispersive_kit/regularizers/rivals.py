@@ -63,7 +63,7 @@ class LayerSync(Rival):
             raise DispersiveError(f"LayerSync: {self.where}: give a shallow module, which is taught, and a deeper one")
 
     def _term(self, features: list[Tensor], x0: Tensor | None) -> Tensor:
-        shallow, deep = features
+        shallow, deep = (z.flatten(2).mT if z.ndim > 3 else z for z in features)  # (B, N, C)
         return _compared(shallow, deep.detach(), self.paths[0])
 
 

@@ -142,7 +142,7 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     If one value is large and those after it are small, this block dominates the stream. Compare with the same network
     at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the
     first tensor that it is given, and the first that it returns. Compiled modules run uncompiled inside `with`.
-    Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
+    Raises DispersiveError: no such list; a block that was not called, changes its input, or the stream's shape.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
     with contextlib.ExitStack() as held:
@@ -152,13 +152,13 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
             held.enter_context(torch.compiler.set_stance("force_eager"))
         yield use
     if left_out := ", ".join(path for path in blocks if path not in use):
-        why = "the block was not called, or its output has another shape than its input"
+        why = "the block was not called, returned its own input (as x += ... does), or returned another shape"
         raise DispersiveError(f"{left_out}: {why}: call the model inside `with`, and choose residual blocks with at=")
 
 
 def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
     """A forward hook."""
     given, returned = ([x.detach() for x in tree_leaves(y) if isinstance(x, Tensor)] for y in ((args, kwargs), output))
-    if given and returned and given[0].shape == returned[0].shape:
+    if given and returned and given[0].shape == returned[0].shape and given[0].data_ptr() != returned[0].data_ptr():
         size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(given[0].dtype, torch.float32))
         use[path] = size(returned[0] - given[0]) / size(given[0])

@@ -267,9 +267,8 @@ def conclude(plan: Plan, out: Path) -> dict[str, Any]:
 def _shared_record(runs: list[Run]) -> dict[str, Any]:
     """The part of the records that is equal in all runs. Raises DataError: what must be equal is not."""
     records = [(run["condition"], run["record"]) for run in runs if run["status"] == "ok"]
-    for name in ("reference", "extractor", "data_sha256"):
-        by = name == "data_sha256"  # a share of the training images may be a condition
-        seen = {(condition if by else "", json.dumps(record[name], sort_keys=True)) for condition, record in records}
+    for name in ("reference", "extractor", "data_sha256"):  # a contrast compares runs of one condition
+        seen = {(condition, json.dumps(record[name], sort_keys=True)) for condition, record in records}
         if len(seen) > len({place for place, _ in seen}):
             raise DataError(f"runs of one study were measured with different {name}: they cannot be compared")
     shared = records[0][1] if records else {}

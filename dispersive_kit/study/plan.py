@@ -149,11 +149,11 @@ class Plan(_Form):
         return with_settings(config, cell.settings)
 
     def is_early_stopped(self, cell: Cell) -> bool:
-        return cell.arm.partition(".")[0] in self.early_stopped  # a trial is named after its arm
+        return (cell.arm.rpartition(".")[0] if cell.stage == "tuning" else cell.arm) in self.early_stopped
 
     def unstopped(self, cell: Cell) -> Cell:
         """The run of the reference with which an early-stopped arm may share its training."""
-        return replace(cell, arm=".".join([self.reference, *cell.arm.split(".")[1:]]))
+        return replace(cell, arm=self.reference + (cell.arm[cell.arm.rindex(".") :] if cell.stage == "tuning" else ""))
 
     def tuning_cells(self) -> list[Cell]:
         """The tuning runs: every trial of every arm, in every condition, on the tuning seeds."""

@@ -72,9 +72,9 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
     key = "all_sha256" if "all_sha256" in old["data"] else "sha256"  # runs of 0.1 have that of the training set alone
     if not changed and old["data"][key] != card["data"][key]:
         raise CheckpointError(
-            f"{run_dir} was trained on other data: {card['data']['source']} has changed since its start ({key} "
-            f"{old['data'][key]} then, {card['data'][key]} now). Bring the old data back, or start a new run in "
-            "another folder"
+            f"{run_dir} was trained on other data: {old_config.data} from {old['data']['source']} with {key} "
+            f"{old['data'][key]}, and this is {config.data} from {card['data']['source']} with {card['data'][key]}. "
+            "Name the old data (--data), bring them back if they have changed, or start a new run in another folder"
         )
     # In an arm without the loss it is only measured, and no part of the objective.
     if config.regularizer.disperses and old["dispersion_batch"] != card["dispersion_batch"]:
@@ -224,7 +224,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
         model.load_state_dict(own)
     except RuntimeError as error:  # names or shapes: torch says which
         raise CheckpointError(f"the weights in {run_dir} do not fit its config.json: {error}") from error
-    card = {"run": run_dir.name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
+    card = {"run": run_dir.absolute().name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
 
 
@@ -255,7 +255,7 @@ def sample_batch(
     return x
 
 
-def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
+def draw_preview(model: Any, n: int, *, objective: str, file: Path, pixels: bool) -> None:
     """n samples, classes in turn, always from the same noise: images as PNG; points and latents as safetensors."""
     labels = torch.arange(n, device=next(model.parameters()).device) % max(model.num_classes, 1)
     try:
@@ -265,7 +265,7 @@ def draw_preview(model: Any, n: int, *, objective: str, file: Path) -> None:
         return
     with files.writing(file.parent, CheckpointError):
         file.parent.mkdir(exist_ok=True)
-        if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        if pixels and samples.ndim == 4 and samples.shape[1] in (1, 3):
             from torchvision.utils import save_image  # slow to import, and a run without pictures does not need it
 
             save_image(to_uint8(samples).float() / 255, file.with_suffix(".png"), nrow=8, padding=1)
@@ -281,8 +281,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
     Raises CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
     config = read_config(run_dir).changed(data_dir=None)  # a path of one machine
-    if files.list_folder(out):
-        raise CheckpointError(f"{out} is not empty; choose another folder")
+    if files.list_folder(out) or out.resolve() == Path.cwd():
+        raise CheckpointError(f"{out} is not empty, or is the current folder; choose another folder")
     found = load_latest(run_dir / "checkpoints", step)
     half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
     card = _read_card(run_dir)

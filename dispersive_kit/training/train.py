@@ -285,8 +285,8 @@ class Session:
             state = {"param_groups": moments["param_groups"], "ema_updates": self.ema.updates}
             save_checkpoint(self.folder, Checkpoint(step, groups, state), keep_last=self.config.keep_last)
             if n := self.config.preview_images:
-                file = self.run_dir / "previews" / f"step-{step:08d}"
-                runs.draw_preview(self.ema.model, n, objective=self.config.objective, file=file)
+                file, pixels = self.run_dir / "previews" / f"step-{step:08d}", "autoencoder" not in self.source.card
+                runs.draw_preview(self.ema.model, n, objective=self.config.objective, file=file, pixels=pixels)
         self.accelerator.wait_for_everyone()
 
 
@@ -294,12 +294,12 @@ def _forget_metrics_after(file: Path, step: int) -> None:
     """Remove later lines: a killed run may have logged steps after its checkpoint, and these are logged again."""
     if file.exists():
         lines = []
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line must not stop the training
                 if json.loads(line)["step"] <= step:
                     lines.append(line)
         with atomic_write(file, CheckpointError) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in lines))
+            unfinished.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def progress(records: Iterable[StepRecord], label: str = "") -> Iterator[StepRecord]:

@@ -990,8 +990,9 @@ function lecture(root, spec, kernel) {
 
   const page = root.parentNode === document.body; // in a notebook, number keys act only inside the demo
   (page ? document : root).addEventListener("keydown", event => {
-    const chosen = /^\d$/.test(event.key) && pages[(Number(event.key) + 9) % 10];
-    if (chosen && !event.ctrlKey && !event.altKey && !event.metaKey && event.target.tagName !== "SELECT") open(chosen);
+    const chosen = /^\d$/.test(event.key) && nav.children[(Number(event.key) + 9) % 10];
+    if (!chosen || event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
+    chosen.focus(chosen.click()); // a control that had the focus is hidden now, and would hear no other key
   });
   open(pages[0]);
 }

@@ -88,5 +88,7 @@ def test_a_run_comes_with_the_images_labels_and_classes_of_its_own_data(tmp_path
     with pytest.raises(DataError, match="has the classes ash, larch"):
         load_with_images(tmp_path / "run")
     list(train(train_preset("toy", steps=1), tmp_path / "points"))
-    with pytest.raises(ConfigError, match="points or latents"):
-        load_with_images(tmp_path / "points")
+    list(train(train_preset("smoke", steps=1, objective="ddpm", model="DiT-T/4"), tmp_path / "ddpm"))
+    for folder in ("points", "ddpm"):
+        with pytest.raises(ConfigError, match="points or latents, or by ddpm"):
+            load_with_images(tmp_path / folder)

@@ -148,6 +148,10 @@ def test_what_is_a_process_can_be_played_paused_and_stepped(page: Page) -> None:
     stopped = int(part.input_value())
     page.wait_for_timeout(200)
     assert int(part.input_value()) == stopped
+    part.focus()
+    for key in "12":  # the first hides what has the focus
+        page.keyboard.press(key)
+    assert page.locator("section:visible").get_attribute("data-demo") == DEMOS[1]
     demo.get_by_role("button", name="step").click()
     assert int(part.input_value()) == stopped + 1
 

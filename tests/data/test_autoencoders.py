@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_the_hash_is_of_the_weights_and_not_of_the_file(small, tmp_path):
     card = load_autoencoder(str(small)).card
     diffusers.AutoencoderKL.from_pretrained(small).save_pretrained(tmp_path, max_shard_size="20KB")
     assert load_named(card, path=str(tmp_path)).card == card
+    (tmp_path / "link").symlink_to(small)  # moved, with a link at its old place
+    assert load_named(replace(card, id=str(tmp_path / "link"))).card == card
     other = diffusers.AutoencoderKL.from_pretrained(small)
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-3

@@ -174,6 +174,7 @@ def test_the_command_encodes_and_check_looks_at_it(photos, tmp_path, monkeypatch
     assert said.count("done: ") == 1 and f"{processes} processes, each at a shard" in said
     make(photos, tmp_path / "alone", "small_autoencoders:patches")
     assert bytes_of(store) == bytes_of(tmp_path / "alone")
-    main(["check", str(store)])
+    monkeypatch.chdir(store)
+    main(["check", "."])
     assert capsys.readouterr().out.count("ok  ") == 3
     assert Image.open(tmp_path / "store-grid.png").size == (69, 69)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import run
 
 from dispersive_kit.errors import ConfigError, DataError
 from dispersive_kit.evaluation import (
@@ -27,6 +28,7 @@ from dispersive_kit.evaluation import (
 )
 from dispersive_kit.evaluation.features import INCEPTION, INCEPTION_SHA256, FeatureExtractor
 from dispersive_kit.evaluation.panel import METRICS, number_name, record_file, refuse_fid
+from dispersive_kit.training import train_preset
 
 module = sys.modules["dispersive_kit.evaluation.panel"]
 PANEL = {  # value, low, high, floor of 200 samples of the Gaussian, as ever
@@ -170,6 +172,14 @@ def test_whatever_moves_the_number_stands_in_its_record_and_has_a_file_of_its_ow
     source, usual = Path(changes.pop("source", "digits-base")), record_file(Path("digits-base"), HOW, plain[0])
     assert record_file(source, dataclasses.replace(HOW, **changes), changed) != usual
     assert changed.protocol["checkpoint_sha256"] and changed.protocol["device"] == "cpu"
+
+
+def test_copies_are_looked_for_among_the_images_that_the_run_was_trained_on(tmp_path, monkeypatch):
+    run(train_preset("smoke", data_share=0.1, steps=1, model="DiT-T/4"), tmp_path / "tenth")
+    monkeypatch.chdir(tmp_path / "tenth")
+    copies = measured(".", memorisation=True)[-1]
+    assert copies.n_reference == 130 and (copies.protocol["run"], copies.protocol["data_share"]) == ("tenth", 0.1)
+    assert record_file(Path(), HOW, copies).name.startswith("evaluation-tenth-")
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,13 @@ def test_auto_tau_is_the_median_distance(kind):
     torch.testing.assert_close(value_and_gradient(auto, z), value_and_gradient(fixed, z))  # held constant
 
 
+def test_auto_tau_of_many_tokens_is_of_all_images():
+    z = 3 * torch.randn(4, 1, 8) + 0.3 * torch.randn(4, 1024, 8)
+    D = F.pdist(z.flatten(0, 1)).square() / 8
+    auto, fixed = (dispersive_loss(z, pool="tokens", tau=tau).item() for tau in ("auto", D.median().item()))
+    assert auto == pytest.approx(fixed, rel=0.05)
+
+
 def masked(z, keep, tau=0.5):
     D = (z[:, None] - z).square().sum(2) / z.shape[1]
     return torch.logsumexp(-D[keep] / tau, 0) - math.log(int(keep.sum()))

@@ -26,6 +26,10 @@ def test_layer_sync_teaches_the_shallow_block_only():
     torch.testing.assert_close(loss, -0.1 * F.cosine_similarity(shallow, deep, dim=1).mean())
     loss.backward()
     assert model.blocks[0].fc2.weight.grad.norm() > 0 and model.blocks[3].fc2.weight.grad is None
+    maps = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).train()
+    seen(sync := LayerSync(maps, "0", "2", weight=1.0), torch.randn(2, 2, 6, 8))  # (2, 8, 4, 6)
+    shallow, deep = sync.captured
+    torch.testing.assert_close(sync.loss(), -F.cosine_similarity(shallow, deep, dim=1).mean())
 
 
 def test_repa_aligns_with_efficientnet_features_of_real_images():

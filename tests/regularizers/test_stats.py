@@ -81,8 +81,8 @@ def test_effective_rank_of_equal_directions_is_their_number(rank):
 
 
 def test_many_rows_keep_a_corner_of_the_gram_matrix_which_is_centred_again():
-    z = torch.zeros(1100, 4)
-    z[:, :3], z[1024:, 3] = torch.randn(1100, 3), 200.0
+    z = torch.zeros(4160, 4)  # in several blocks
+    z[:, :3], z[1024:, 3] = torch.randn(4160, 3), 200.0
     stats = measured(z).stats
     assert stats._records[0].gram.shape == (1024, 1024) and stats.effective_rank == pytest.approx(3, abs=0.1)
 
@@ -148,6 +148,7 @@ def test_depth_use_that_cannot_be_had_is_refused():
         (Stack(), lambda m: None, None, r"blocks\.0, blocks\.1, blocks\.2: the block was not called"),
         (changing, lambda m: m["blocks"](torch.randn(2, 4)), None, r"^blocks\.1: .*another shape"),
         (Stack(), lambda m: None, "layers", "0 lists named 'layers'"),
+        (nn.ModuleDict({"blocks": nn.Sequential(nn.ReLU(True))}), lambda m: m["blocks"](torch.ones(2)), None, r"x \+="),
     ):
         with pytest.raises(DispersiveError, match=words), depth_use(model, at):
             call(model)

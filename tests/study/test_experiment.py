@@ -129,11 +129,11 @@ def test_training_images_may_differ_between_conditions_and_not_within_one(finish
         run = kept[cell.arm, cell.seed]
         own = {"plan_sha256": two.sha256, "condition": cell.condition, "settings": cell.settings}
         (tmp_path / cell.name).mkdir(parents=True)
-        record = {**run["record"], "data_sha256": cell.condition}
+        record = {**run["record"], "data_sha256": cell.condition, "reference": cell.condition}
         (tmp_path / cell.name / "result.json").write_text(json.dumps({**run, **own, "record": record}))
     assert "data_sha256" not in conclude(two, tmp_path)["record"]
     (tmp_path / cell.name / "result.json").write_text(json.dumps({**run, **own}))
-    with pytest.raises(DataError, match="different data_sha256"):
+    with pytest.raises(DataError, match="different reference"):
         conclude(two, tmp_path)
 
 

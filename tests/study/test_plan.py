@@ -70,6 +70,7 @@ REFUSED = {
     "stopped without validation images": (
         {"early_stopped": ["paper"]}, r"paper is stopped early, which needs .*data_share.*keep_last to 1",
     ),
+    "an arm with a dot": ({"arms__paper-0.1": {}, "early_stopped": ["paper-0.1"]}, r"paper-0\.1 is stopped early"),
     "no such arm to stop": ({"early_stopped": ["papers"]}, r"early_stopped names no arm: papers"),
     "no such setting": ({"arms__paper": {"regularizer.lambda": 1.0}}, r"regularizer: lambda = 1\.0"),
     "a setting of another type": ({"train__steps": "many"}, r"steps.*many"),

@@ -15,8 +15,8 @@ from dispersive_kit.cli import main
 from dispersive_kit.data.files import lock, write_json
 from dispersive_kit.errors import ConfigError, KitError
 from dispersive_kit.study import run as headless
-from dispersive_kit.study.notebook import find_notebook, notebooks_folder, read_result
-from dispersive_kit.study.report import NotebookTask, write_report
+from dispersive_kit.study.notebook import Number, find_notebook, notebooks_folder, read_result
+from dispersive_kit.study.report import NotebookTask, _row, write_report
 from dispersive_kit.study.run import _SHIPPED, _check_parameters, _plan, _run_pipeline, _Stage
 
 FIGURE = '<figure><img alt="a dot" src="data:image/png;base64,AA=="></figure>'
@@ -33,6 +33,12 @@ WHOLE = (  # what a notebook may do, in few cells
 
 def number_of(folder):
     return read_result(folder).numbers[0].value
+
+
+def test_a_number_that_no_seed_changes_keeps_its_own_record():
+    record = {"low": 1.1, "high": 1.4, "floor": 1.0}
+    numbers = [Number(name="ratio", value=1.2, note="worse", record=record)] * 6
+    assert _row("ratio", numbers) == ("ratio", "1.2", "1.10 to 1.40", "1.00", "worse")
 
 
 def pipeline(*stages):

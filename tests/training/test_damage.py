@@ -107,6 +107,7 @@ def test_metrics_of_another_form_are_refused_and_a_line_that_a_kill_cut_is_left_
     (run / "metrics.jsonl").write_text(content)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
         read_metrics(run)
+    (run / "metrics.jsonl").open("ab").write(b'{"step": 1, "l\xff": 1}\n')  # a flipped bit
     list(train(CONFIG, run, resume=True))
 
 

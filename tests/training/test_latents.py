@@ -124,6 +124,12 @@ def test_a_run_does_not_go_on_with_another_store_at_the_same_place(store, tmp_pa
         run(config(copied, steps=2), tmp_path / "run", resume=True)
 
 
+def test_previews_of_latents_are_kept_as_numbers_however_many_channels_they_have(tmp_path):
+    of_three = write_store(tmp_path / "store", rows=300, shape=(3, 8, 8), card=load_autoencoder("four channels").card)
+    run(config(of_three, steps=1, preview_images=2), tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run" / "previews").iterdir()] == ["step-00000001.safetensors"]
+
+
 @pytest.mark.parametrize("fault", ["flipped bit", "missing", "spec", "scale"])
 def test_a_damaged_store_is_refused_by_name_before_training(store, tmp_path, fault):
     copied = shutil.copytree(store, tmp_path / "store")

@@ -62,7 +62,7 @@ def test_a_run_of_0_1_whose_card_has_the_hash_of_the_training_images_alone_goes_
     assert "all_sha256" in json.loads(file.read_text())["data"]
     card["data"]["sha256"] = "0" * 64
     file.write_text(json.dumps(card))
-    with pytest.raises(CheckpointError, match="was trained on other data"):
+    with pytest.raises(CheckpointError, match=r"other data: digits from .* Name the old data \(--data\)"):
         run(SMOKE, tmp_path / "run", resume=True)
 
 

@@ -9,7 +9,7 @@ $(error VENV must be one path without spaces, and is "$(VENV)")
 endif
 
 # A machine that already has a suitable torch keeps it: the virtual environment then sees the system's packages.
-HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 6)" 2>/dev/null
+HAS_TORCH = $(PYTHON) -c "import torch, torchvision; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 9)" 2>/dev/null
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long lab bench gpu course slides site class lint clean
@@ -71,12 +71,12 @@ $(VENV)/constraints.txt: constraints.txt
 	  echo "keeping the torch of $(PYTHON)"; \
 	  $(PYTHON) -m venv --system-site-packages "$(VENV)" && grep -vE '^(torch|torchvision)==' constraints.txt > "$@"; \
 	else \
-	  $(PYTHON) -m venv "$(VENV)" && cp constraints.txt "$@" && \
-	  { [ -z "$(TORCH_INDEX)" ] || "$(RUN)"/pip install -q -c "$@" --index-url "$(TORCH_INDEX)" torch torchvision; }; \
+	  $(PYTHON) -m venv "$(VENV)" && cp constraints.txt "$@"; \
 	fi
 
 $(VENV)/.notebooks: $(VENV)/constraints.txt pyproject.toml
 	@echo "installing the kit and its extras for notebooks into $(VENV) (some minutes, some GB: PyTorch is among it)"
+	@[ -z "$(TORCH_INDEX)" ] || "$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" --index-url "$(TORCH_INDEX)" torch torchvision
 	"$(RUN)"/pip install -q -c "$(VENV)/constraints.txt" -e '.[notebooks,latents]'
 	@mkdir -p "$(VENV)"/share/jupyter/lab/settings  # no news popup: it covers figures, and asks the network
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > "$(VENV)"/share/jupyter/lab/settings/overrides.json

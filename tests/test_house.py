@@ -69,7 +69,7 @@ def test_importing_the_kit_is_light():
 
 # A change that passes one of these takes something away first, or says here why the kit needs more. Two stand above
 # what is aimed at (9,000 lines of the package, 10,500 of tests). The second rose twice: a fault of files, folders,
-# streams or names has a test of its kind, what runs on a GPU is tried on a CPU (12,700 lines before), and each of 18
+# streams or names has a test of its kind, what runs on a GPU is tried on a CPU (12,700 lines before), and each of 26
 # faults that a review found has a test (12,818). Scripts rose from 300: they also write the course, slides and site.
 BUDGET = {
     "lines of the package": 10_417,
@@ -82,7 +82,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 12_866,
+    "lines of tests": 12_915,
     "longest line": 120,
 }
 

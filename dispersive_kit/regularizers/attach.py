@@ -80,9 +80,7 @@ class Dispersive(Attached):
             raise DispersiveError(f"no statistics of {self.where} yet: call loss() in training first")
         return Stats(self._records)
 
-    def _loss(
-        self, features: list[Tensor], weight: float, x0: Any, t: Tensor | None, y: Tensor | None, step: int | None
-    ) -> Tensor:
+    def _loss(self, features: list[Tensor], weight: float, x0: Any, t: Any, y: Any, step: Any) -> Tensor:
         if self.memory and step is None:
             raise DispersiveError(f"the memory of {self.where} lasts one step, and step is None: call loss(step=step)")
         if step != self._step:
@@ -105,7 +103,7 @@ class Dispersive(Attached):
             return [(z, t, y)]
         if len(z) % size:
             raise DispersiveError(f"a batch of {len(z)} cannot be split into groups of {size}: change one of the two")
-        parts = [[None] * (len(z) // size) if one is None else one.split(size) for one in (z, t, y)]
+        parts = [[None] * max(1, len(z) // size) if one is None else one.split(size) for one in (z, t, y)]
         return list(zip(*parts, strict=True))
 
     def _one(self, path: str, z: Tensor, t: Tensor | None, y: Tensor | None, weight: float) -> Tensor:

@@ -263,7 +263,7 @@ def _temperature(x: Tensor, options: LossOptions) -> Tensor:
     if options.scale != "auto":
         scale = math.nan if options.scale is None else float(options.scale)
         return torch.full((), scale, dtype=x.dtype, device=x.device)
-    rows = x.detach()[torch.linspace(0, len(x) - 1, min(512, len(x)), device=x.device).round().long()]
+    rows = x.detach()[torch.arange(n := min(512, len(x)), device=x.device) * len(x) // n]
     rows = rows - rows.mean(0)
     gram = rows @ rows.T
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)

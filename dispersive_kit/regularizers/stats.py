@@ -142,23 +142,24 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
     If one value is large and those after it are small, this block dominates the stream. Compare with the same network
     at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the
     first tensor that it is given, and the first that it returns. Compiled modules run uncompiled inside `with`.
-    Raises DispersiveError: no such list; a block that was not called, changes its input, or the stream's shape.
+    Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
     with contextlib.ExitStack() as held:
-        for path, block in blocks.items():
-            held.enter_context(block.register_forward_hook(partial(_measure_update, use, path), with_kwargs=True))
+        for p, f in [(p, f) for p, b in blocks.items() for f in (b.register_forward_pre_hook, b.register_forward_hook)]:
+            held.enter_context(f(partial(_measure_update, use, p), with_kwargs=True))
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the call would import it (2 s)
             held.enter_context(torch.compiler.set_stance("force_eager"))
         yield use
     if left_out := ", ".join(path for path in blocks if path not in use):
-        why = "the block was not called, returned its own input (as x += ... does), or returned another shape"
+        why = "the block was not called, or its output has another shape than its input"
         raise DispersiveError(f"{left_out}: {why}: call the model inside `with`, and choose residual blocks with at=")
 
 
-def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, output: Any) -> None:
-    """A forward hook."""
-    given, returned = ([x.detach() for x in tree_leaves(y) if isinstance(x, Tensor)] for y in ((args, kwargs), output))
-    if given and returned and given[0].shape == returned[0].shape and given[0].data_ptr() != returned[0].data_ptr():
-        size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(given[0].dtype, torch.float32))
-        use[path] = size(returned[0] - given[0]) / size(given[0])
+def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, *output: Any) -> None:
+    given, found = use.pop(path, None), [x for x in tree_leaves(output or (args, kwargs)) if isinstance(x, Tensor)]
+    if not output:  # before the block, which may change its input: a copy
+        use.update((path, x.detach().clone()) for x in found[:1])
+    elif found and given is not None and given.shape == found[0].shape:
+        size = partial(torch.linalg.vector_norm, dtype=torch.promote_types(given.dtype, torch.float32))
+        use[path] = size(found[0].detach() - given) / size(given)

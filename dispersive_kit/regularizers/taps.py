@@ -72,7 +72,7 @@ class _Tap:
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
-        self.armed, self.thread = False, threading.current_thread()
+        self.armed, self.thread = False, threading.get_ident()
         self.output: Captured | None = None
         self.handle = module.register_forward_hook(self)
 
@@ -81,10 +81,10 @@ class _Tap:
             return
         versions = []
         if not torch.compiler.is_compiling():
-            if torch._C._current_graph_task_id() != -1 or threading.current_thread() is not self.thread:
+            if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self.thread:
                 return  # recomputed in backward by activation checkpointing, or evaluated in another thread
-            tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
-            versions = [(one, one._version) for one in tensors if not one.is_inference()]
+            parts = [one for x in tree_leaves(output) for one in (x, *tree_leaves(getattr(x, "__dict__", None)))]
+            versions = [(x, x._version) for x in parts if isinstance(x, Tensor) and not x.is_inference()]
         self.output = output, versions
 
     def __deepcopy__(self, _memo: Any) -> Self:
@@ -114,12 +114,11 @@ class Attached:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Attached to the copy of the model; copied taps would still be hooks of the original."""
-        twin = copy.copy(self)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, nn.Module):
                 setattr(twin, name, copy.deepcopy(value, memo))
-        twin.taps = [] if self._removed else _find_taps(twin.model, self.paths, 1 / 4, self.select)
+        twin.taps = [] if self._removed else [_Tap(tap.path, copy.deepcopy(tap.module, memo)) for tap in self.taps]
         twin._thread = None
         twin._forget_all()
         return twin
@@ -144,7 +143,7 @@ class Attached:
         self._require_hooks()
         self._thread = threading.current_thread() if self.model.training else None
         for tap in self.taps:
-            tap.output, tap.armed, tap.thread = None, self.model.training, threading.current_thread()
+            tap.output, tap.armed, tap.thread = None, self.model.training, threading.get_ident()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
@@ -297,6 +296,8 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
     if not found:
         raise DispersiveError("at= names no module: give a path such as 'blocks.2'")
     for module, path in found.items():
+        if path != (first := next(name for name, one in modules.items() if one is module)):
+            raise DispersiveError(f"{path!r} is the module {first!r}, whose first call alone is seen: tap {first!r}")
         if isinstance(module, CONTAINERS):
             what = f"{path!r} is a {type(module).__name__}, which is never called itself"
             raise DispersiveError(f"{what}: tap a part of it ({path + '.0'!r}), or all ({path + '.*'!r})")

@@ -280,7 +280,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
     newest.
     Raises CheckpointError: no run or no such checkpoint here; `out` is not empty; it could not be written.
     """
-    config = read_config(run_dir).changed(data_dir=None)  # a path of one machine
+    config = read_config(run_dir := run_folder(run_dir)).changed(data_dir=None)  # a path of one machine
     if files.list_folder(out) or out.resolve() == Path.cwd():
         raise CheckpointError(f"{out} is not empty, or is the current folder; choose another folder")
     found = load_latest(run_dir / "checkpoints", step)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -94,6 +95,13 @@ def test_a_module_or_a_wrapped_name_is_found():
         assert Dispersive(of, at).paths == ["blocks.1"]
 
 
+def test_shared_weights_are_tapped_at_their_first_call_alone():
+    shared = nn.ModuleDict({"blocks": nn.Sequential(*[nn.Linear(4, 4)] * 3)})
+    for how in ({"at": "blocks.2"}, {"depth": 1.0}):
+        with pytest.raises(DispersiveError, match=r"'blocks\.2' is the module 'blocks\.0'"):
+            Dispersive(shared, **how)
+
+
 def test_presets_attach_where_published():
     model = MLP(depth=12, hidden_size=4)
     for name, block, numbers in (("paper", 2, (0.5, 0.5)), ("official-pytorch", 11, (0.25, 1.0))):
@@ -115,6 +123,12 @@ def test_nan_infinity_and_a_batch_of_one_raise_with_the_path(x, words, weight):
     reg = Dispersive(model, "blocks.1", weight=weight)
     seen(reg, x, T[: len(x)])
     with pytest.raises(DispersiveError, match=rf"blocks\.1.*{words}"):
+        reg.loss()
+
+
+def test_an_empty_batch_in_groups_is_refused():
+    seen(reg := Dispersive(nn.Sequential(nn.Linear(4, 4)), "0", group_size=2), torch.randn(0, 4))
+    with pytest.raises(DispersiveError, match="no axis of size 0"):
         reg.loss()
 
 
@@ -168,9 +182,10 @@ class Holder(nn.Module):
         parts = {"model": model, "reg": Dispersive(model, "blocks.1")}
         for name in parts if first == "model" else reversed(parts):
             setattr(self, name, parts[name])
+        model.own = parts["reg"] if first == "inside" else None
 
 
-@pytest.mark.parametrize("first", ["model", "regulariser"])
+@pytest.mark.parametrize("first", ["model", "regulariser", "inside"])
 def test_a_copy_of_model_and_regulariser_has_taps_of_its_own(first):
     a = Holder(first)
     want, _ = step(a.model, a.reg)
@@ -179,6 +194,7 @@ def test_a_copy_of_model_and_regulariser_has_taps_of_its_own(first):
     with pytest.raises(DispersiveError, match="no statistics"):
         b.reg.stats  # noqa: B018
     assert torch.equal(step(b.model, b.reg)[0], want)
+    assert torch.equal(step(*pickle.loads(pickle.dumps((b.model, b.reg))))[0], want)
     b.reg.remove()
     assert torch.equal(step(a.model, a.reg)[0], want)
     with pytest.raises(DispersiveError, match="removed"):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ class Overwriting(nn.Module):
 def test_an_output_inside_a_container_that_is_overwritten_is_noticed(select):
     _, reg = attached("block", of=Overwriting("h"), select=select)
     seen(reg, torch.randn(6, 4))
+    with pytest.raises(DispersiveError, match="overwritten"):
+        reg.loss()
+
+
+class Boxed(nn.Linear):
+    def forward(self, x):
+        return SimpleNamespace(h=super().forward(x))
+
+
+def test_an_output_inside_an_object_that_is_overwritten_is_noticed():
+    _, reg = attached("0", of=nn.Sequential(Boxed(4, 4)), select=lambda out: out.h)
+    with reg:
+        reg.model(torch.randn(6, 4)).h.relu_()
     with pytest.raises(DispersiveError, match="overwritten"):
         reg.loss()
 

@@ -100,6 +100,7 @@ def sample(
     from torchvision.utils import save_image
 
     from dispersive_kit.data.autoencoders import load_autoencoder
+    from dispersive_kit.data.files import require_writable
     from dispersive_kit.evaluation import balanced_labels, decoder_of, generate
     from dispersive_kit.models import load_published
     from dispersive_kit.training import load_run
@@ -112,6 +113,7 @@ def sample(
     if (run is None) == (published is None):
         raise ConfigError("name either a run or, with --published, a checkpoint file")
     device = this_process().device
+    require_writable((out if out.exists() else out.parent) / "samples.npz")
     if published is None:
         net, card = load_run(str(run), weights=weights)
         if len(net.sample_shape) != 3:
@@ -122,7 +124,10 @@ def sample(
         raise ConfigError(f"{published} draws latents: name their autoencoder: --vae stabilityai/sd-vae-ft-ema")
     else:
         net, name = load_published(published), published.name
-        objective, decode = net.objective, load_autoencoder(vae, device=device).images
+        objective, autoencoder = net.objective, load_autoencoder(vae, device=device)
+        if (wanted := net.sample_shape[0]) != (found := autoencoder.latent_shape(64)[0]):
+            raise ConfigError(f"{name} draws latents of {wanted} channels, and those of {vae} have {found}")
+        decode = autoencoder.images
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     settings: dict[str, Any] = {"sampler": sampler, "num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
     settings |= {"guidance_low": guidance[0], "guidance_high": guidance[1]}
@@ -233,9 +238,8 @@ def encode(
             raise DataError(f"{out} needs {missing:,.1f} MB more, and its disk has {free:,.1f} MB free: {cure}")
     if plan_only or not (store := encode(encoder, part=(number, calls))):
         return
-    left_out = store.spec.images["left_out"]
     print(f"done: {store.path}: {len(store):,} images of {len(store.spec.classes)} classes")
-    for kind, count in {**store.spec.images["odd"], "left out": len(left_out)}.items():
+    for kind, count in {**store.spec.images["odd"], "left out": len(store.spec.images["left_out"])}.items():
         print(f"  {count:,} {kind}; see spec.json")
 
 

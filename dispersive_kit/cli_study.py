@@ -89,6 +89,8 @@ def study(
 def _run_study(plan: Any, folder: Path, workers: int) -> None:
     from dispersive_kit.study.experiment import conclude, run_study
 
+    if (old := folder / "results.json").is_file() and plan.sha256.encode() not in old.read_bytes():
+        raise ConfigError(f"{old} is of another plan, or of this one before a change: name another folder with --out")
     total = len(plan.tuning_cells()) + len(plan.cells())
     print(printable(f"{plan.title}\nplan {plan.name}, sha256 {plan.sha256[:16]}; runs in {folder}"))
     print(f"{total} runs, {workers} at once; the plan states {plan.cpu_hours:g} CPU hours", flush=True)

@@ -142,7 +142,7 @@ def test_numbers_that_measure_nothing_are_refused(capsys, options, words):
     assert words in refused(capsys, "evaluate", "digits-base", "--extractor", "pixels-pca32", *given, *options)
 
 
-def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, capsys):
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, capsys, monkeypatch):
     said = refused(capsys, "evaluate", trained, "--num", "40", "--out", tmp_path)
     assert "is a folder: name a file" in said
     (tmp_path / "file").write_text("")
@@ -150,6 +150,8 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(trained, tmp
     assert "file" in refused(capsys, *TRAIN, "--out", tmp_path / "file")
     assert "file" in refused(capsys, "export", trained, "--out", tmp_path / "file")
     assert "--num must be at least 1" in refused(capsys, "sample", trained, "--out", tmp_path / "s", "--num", "0")
+    monkeypatch.setattr("dispersive_kit.evaluation.generate", lambda *_, **__: pytest.fail("drawn first"))
+    assert "cannot be written" in refused(capsys, "sample", trained, "--out", tmp_path / "file" / "x", "--num", "2")
 
 
 def test_options_that_would_change_nothing_are_refused(trained, tmp_path, capsys):
@@ -225,6 +227,10 @@ def test_published_checkpoints_are_sampled(tmp_path, capsys):
     vae.save_pretrained(tmp_path / "vae")
     command = ["sample", "--published", str(file), "--num", "3", "--num-steps", "2", "--cfg-scale", "2"]
     assert "--vae" in refused(capsys, *command, "--out", tmp_path / "s")
+    three = build_dit("DiT-T/2", input_size=8, in_channels=3, num_classes=10, learn_sigma=True).state_dict()
+    torch.save({"ema": three}, tmp_path / "DiT-three.pt")
+    other = ["sample", "--published", tmp_path / "DiT-three.pt", "--vae", tmp_path / "vae", "--out", tmp_path / "t"]
+    assert "draws latents of 3 channels" in refused(capsys, *other)
     assert "either a run or" in refused(capsys, "sample", "digits-base", *command[1:], "--out", tmp_path / "s")
     main([*command, "--vae", str(tmp_path / "vae"), "--out", str(tmp_path / "s")])
     assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)

@@ -69,10 +69,10 @@ def test_importing_the_kit_is_light():
 
 # A change that passes one of these takes something away first, or says here why the kit needs more. Two stand above
 # what is aimed at (9,000 lines of the package, 10,500 of tests). The second rose twice: a fault of files, folders,
-# streams or names has a test of its kind, what runs on a GPU is tried on a CPU (12,700 lines before), and each of 26
-# faults that a review found has a test (12,818). Scripts rose from 300: they also write the course, slides and site.
+# streams or names has a test of its kind, what runs on a GPU is tried on a CPU (12,700 lines before), and nearly each of
+# 40 faults that reviews found has a test (12,818). Scripts rose from 300: they also write course, slides and site.
 BUDGET = {
-    "lines of the package": 10_417,
+    "lines of the package": 10_416,
     "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,
@@ -82,7 +82,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 12_915,
+    "lines of tests": 12_994,
     "longest line": 120,
 }
 
@@ -160,7 +160,7 @@ def test_every_command_and_flag_that_is_named_somewhere_exists(capsys):
     pages += [*(ROOT / "notebooks").rglob("*.ipynb"), *(ROOT / "dispersive_kit").rglob("*.py")]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        named = set(re.findall(r"dispersive-kit (\w+)", text)) & {"demo", "latents", "artefacts", "export", *COMMANDS}
+        named = set(re.findall(r"dispersive-kit (\w+)", text))
         assert named <= COMMANDS.keys(), (page, named - COMMANDS.keys())
         if page.suffix == ".py":  # sentences, not the arguments of other programs
             strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]

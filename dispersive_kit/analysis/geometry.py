@@ -59,16 +59,14 @@ def signal_to_noise(x: Tensor) -> Tensor:
     R, N, _ = x.shape
     image = x.mean(0)  # (N, D)
     between = R * centred(image).square().sum() / (N - 1)
-    within = (x - image).square().sum() / (N * (R - 1))
-    return (between / within - 1) / R
+    return (between / ((x - image).square().sum() / (N * (R - 1))) - 1) / R
 
 
 def spectrum(x: Tensor) -> Tensor:
     """Eigenvalues (..., min(N, D)) of the covariance of rows, largest first, from the smaller Gram matrix."""
     x = centred(x)
     N, D = x.shape[-2:]
-    product = x @ x.mT if N < D else x.mT @ x
-    return torch.linalg.eigvalsh(product / (N - 1)).flip(-1).clamp(min=0)
+    return torch.linalg.eigvalsh((x @ x.mT if N < D else x.mT @ x) / (N - 1)).flip(-1).clamp(min=0)
 
 
 def entropy_rank(weights: Tensor) -> Tensor:
@@ -136,8 +134,7 @@ def participation_ratio(x: Tensor) -> Tensor:
     s1, s2, f = length.sum(-1), length.square().sum(-1), (x.mT @ x).square().sum((-2, -1))
     count = n * (n - 1) * (n - 2) * (n - 3)
     square = ((n**2 - 3 * n + 1) * s1**2 - n * (n - 1) * s2 + 2 * f) / count
-    trace = (f - s2 + s1**2 / ((n - 1) * (n - 2)) - 2 * s2 / (n - 2)) / (n * (n - 3))
-    return square / trace
+    return square / ((f - s2 + s1**2 / ((n - 1) * (n - 2)) - 2 * s2 / (n - 2)) / (n * (n - 3)))
 
 
 def class_scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -154,8 +154,7 @@ def require_writable(file: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of `folder`, which need not exist yet."""
-    there = next(p for p in [folder, *folder.resolve().parents] if p.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(next(p for p in [folder, *folder.resolve().parents] if p.exists())).free
 
 
 def versions() -> dict[str, str | None]:

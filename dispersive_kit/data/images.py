@@ -76,9 +76,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def data_folder() -> Path:
     """Where data sets are looked for: $DISPERSIVE_KIT_DATA, else `data/` of a checkout, else the user cache."""
-    checkout, cache = Path(__file__).resolve().parents[2], Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    checkout, cache = Path(__file__).resolve().parents[2], Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     own = checkout / "data" if (checkout / "pyproject.toml").is_file() else cache / "dispersive_kit" / "data"
-    return Path(os.environ.get("DISPERSIVE_KIT_DATA") or own).expanduser()
+    try:
+        return Path(os.environ.get("DISPERSIVE_KIT_DATA") or own).expanduser()
+    except RuntimeError as error:  # a user id without a home
+        raise DataError(f"{error} Set DISPERSIVE_KIT_DATA to the folder where data sets are") from error
 
 
 def load_images(

@@ -23,8 +23,7 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw x (n, D) and the component each point came from (n,)."""
         y = torch.randint(len(self.means), (n,), generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator)
-        return self.means[y] + self.std * noise, y
+        return self.means[y] + self.std * torch.randn(n, self.means.shape[1], generator=generator), y
 
     def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """E[x0 | x_t] for x_t = alpha x0 + sigma eps, exactly.
@@ -60,8 +59,7 @@ def _two_moons(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tenso
 def _checkerboard(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     column = torch.randint(4, (n,), generator=generator)
     row = 2 * torch.randint(2, (n,), generator=generator) + column % 2
-    cell = torch.stack([column, row], 1).float()
-    return cell - 2 + torch.rand(n, 2, generator=generator), column % 2
+    return torch.stack([column, row], 1).float() - 2 + torch.rand(n, 2, generator=generator), column % 2
 
 
 def _spirals(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

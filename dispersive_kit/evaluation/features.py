@@ -85,7 +85,7 @@ def make_extractor(
 
     name: "classifier", trained on `train` (a minute at 32 pixels, an hour at 256); "pixels-pca32" and
     "effnet-lite0-pca64", whose components are fitted to `train`; "inception", whose weights lie in `data_folder()`;
-    "auto" is the classifier up to 32 pixels, and EfficientNet for larger images.
+    "auto" is the classifier up to 32 pixels, and EfficientNet for larger images and for images of one class.
     Raises ConfigError: no extractor has this name. CheckpointError: its weights are missing, or not the known file.
     """
     makers: dict[str, Callable[[], FeatureExtractor]] = {
@@ -95,7 +95,7 @@ def make_extractor(
         "inception": lambda: inception_pool3(device),
     }
     if name == "auto":
-        name = "classifier" if train.images.shape[-1] <= 32 else "effnet-lite0-pca64"
+        name = "classifier" if train.images.shape[-1] <= 32 and len(train.classes) > 1 else "effnet-lite0-pca64"
     if name not in makers:
         raise ConfigError(f"unknown extractor {name!r}; there are: {', '.join(makers)}")
     return makers[name]()

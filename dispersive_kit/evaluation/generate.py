@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispersive_kit.data import ImageSet, load_images, to_uint8
-from dispersive_kit.data.autoencoders import AutoencoderCard, load_named
+from dispersive_kit.data.autoencoders import Autoencoder, AutoencoderCard, load_named, refuse_other
 from dispersive_kit.data.latents import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError
@@ -101,8 +101,7 @@ def generate(model: Any, labels: Tensor, **options: Any) -> Tensor:
     default is Heun's method), `num_steps`, `first_seed`; `cfg_scale`, the guidance where t is in [`guidance_low`,
     `guidance_high`] (t = 1 is noise); `decode`, see `decoder_of`. Raises what `Samples` raises.
     """
-    samples = Samples(model, labels, **options)
-    return torch.cat(shared_out(samples.__getitem__, len(labels), "drawing samples"))
+    return torch.cat(shared_out(Samples(model, labels, **options).__getitem__, len(labels), "drawing samples"))
 
 
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
@@ -138,6 +137,8 @@ def load_reference(config: TrainConfig, decode: Decode | None = None) -> tuple[I
 
 def _decoded(data: Selection, decode: Decode) -> ImageSet:
     store, rows = data.store, data.rows(np.arange(min(DECODED, len(data))))
+    if isinstance(run_has := getattr(decode, "__self__", None), Autoencoder):  # as `decoder_of` gives it
+        refuse_other(run_has.card, store.spec.autoencoder)
     to_model = store.spec.autoencoder.to_model
     parts = progress(np.array_split(rows, -(-len(rows) // 64)), "decoding real images")
     images = torch.cat([to_uint8(decode(to_model(store.read(part)[:, 0].float()))) for part in parts])
@@ -149,6 +150,5 @@ def _decoded(data: Selection, decode: Decode) -> ImageSet:
 def pixel_gaussian(train: ImageSet, n: int, *, seed: int = 0) -> Tensor:
     """n uint8 images (n, C, H, W) from one Gaussian fitted to the training pixels, as a baseline."""
     flat = train.images.flatten(1).double().numpy()  # (N, C H W)
-    rng = np.random.default_rng(seed)
-    draws = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), n, method="eigh")
+    draws = np.random.default_rng(seed).multivariate_normal(flat.mean(0), np.cov(flat.T), n, method="eigh")
     return torch.from_numpy(draws.round().clip(0, 255).astype(np.uint8)).reshape(n, *train.images.shape[1:])

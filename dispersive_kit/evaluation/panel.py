@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -272,13 +271,16 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
     train, held_out = sets()
     if (shape := images[:1].shape[1:]) != train.images.shape[1:]:
         raise ConfigError(f"the samples are {tuple(shape)}, {train.name} is {tuple(train.images.shape[1:])}")
+    trained_on = split_share(train, protocol.get("data_share", 1.0))[0]  # and not the images that were left out
+    own = how.data is None and not protocol.get("autoencoder")  # decoded images are not those of the training
+    if how.memorisation and own and trained_on.sha256 != protocol["training_data_sha256"]:
+        raise DataError(f"{train.source} is not what the run was trained on: restore it, or name images with --data")
     extractor = make_extractor(how.extractor, train, held_out, device=this_process().device)
     reference, others = (held_out, train) if how.reference == "test" else (train, held_out)
     if how.metrics == "FID":
         refuse_fid(extractor.card(), how.num, describe_set(reference))
     x, metrics = extractor(images), METRICS if how.metrics == "panel" else ("FD",)
     records = Panel(extractor, others, reference, metrics=metrics).measure(x, protocol=protocol)
-    trained_on = split_share(train, protocol.get("data_share", 1.0))[0]  # and not the images that were left out
     near = measure_memorisation(x, trained_on, held_out, extractor, protocol=protocol)[:2] if how.memorisation else ()
     return [*records, *near]
 
@@ -288,8 +290,7 @@ def _against_statistics(images: Images, protocol: Card, sets: Sets, how: Evaluat
     known, reference = distances.read_statistics(Path(how.reference))
     if how.memorisation:
         raise ConfigError("--memorisation compares with images, and the reference has none: give --reference test")
-    device = this_process().device
-    inception = how.extractor == "inception"
+    device, inception = this_process().device, how.extractor == "inception"
     extractor = features.inception_pool3(device) if inception else make_extractor(how.extractor, *sets(), device=device)
     if how.metrics == "FID":
         refuse_fid(extractor.card(), how.num, reference)
@@ -312,7 +313,7 @@ def _samples_of(file: Path, how: Evaluation) -> tuple[Tensor, Card, Sets]:
     try:  # the form of ADM's evaluation suite
         with np.load(file, allow_pickle=False) as arrays:
             found = arrays["arr_0"]
-    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
+    except Exception as error:  # of a damaged archive numpy may raise almost any; the message shows it
         raise DataError(f"{file} holds no samples (an array arr_0): {error}") from error
     if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] not in (1, 3):
         raise DataError(f"{file}: arr_0 must be uint8 (N, H, W, 1 or 3), got {found.dtype} {found.shape}")
@@ -337,6 +338,7 @@ def _drawn(source: Path, how: Evaluation) -> tuple[Samples, Card, Sets]:
         **{key: card[key] for key in ("run", "step", "weights")},
         "checkpoint_sha256": features.weights_sha256(model.state_dict()),
         "training_seed": config.seed,
+        "training_data_sha256": card["data"]["sha256"],
         **({"data_share": config.data_share} if config.data_share < 1 and how.data in (None, config.data) else {}),
         "sampler": sampler_of(config.objective)[0],
         "labels": "classes in turn",

@@ -58,8 +58,7 @@ class Conditioned(nn.Module):
         self.time_scale = (1.0 if interval else 1000.0) if time_scale is None else time_scale
         self.t_embedder = _TimestepEmbedder(hidden_size)
         self.r_embedder = _TimestepEmbedder(hidden_size) if interval else None
-        rows = num_classes + (null_label is not None)
-        self.y_embedder = _LabelEmbedder(rows, hidden_size) if num_classes else None
+        self.y_embedder = _LabelEmbedder(num_classes + (null_label is not None), hidden_size) if num_classes else None
 
     def condition(self, t: Tensor, y: Tensor | None, r: Tensor | None) -> Tensor:
         """c (B, D) from t, r and y, (B,) each."""

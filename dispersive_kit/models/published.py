@@ -95,9 +95,9 @@ def _read_state(path: Path) -> State:
 def _config_of(state: State, path: Path) -> dict[str, Any]:
     """The DiT's arguments, from the shapes of its state."""
     needed = "x_embedder.proj.weight", "pos_embed", "final_layer.linear.weight", "y_embedder.embedding_table.weight"
-    absent = [key for key in needed if not isinstance(state.get(key), Tensor)]
+    absent = [key for key, n in zip(needed, (4, 3, 2, 2), strict=True) if getattr(state.get(key), "ndim", 0) != n]
     if absent:
-        raise CheckpointError(f"{path} is no class-conditional DiT or SiT: it lacks {', '.join(absent)}")
+        raise CheckpointError(f"{path} is no class-conditional DiT or SiT: it lacks {', '.join(absent)} of their form")
     patches, positions, last, classes = (state[key].shape for key in needed)
     hidden_size, in_channels, patch_size, _ = patches
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})

@@ -55,8 +55,7 @@ def run_study(plan: Plan, out: Path, *, workers: int = 1) -> Iterator[tuple[Cell
         disk); finished runs are kept.
     """
     yield from _run_cells(plan, plan.tuning_cells(), out, workers)
-    chosen = _choose(plan, _collect(plan, plan.tuning_cells(), out))
-    yield from _run_cells(plan, plan.cells(chosen), out, workers)
+    yield from _run_cells(plan, plan.cells(_choose(plan, _collect(plan, plan.tuning_cells(), out))), out, workers)
 
 
 def _run_cells(plan: Plan, cells: list[Cell], out: Path, workers: int) -> Iterator[tuple[Cell, Run, bool]]:
@@ -160,8 +159,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     features, numbers = {}, {}
     for name, scale in how.frechets.items():
         drawn = {**how_drawn, "cfg_scale": scale}
-        images = generate(model, labels, objective=config.objective, decode=decode, **drawn)
-        features[name] = panel.extractor(images)
+        features[name] = panel.extractor(generate(model, labels, objective=config.objective, decode=decode, **drawn))
         numbers[name] = panel.measure(features[name], protocol={**drawn, **shared})[0]
     values = {**{name: n.value for name, n in numbers.items()}, "held_out": last["held_out"]}
     if how.copies:
@@ -207,9 +205,8 @@ def _probe_accuracy(model: Any, config: TrainConfig, pool: str) -> float:
     cut = min(PROBED, len(known) * PROBED // (PROBED + VALIDATED))
     index = torch.arange(len(known))
     parts = [known.subset(index[:cut]), known.subset(index[cut:]), draw_images(held_out, TESTED)]
-    path = OBJECTIVES[config.objective][0]().path
-    cells = candidates(encoder(model), parts, pool=pool, draws=DRAWS, path=path)
-    return choose_and_test("ridge", cells)[0].accuracy
+    cells = candidates(encoder(model), parts, pool=pool, draws=DRAWS, path=OBJECTIVES[config.objective][0]().path)
+    return max(choose_and_test("ridge", cells)[0].accuracy, 0.5 / len(parts[2]))  # above 0, for the logarithm
 
 
 def _collect(plan: Plan, cells: list[Cell], out: Path) -> list[Run]:

@@ -75,8 +75,7 @@ class NotebookRun(Result):
 
     def in_mode(self, **numbers: tuple[Any, Any, Any]) -> SimpleNamespace:
         """From each (smoke, class, full), the number for this run's mode; as attributes."""
-        column = get_args(Mode).index(self.mode)
-        return SimpleNamespace(**{name: values[column] for name, values in numbers.items()})
+        return SimpleNamespace(**{name: values[get_args(Mode).index(self.mode)] for name, values in numbers.items()})
 
     def try_answer(self, answer: Callable[..., Any], cases: Sequence[tuple[tuple[Any, ...], Any]], hint: str) -> bool:
         """Test an exercise's answer on cases (arguments, right result). Prints the first fault, and the hint."""
@@ -213,6 +212,5 @@ def find_notebook(name: str, beside: Path = Path()) -> Path:
 def _peak_memory_gib() -> float | None:
     """The largest memory of this process so far; None if the system does not report it."""
     with contextlib.suppress(OSError):  # not getrusage: its ru_maxrss is inherited from the process that started this
-        kib = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return round(int(kib[0]) / 2**20, 2)
+        return round(int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 2**20, 2)
     return None

@@ -55,7 +55,7 @@ class Sampling(_Form):
     """
 
     extractor: Literal["classifier", "pixels-pca32", "effnet-lite0-pca64"]
-    num: int = Field(2000, ge=2)
+    num: int = Field(2000, ge=4)
     sampler: str = ""  # that of the objective; sde is SiT's own
     num_steps: int = Field(10, ge=1)
     cfg_scales: list[float] = Field([1.0], min_length=1)

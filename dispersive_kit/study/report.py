@@ -59,8 +59,7 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text in columns, without control characters."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
-    return "\n".join(map(str.rstrip, lines))
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def _worded(value: Any) -> Any:

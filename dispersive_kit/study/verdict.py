@@ -66,8 +66,7 @@ def _sign_flip_p(x: NDArray[np.float64]) -> float:
 def _holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p of a family: max over the smaller ones of (m - rank) p, at most 1."""
     order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
-    times = np.arange(len(p), 0, -1) * np.asarray(p)[order]
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, times))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * np.asarray(p)[order]))
     return adjusted.tolist()
 
 

@@ -83,6 +83,8 @@ def train_classifier(
     Its "body" maps images in [-1, 1], (B, C, H, W), to (B, widths[-1], H / 2, W / 2); its "head" maps the mean of these
     over the pixels to logits. The caller's random generators do not change.
     """
+    if classes < 2:
+        raise ConfigError("one class teaches a classifier nothing: give two or more, or take another extractor or arm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = zip((data.samples.shape[1], *widths), widths, (1, 2, 1), strict=False)

@@ -218,7 +218,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
     model = build_model(config, data)
     known = [group for group in checkpoint.groups if group != "optimizer"]
     if weights not in known:
-        raise CheckpointError(f"{run_dir} holds {', '.join(known)} weights only, not {weights!r}")
+        raise CheckpointError(f"{run_dir} holds {', '.join(known) or 'no'} weights only, not {weights!r}")
     try:
         own = {key: value for key, value in checkpoint.groups[weights].items() if not key.startswith(f"{HEAD}.")}
         model.load_state_dict(own)
@@ -283,13 +283,13 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
     config = read_config(run_dir := run_folder(run_dir)).changed(data_dir=None)  # a path of one machine
     if files.list_folder(out) or out.resolve() == Path.cwd():
         raise CheckpointError(f"{out} is not empty, or is the current folder; choose another folder")
-    found = load_latest(run_dir / "checkpoints", step)
-    half = {name: tensor.to(torch.float16) for name, tensor in found.groups["ema"].items()}
+    model, found = load_run(run_dir, step=step)
+    half = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()}
     card = _read_card(run_dir)
     card["data"]["source"] = Path(card["data"]["source"]).name
     card["exported"] = "ema weights, float16"
     with files.atomic_write(out, CheckpointError) as unfinished:
-        save_checkpoint(unfinished / "checkpoints", Checkpoint(found.step, {"ema": half}, {}))
+        save_checkpoint(unfinished / "checkpoints", Checkpoint(found["step"], {"ema": half}, {}))
         files.write_json(unfinished / "run.json", card)
         files.write_json(unfinished / "config.json", config.model_dump())
         beside = [path for path in files.list_folder(run_dir) if re.fullmatch(KEPT, path.name)]

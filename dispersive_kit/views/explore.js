@@ -86,7 +86,8 @@ function button(words, pressed) {
 
 /** A menu for words, a slider over the list for numbers; `changed` is called with the control. */
 function control(name, values, index, changed) {
-  const menu = values.some(value => Number.isNaN(Number(value))), readout = element("output"), last = values.length - 1;
+  const menu = values.some(value => Number.isNaN(Number(value))), last = values.length - 1;
+  const readout = element("output", { "aria-live": "off" }); // else each frame of a film would be spoken
   const input = menu ? element("select", { "aria-label": name }, ...values.map(value => element("option", {}, value)))
     : element("input", { type: "range", min: 0, max: last, step: 1, "aria-label": name });
   if (!menu) input.style.width = `${clamp(values.length / 4, 6, 16)}em`;
@@ -157,7 +158,7 @@ function player(axis, { ready = () => true, between = null }) {
     if (whole !== axis.index) axis.move(whole);
     if (between && whole < axis.last) between(at);
     return whole < axis.last;
-  }, ["step", () => axis.move((axis.index + 1) % (axis.last + 1))], {}, () => { at = axis.index % axis.last; });
+  }, ["step", () => axis.move((axis.index + 1) % (axis.last + 1))], {}, () => { at = axis.index % axis.last || 0; });
   axis.node.addEventListener("input", stop);
   return buttons;
 }
@@ -400,7 +401,7 @@ const RACE = "race of the first three";
 const TAUS = [0.25, 0.5, 1, 2], BATCHES = [2, 4, 8, 16, 32], SCALES = [0.1, 0.25, 0.5, 1, 2, 3, 5];
 const EXTENT = 7.8, ARROW = 1.3; // half side of the plane, length of an arrow for B |g| >= 1
 const GRID = many(15, i => 0.1 * 60 ** (i / 14)); // scales of the curve
-const RATE = 0.012, HASTE = 3; // the step size is RATE times B; steps in a frame
+const RATE = 0.012, HASTE = 3, FAR = 1e6; // the step size is RATE times B; steps in a frame; no point goes farther
 const points = z => many(z.length / 2, i => [z[2 * i], z[2 * i + 1]]);
 
 /** B points in a disc, as `cloud` of the package; a larger batch contains the points of a smaller one. */
@@ -413,7 +414,7 @@ export function cloud(B) {
 /** Points one step down the gradient. */
 export function descended(z, options) {
   const { gradient } = dispersive(z, 2, options);
-  return z.map((v, a) => v - RATE * z.length / 2 * gradient[a]);
+  return z.map((v, a) => clamp(v - RATE * z.length / 2 * gradient[a], -FAR, FAR));
 }
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
@@ -421,10 +422,11 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowD
 /** Calls `moved([x, y], the element where the drag began)` while a pointer is pressed in a panel. */
 function dragged(node, plane, moved) {
   let taken = null;
-  const move = event => { if (taken) moved(plane.under(event, node.querySelector("svg")), taken); };
+  const move = event => { if (taken && event.isPrimary) moved(plane.under(event, node.querySelector("svg")), taken); };
   node.addEventListener("pointermove", move);
-  node.addEventListener("lostpointercapture", () => { taken = null; });
+  node.addEventListener("lostpointercapture", event => { if (event.isPrimary) taken = null; });
   node.addEventListener("pointerdown", event => {
+    if (!event.isPrimary || event.button || event.ctrlKey) return; // a second finger, or what opens a menu
     taken = event.target;
     taken.focus();
     node.setPointerCapture(event.pointerId);
@@ -493,7 +495,7 @@ const shortly = v => (Number.isFinite(v) ? v.toPrecision(Math.abs(v) < 1 ? 2 : 3
 function traces(name, lines, { log = false, low = NaN, high = NaN, least = -Infinity } = {}) {
   const scale = v => (log ? Math.log10(Math.max(v, 1e-4)) : v), levels = lines.map(one => one.level ?? NaN);
   const all = [...lines.flatMap(one => one.values.map(p => p[1])), ...levels, low, high].filter(Number.isFinite);
-  const ends = [Math.max(least, Math.min(...all)), Math.max(...all)]; // values below `least` are drawn on the edge
+  const ends = [Math.max(least, Math.min(...all)), Math.max(least, ...all)]; // what is below `least` is on the edge
   const last = Math.max(1, ...lines.map(one => one.values.at(-1)[0]));
   const axes = panel({ x: [0, last], y: ends.map(scale), width: 290, height: 110, left: 80, right: 10, below: 10 });
   const drawn = lines.map(({ color, values }, k) => [
@@ -886,7 +888,7 @@ function patch(root, spec) {
 /** One image of a sheet of `columns` x `rows`. */
 function tile({ source, columns, rows }, i) {
   const made = element("div", { class: "tile" }), x = i % columns, y = Math.floor(i / columns);
-  const at = `${100 * x / (columns - 1)}% ${100 * y / (rows - 1)}%`;
+  const at = `${100 * x / (columns - 1 || 1)}% ${100 * y / (rows - 1 || 1)}%`;
   made.style.background = `url(${source}) ${at} / ${100 * columns}% auto`;
   return made;
 }

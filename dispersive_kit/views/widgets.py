@@ -63,7 +63,7 @@ def explore(
         place = message["place"]
         try:
             said = {"drawn": draw(*place)}
-        except Exception:  # shown whole in the page, in place of the picture
+        except (Exception, KeyboardInterrupt):  # shown whole in the page, in place of the picture
             said = {"fault": traceback.format_exc()}
         explorer.send({"place": place, **said})
 

@@ -76,6 +76,15 @@ def test_points_go_down_the_gradient_and_their_rank_is_that_of_the_statistics(ki
     assert rank == pytest.approx(float((-torch.special.xlogy(p / p.sum(), p / p.sum()).sum()).exp()), abs=1e-9)
 
 
+def test_points_without_a_floor_go_far_and_stay_numbers(kit: Page) -> None:
+    far = kit.evaluate(
+        """z => { let x = floats(z); const options = { ...kit.VARIANTS["l2, no diagonal"][0], tau: 0.25 };
+        for (let k = 0; k < 3000; k += 1) x = kit.descended(x, options); return [...x]; }""",
+        [0.1, 0.0, -0.1, 0.2],
+    )
+    assert 100 < doubles(far).abs().max() < 1e7
+
+
 def test_exact_field_and_samplers(kit: Page) -> None:
     x, steps = normal(40, 2), 8
     for name, sampler in (("Euler", euler), ("Heun", heun), ("RK4", rk4)):

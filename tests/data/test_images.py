@@ -11,6 +11,7 @@ from encode_jobs import write_photos
 from PIL import Image
 
 from dispersive_kit.data import ImageSet, load_images, to_float, to_uint8
+from dispersive_kit.data.images import data_folder
 from dispersive_kit.errors import DataError
 from dispersive_kit.training import train_preset
 from dispersive_kit.training.batches import open_source
@@ -191,3 +192,9 @@ def test_both_splits_of_a_folder_have_the_classes_of_train(tmp_path, held_out):
     (tmp_path / held_out / "dog").rename(tmp_path / held_out / "fox")
     with pytest.raises(DataError, match=r"has a class 'fox', and .*train has not"):
         load_images(folder, "test", size=8)
+
+
+def test_without_a_home_the_variable_is_named(monkeypatch):
+    monkeypatch.setenv("DISPERSIVE_KIT_DATA", "~nobody9/data")
+    with pytest.raises(DataError, match="Set DISPERSIVE_KIT_DATA"):
+        data_folder()

@@ -24,6 +24,13 @@ def test_the_classifier_knows_digits_and_says_how_well(digits, classifier):
     assert apart.shape == (100, 48) and np.abs(classifier(images) - apart).max() < 1e-4  # whatever the batch
 
 
+def test_one_class_teaches_no_classifier(digits):
+    flat = replace(digits[0].subset(torch.arange(70)), labels=torch.zeros(70, dtype=torch.long), classes=("image",))
+    with pytest.raises(ConfigError, match="one class"):
+        make_extractor("classifier", flat, flat)
+    assert make_extractor("auto", flat, flat).name == "effnet-lite0/pca64"
+
+
 def test_pca_is_the_one_of_scikit_learn_and_says_on_which_images_it_was_fitted(digits, space):
     train, test = (data.images for data in digits)
     expected = PCA(32, svd_solver="full").fit(_pixels(train)(train)).transform(_pixels(test)(test))

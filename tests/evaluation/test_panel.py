@@ -180,6 +180,9 @@ def test_copies_are_looked_for_among_the_images_that_the_run_was_trained_on(tmp_
     copies = measured(".", memorisation=True)[-1]
     assert copies.n_reference == 130 and (copies.protocol["run"], copies.protocol["data_share"]) == ("tenth", 0.1)
     assert record_file(Path(), HOW, copies).name.startswith("evaluation-tenth-")
+    (file := Path("run.json")).write_text(file.read_text().replace(copies.protocol["training_data_sha256"], "0" * 64))
+    with pytest.raises(DataError, match="not what the run was trained on"):
+        measured(".", memorisation=True)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,14 @@ def test_files_without_samples_are_refused_by_name(tmp_path):
             np.savez(file, **arrays)
         with pytest.raises(DataError, match=words):
             evaluate(file, Evaluation(data="digits"))
+
+
+def test_a_flipped_bit_of_a_compressed_archive_is_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 4, (50, 8, 8, 1), np.uint8)
+    np.savez_compressed(file := tmp_path / "samples.npz", arr_0=images)
+    file.write_bytes(bytes(b ^ 255 if i == 300 else b for i, b in enumerate(file.read_bytes())))
+    with pytest.raises(DataError, match="holds no samples"):
+        evaluate(file, Evaluation(data="digits", num=50))
 
 
 @pytest.mark.parametrize("words", FAULTS)

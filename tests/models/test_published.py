@@ -97,6 +97,7 @@ def test_files_that_are_no_dit_are_refused_by_name_and_run_no_code(tmp_path, cap
     deep = {key.replace("blocks.3", "blocks.4"): value for key, value in state.items()}
     for content, error, words in (
         ({"conv.weight": torch.zeros(1)}, CheckpointError, "lacks x_embedder.proj.weight, pos_embed"),
+        ({**state, "pos_embed": torch.zeros(16)}, CheckpointError, "lacks pos_embed of their form"),
         ({"x": Loud()}, CheckpointError, r"DiT-other\.pt cannot be read"),
         ({"ema": [1]}, CheckpointError, "holds a list"),
         ({**state, **deep}, ConfigError, "depth 5 and width 96, no published size"),

@@ -24,7 +24,7 @@ from dispersive_kit.study import experiment
 from dispersive_kit.study.experiment import _run_cell, conclude, run_study
 from dispersive_kit.study.plan import load_plan
 from dispersive_kit.study.verdict import load_results, summary, verdict_rows, verdicts
-from dispersive_kit.training import load_run, read_metrics, train
+from dispersive_kit.training import load_run, read_metrics, train, train_preset
 from dispersive_kit.training.batches import split_share
 
 MEASURED = ("values", "described", "status", "settings")
@@ -135,6 +135,21 @@ def test_training_images_may_differ_between_conditions_and_not_within_one(finish
     (tmp_path / cell.name / "result.json").write_text(json.dumps({**run, **own}))
     with pytest.raises(DataError, match="different reference"):
         conclude(two, tmp_path)
+
+
+def test_results_of_a_plan_are_not_replaced_by_those_of_a_changed_one(finished, tmp_path, small_plan, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    conclude(finished[0], out)
+    changed = write_plan(tmp_path, small_plan, margin={"frechet": 0.3, "held_out": 0.05})
+    with pytest.raises(SystemExit):
+        main(["study", "run", str(changed.file), "--out", str(out)])
+    assert "of another plan" in capsys.readouterr().err
+
+
+def test_a_probe_that_is_never_right_has_a_logarithm(monkeypatch):
+    monkeypatch.setattr(experiment, "candidates", lambda *_, **__: {})
+    monkeypatch.setattr(experiment, "choose_and_test", lambda *_: (SimpleNamespace(accuracy=0.0), {}))
+    assert experiment._probe_accuracy(None, train_preset("smoke"), "mean") == 0.5 / 500
 
 
 @pytest.mark.parametrize("words", [["run"], ["report", "nowhere"]])

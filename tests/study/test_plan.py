@@ -61,6 +61,7 @@ REFUSED = {
     "no such measure": ({"primary__measure": "FID"}, r"measure 'FID' of a contrast; there are: frechet, held_out"),
     "no such extractor": ({"evaluation__extractor": "VGG"}, r"evaluation\.extractor = 'VGG': Input should be 'class"),
     "no such sampler": ({"evaluation__sampler": "ddim"}, r"no sampler 'ddim' for a model of flow; there are: heun"),
+    "halves of three samples": ({"evaluation__num": 3}, r"num = 3"),
     "guidance beyond time": ({"evaluation__guidance_high": 1.5}, r"guidance_high = 1\.5"),
     "no such reference": ({"reference": "none"}, r"reference 'none' is no arm"),
     "no margin": ({"margin": {"frechet": 0.1}}, r"no margin for 'held_out'"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,13 @@ def test_another_autoencoder_is_refused_before_training_and_before_sampling(stor
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="weights_sha256"):
         decoder_of(load_run(trained)[1])
+
+
+def test_a_store_of_another_autoencoder_is_no_reference(trained, tmp_path):
+    card = replace(load_autoencoder("four channels").card, weights_sha256="0" * 64)
+    other = config(write_store(tmp_path / "other", rows=100, shape=(4, 8, 8), card=card))
+    with pytest.raises(DataError, match="weights_sha256"):
+        load_reference(other, decoder_of(load_run(trained)[1]))
 
 
 def test_a_run_does_not_go_on_with_another_store_at_the_same_place(store, tmp_path):

@@ -63,6 +63,14 @@ def test_an_export_overwrites_nothing(run):
             export_run(name, run)
 
 
+def test_an_export_needs_averaged_weights(run, tmp_path):
+    exported = export_run(run, tmp_path / "out")
+    file = exported / "checkpoints/step-00000004/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sha256": {}}))
+    with pytest.raises(CheckpointError, match="no weights only, not 'ema'"):
+        export_run(exported, tmp_path / "again")
+
+
 def test_an_unknown_shipped_run_names_those_there_are():
     with pytest.raises(CheckpointError, match="digits-base"):
         load_run("digits")

@@ -24,6 +24,8 @@ def clean_figures() -> Iterator[None]:
 def view(size: int, name: str) -> Figure:
     if name == "b" and size == 2:
         raise ValueError("two")
+    if name == "b" and size == 1:
+        raise KeyboardInterrupt  # as the button of a notebook does it
     return plt.figure(figsize=(1, 1))
 
 
@@ -53,6 +55,7 @@ def test_an_error_of_a_view_stops_the_cell_at_first_and_later_is_told_to_the_bro
         widgets.explore(view, SLIDERS, start={"size": 2, "name": "b"}, alt="")
     answer = ask(widgets.explore(view, SLIDERS, alt=""), {"place": [1, 1]})
     assert answer["place"] == [1, 1] and answer["fault"].endswith("ValueError: two\n")
+    assert "KeyboardInterrupt" in ask(widgets.explore(view, SLIDERS, alt=""), {"place": [0, 1]})["fault"]
 
 
 def test_a_film_is_given_whole_and_begins_at_its_end() -> None:

@@ -72,7 +72,7 @@ def test_importing_the_kit_is_light():
 # streams or names has a test of its kind, what runs on a GPU is tried on a CPU (12,700 lines before), and most of the
 # 40 faults that reviews found have a test (12,818). Scripts rose from 300: they also write course, slides and site.
 BUDGET = {
-    "lines of the package": 10_416,
+    "lines of the package": 10_421,
     "files of the package": 65,
     "public names": 330,
     "settings of a training": 45,

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dispersive_kit.data.autoencoders import Autoencoder, load_autoencoder
-from dispersive_kit.data.files import PARTIAL, atomic_write, list_folder, lock, read_form, write_json
+from dispersive_kit.data.files import PARTIAL, atomic_write, list_folder, lock, notebook_stdout, read_form, write_json
 from dispersive_kit.data.folder import ON_WHITE, ImageFile, ImageFolder, list_images, read_image
 from dispersive_kit.data.images import to_float
 from dispersive_kit.data.latents import PLAN, RECORDS, REPAIR, SPEC, LatentStore, ShardCard, Spec
@@ -207,8 +207,8 @@ def encode(encoder: Encoder, *, part: tuple[int, int] = (0, 1), progress: Progre
     """
     encoder.begin()
     (number, calls), total = part, len(encoder.folder.files)
-    seconds = 0.1 if sys.stderr.isatty() else 60  # if stderr is a file, one line a minute
-    bar = tqdm(total=total, initial=encoder.done(), unit="image", mininterval=seconds, disable=bool(number or progress))
+    how: Any = {"unit": "image", "mininterval": 0.1 if sys.stderr.isatty() else 60, "file": notebook_stdout()}
+    bar = tqdm(total=total, initial=encoder.done(), disable=bool(number or progress), **how)
     progress = progress or (lambda now, _: bar.update(now - bar.n) and None)
     pool, threads = ThreadPoolExecutor(READERS), torch.get_num_threads()
     torch.set_num_threads(1)  # sums on a CPU may depend on it, and sums on a GPU on the algorithm

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -75,10 +76,7 @@ def atomic_write(target: Path, error: type[KitError] = DataError) -> Iterator[Pa
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -150,6 +148,11 @@ def require_writable(file: Path) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()  # for root os.access is True even where writing fails
     except OSError as error:
         raise DataError(f"{file} cannot be written ({error.strerror}): name another place") from error
+
+
+def notebook_stdout() -> Any:
+    """For tqdm: stdout in a notebook, where stderr looks like an error; None, which is stderr, elsewhere."""
+    return sys.stdout if "ipykernel" in sys.modules else None
 
 
 def free_bytes(folder: Path) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dispersive_kit.data import ImageSet, load_images, to_uint8
 from dispersive_kit.data.autoencoders import Autoencoder, AutoencoderCard, load_named, refuse_other
+from dispersive_kit.data.files import notebook_stdout
 from dispersive_kit.data.latents import Selection
 from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError
@@ -40,7 +41,8 @@ def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:
     """The items; after five seconds a bar says what is done and how long it will take."""
-    return tqdm(items, what, leave=False, disable=not this_process().is_local_main_process, **PATIENCE)
+    how: Any = {**PATIENCE, "leave": False, "file": notebook_stdout()}
+    return tqdm(items, what, disable=not this_process().is_local_main_process, **how)
 
 
 def gathered(own: list[Any]) -> list[Any]:

@@ -191,7 +191,7 @@ function panel({ x, y, width = 420, height = 420, left = 6, right = 6, below = 6
   const full = left + width + right;
   return {
     pixel,
-    style: `flex: ${full} 1 ${0.65 * full}px; max-width: ${1.4 * full}px`,
+    style: `flex: ${full} 1 ${0.6 * full}px; max-width: ${1.4 * full}px`,
     open: `<svg viewBox="0 0 ${full} ${6 + height + below}" aria-hidden="true"><rect x="${left}" y="6" width="${width}"
       height="${height}" fill="none" stroke="${GREY}"/>`,
     svg(title, ...parts) {
@@ -714,7 +714,7 @@ function train(root) {
   const square = panel({ x: [-3, 3], y: [-3, 3], width: 230, height: 230 });
   const pad = element("figure", { class: "panel pad", style: square.style });
   const [flights, lines] = many(2, strip);
-  flights.style.flex = "968 1 676px";
+  flights.style.flex = "968 1 630px";
   row.append(...runner(frame, ["50 steps", fifty], { restart }).buttons);
   picture.append(element("div", { class: "panels", style: "flex-grow: 1.3" }, pad, flights), lines);
   let arms, random, probe, shown, flown, extent, drawing = [[0, 0]], budget = 10; // ms of training in a frame

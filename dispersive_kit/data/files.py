@@ -152,7 +152,7 @@ def require_writable(file: Path) -> None:
 
 def notebook_stdout() -> Any:
     """For tqdm: stdout in a notebook, where stderr looks like an error; None, which is stderr, elsewhere."""
-    return sys.stdout if "ipykernel" in sys.modules else None
+    return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else None
 
 
 def free_bytes(folder: Path) -> int:

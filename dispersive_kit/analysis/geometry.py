@@ -59,7 +59,8 @@ def signal_to_noise(x: Tensor) -> Tensor:
     R, N, _ = x.shape
     image = x.mean(0)  # (N, D)
     between = R * centred(image).square().sum() / (N - 1)
-    return (between / ((x - image).square().sum() / (N * (R - 1))) - 1) / R
+    within = (x - image).square().sum() / (N * (R - 1))
+    return (between / within - 1) / R
 
 
 def spectrum(x: Tensor) -> Tensor:
@@ -134,7 +135,8 @@ def participation_ratio(x: Tensor) -> Tensor:
     s1, s2, f = length.sum(-1), length.square().sum(-1), (x.mT @ x).square().sum((-2, -1))
     count = n * (n - 1) * (n - 2) * (n - 3)
     square = ((n**2 - 3 * n + 1) * s1**2 - n * (n - 1) * s2 + 2 * f) / count
-    return square / ((f - s2 + s1**2 / ((n - 1) * (n - 2)) - 2 * s2 / (n - 2)) / (n * (n - 3)))
+    trace = (f - s2 + s1**2 / ((n - 1) * (n - 2)) - 2 * s2 / (n - 2)) / (n * (n - 3))
+    return square / trace
 
 
 def class_scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from dispersive_kit.training.runs import sample_batch
 T = TypeVar("T")
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images in [-1, 1]
 BATCH, DECODED = 256, 2000  # images drawn together, and real ones decoded at most
-PATIENCE = {"delay": 5, "mininterval": 5}  # seconds before the first line, and between lines: a saved page keeps all
+PATIENCE = {"delay": 5, "mininterval": 5, "leave": False}  # seconds to the first line, and between: a page keeps all
 
 
 def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
@@ -41,8 +41,7 @@ def shared_out(work: Callable[[slice], T], n: int, what: str) -> list[T]:
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:
     """The items; after five seconds a bar says what is done and how long it will take."""
-    how: Any = {**PATIENCE, "leave": False, "file": notebook_stdout()}
-    return tqdm(items, what, disable=not this_process().is_local_main_process, **how)
+    return tqdm(items, what, file=notebook_stdout(), disable=not this_process().is_local_main_process, **PATIENCE)
 
 
 def gathered(own: list[Any]) -> list[Any]:

@@ -85,9 +85,8 @@ def blind_quiz(samples: Mapping[str, Tensor], *, seed: int = 0) -> Explorer:
     alt = f"Left and right, {EACH} images each from the same noises, of one arm each."
     spec = {"kind": "quiz", "arms": list(samples), "rounds": rounds, "swapped": swapped, "alt": alt}
     first = rounds[0][::-1] if swapped[0] else rounds[0]
-    sharp = 'alt="" width="220" hspace="20" style="image-rendering: pixelated"'
-    images = "".join(f'<img src="{image}" {sharp}>' for image in first)
-    return Explorer(spec, f'<figure role="img" aria-label="{alt}">{images}</figure>')
+    images = "".join(f'<img src="{image}" alt="" width="220" hspace="20">' for image in first)
+    return Explorer(spec, f'<figure role="img" aria-label="{alt}" style="image-rendering: pixelated">{images}</figure>')
 
 
 def _sheet(images: Tensor, columns: int, gap: int = 0) -> str:

@@ -9,12 +9,15 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
+from dispersive_kit.analysis import load_with_images, noisy
 from dispersive_kit.cli import main
 from dispersive_kit.data.files import ARTEFACTS
 from dispersive_kit.errors import DataError
+from dispersive_kit.regularizers import depth_use
 from dispersive_kit.study import verdict
 from dispersive_kit.study.plan import load_plan, studies_folder
 from dispersive_kit.study.verdict import all_verdicts, evidence_page, judge_pairs, shipped_results, summary, verdicts
@@ -152,6 +155,24 @@ def test_the_readme_has_the_distances_of_the_shipped_runs():
             (file,) = (ARTEFACTS / f"{run}-{arm}").glob("evaluation-*.json")
             fd = next(one for one in json.loads(file.read_text())["numbers"] if one["name"].startswith("FD["))
             assert text == f"{fd['value']:.2f} [{fd['low']:.2f}, {fd['high']:.2f}]"
+
+
+def test_the_readme_has_the_depth_use_of_the_shipped_runs():
+    """Of the first block and of the later ones, over all noise levels; mutation: a range of one level."""
+    told = {}
+    for arm, digits in {"paper": 0, "base": 1}.items():
+        model, _, train, _ = load_with_images(f"digits-{arm}")
+        by_level = []
+        for _, _, x, t in noisy(train.images[:200]):
+            with torch.no_grad(), depth_use(model) as use:
+                model(x, t, torch.full((len(x),), model.num_classes))
+            by_level.append(list(use.values()))
+        first, later = torch.tensor(by_level)[:, 0], torch.tensor(by_level)[:, 1:]
+        told[f"first, {arm}"] = f"{first.min():.{digits}f} to {first.max():.{digits}f}"
+        told[f"later, {arm}"] = f"{later.min():.1f} to {later.max():.1f}"
+    sentences = "Its update is {first, paper} times as large as its input, more with more noise; without the loss, "
+    sentences += "{first, base}. Later blocks add little: {later, paper}, without the loss {later, base} "
+    assert sentences.format(**told) in README.read_text()
 
 
 def test_the_page_of_the_evidence_is_what_the_command_writes(capsys):

@@ -54,7 +54,7 @@ def train(
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"{text!r} is not NAME=VALUE")
+        raise ConfigError(f"--set {text!r} is not NAME=VALUE: write, for example, --set batch_size=256")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -126,7 +126,7 @@ def sample(
         net, name = load_published(published), published.name
         objective, autoencoder = net.objective, load_autoencoder(vae, device=device)
         if (wanted := net.sample_shape[0]) != (found := autoencoder.latent_shape(64)[0]):
-            raise ConfigError(f"{name} draws latents of {wanted} channels, and those of {vae} have {found}")
+            raise ConfigError(f"{name} draws latents of {wanted} channels, and {vae} has {found}: give another --vae")
         decode = autoencoder.images
     labels = balanced_labels(num, net.num_classes) if label is None else torch.full((num,), label)
     settings: dict[str, Any] = {"sampler": sampler, "num_steps": num_steps, "cfg_scale": cfg_scale, "first_seed": seed}
@@ -158,7 +158,7 @@ def evaluate(
 
     Args:
         run: Folder of a trained run, name of a shipped one (digits-base), or an .npz of samples (arr_0, uint8 NHWC).
-        out: JSON file for the records. Default: a file beside the samples, named after the settings.
+        out: JSON file for the records. Default: in the run's folder (shipped run: current folder), or beside the .npz.
         extractor: Feature space; it is part of each number's name. auto: a classifier for images of up to 32 pixels
             (trained in a minute), EfficientNet for larger ones (about 0.1 s per image on one core). inception: its
             weights must be in the data folder.
@@ -240,13 +240,13 @@ def encode(
         return
     print(f"done: {store.path}: {len(store):,} images of {len(store.spec.classes)} classes")
     for kind, count in {**store.spec.images["odd"], "left out": len(store.spec.images["left_out"])}.items():
-        print(f"  {count:,} {kind}; see spec.json")
+        print(f"  {count:,} images: {kind} (see spec.json)")
 
 
 def check(store: tyro.conf.Positional[Path], vae: str | None = None) -> None:
     """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images to look at.
 
-    These are written beside the store, as STORE-grid.png.
+    The decoded images are written beside the store, as STORE-grid.png.
 
     Args:
         store: Folder that `encode` wrote.

@@ -25,12 +25,12 @@ def run(
     a sweep: `sbatch --array=1-6 --gpus=1 --wrap "dispersive-kit run digits --out runs/digits --resume"`.
 
     Args:
-        notebook: Start of a notebook's name, a path, the name of a shipped pipeline, or the path of its YAML file.
+        notebook: Start of a notebook's name, a path, the name of a shipped pipeline, or the path of a pipeline file.
         out: Folder to write. Default: runs/NAME.
         mode: smoke (seconds), class (minutes on a laptop) or full (a GPU). Default: that of the pipeline, else class.
         param: A parameter of the notebook as NAME=VALUE, e.g. -p seed=3; may be given several times.
-        resume: Continue in the folder of an earlier run. What has ended and is unchanged is not run again.
-        workers: Largest number of runs of a sweep at the same time. Default: one per GPU.
+        resume: Continue in the folder of an earlier run. Runs that ended well and are unchanged are skipped.
+        workers: Largest number of runs of a sweep at the same time. Default: one per GPU, or one without a GPU.
     """
     from dispersive_kit.study.run import run as run_headlessly
 
@@ -126,7 +126,7 @@ def _report_study(plan: Any, out: Path | None) -> None:
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
-    """Open the notebooks in JupyterLab, which only this machine can reach, with a token.
+    """Open the notebooks in JupyterLab. Only this machine can reach it, and only with the token.
 
     Args:
         port: The port to listen on.
@@ -163,4 +163,4 @@ def doctor() -> None:
     for name, fine, found in findings:
         print(f"{'ok  ' if fine else 'FAIL'}  {name:<12} {found}")
     if faults := sum(not fine for _, fine, _ in findings):
-        raise KitError(f"{faults} of {len(findings)} need attention")
+        raise KitError(f"{faults} of {len(findings)} checks failed: the lines that begin with FAIL say what to do")

@@ -46,7 +46,7 @@ def load_with_images(run: str | pathlib.Path) -> tuple[DiT, dict[str, Any], Imag
     """
     model, card = load_run(run)
     if not isinstance(model, DiT) or "autoencoder" in card["data"] or card["config"].objective == "ddpm":
-        raise ConfigError(f"{run} was trained on points or latents, or by ddpm: give a run of flow on images")
+        raise ConfigError(f"{run} was trained on points or latents, or by ddpm: give a flow or meanflow run on images")
     train, held_out = load_reference(card["config"])
     if list(train.classes) != card["data"]["classes"]:
         raise DataError(f"{train.source} has the classes {', '.join(train.classes)}, and {run} was trained on others")

@@ -167,7 +167,7 @@ def _registered(name: str) -> Any:
         try:
             importlib.import_module(module)
             if last not in REGISTERED:
-                raise ImportError(f"it registers no autoencoder {last!r}, but {', '.join(REGISTERED)}")
+                raise ImportError(f"it registers no autoencoder {last!r}; there are: {', '.join(REGISTERED)}")
         except (ImportError, ValueError, TypeError) as error:  # the last two for an empty or a relative name
             raise DataError(
                 f"autoencoder {name!r} cannot be imported from {module!r} ({error}); give a dotted name, as in "

@@ -79,11 +79,11 @@ def _walk(root: Path, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]
             found = path.stat()
             below = sorted(os.scandir(path), key=lambda entry: entry.name) if stat.S_ISDIR(found.st_mode) else []
         if (found.st_dev, found.st_ino) in seen:
-            skipped["links to what is listed already"] += 1
+            skipped["links to files or folders that are listed already"] += 1
         elif stat.S_ISREG(found.st_mode):
             files += [name] * is_image
         elif not stat.S_ISDIR(found.st_mode):
-            skipped["names like images of what is no regular file"] += is_image
+            skipped["special files with image names"] += is_image
         else:
             for entry in below:
                 if entry.name.startswith(".") or entry.name.lower() in PROGRAM_MADE:

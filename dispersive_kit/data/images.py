@@ -195,7 +195,7 @@ def _image_folder(folder: Path, split: str, size: int) -> ImageSet:
     if train and held_out and split == "test":
         classes, listed = listed.classes, list_images(held_out)
         if unknown := sorted(set(listed.classes) - set(classes)):
-            raise DataError(f"{held_out} has a class {unknown[0]!r}, and {train} has not")
+            raise DataError(f"{held_out} has a class {unknown[0]!r}, and {train} has not: remove it, or add it there")
         listed = replace(listed, classes=classes)
     files = [file for i, file in enumerate(listed.files) if train or (i % 10 == 9) == (split == "test")]
     if not files:

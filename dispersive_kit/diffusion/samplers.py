@@ -164,7 +164,7 @@ def ddim(f: _Field, x: Tensor, t: float, s: float, path: Path = DDPM_LINEAR, pre
 def euler_maruyama(
     f: _Field, x: Tensor, t: float, s: float, path: Path = LINEAR, prediction: str = "v", churn: float = 1.0
 ) -> Tensor:
-    """The reverse SDE with diffusion w(t) = churn * sigma(t), SiT's equation 5 and its default; needs seeds.
+    """The reverse SDE with diffusion w(t) = churn * sigma(t), SiT's equation 5 (SiT's code: churn=2); needs seeds.
 
     x_s = x - h (v - w score / 2) + sqrt(w h) z with h = t - s; the last step, to the data, adds no noise.
     churn=0 is Euler.

@@ -51,7 +51,7 @@ def _unmet(extractor: Mapping[str, Any], n: int, reference: Mapping[str, Any]) -
         f"there are {n:,} images, not {PROTOCOL_N:,}": n == PROTOCOL_N,
         f"{part}{reference.get('data')}": not reference.get("drawn_from"),
         "the reference set has no name": bool(reference.get("data")),
-        f"{file} has no name of a statistics file of ADM": file is None or bool(re.fullmatch(ADM_STATISTICS, file)),
+        f"{file} is not the name of a statistics file of ADM": file is None or bool(re.fullmatch(ADM_STATISTICS, file)),
     }
     return [fault for fault, holds in conditions.items() if not holds]
 
@@ -269,8 +269,8 @@ def evaluate(source: Path, how: Evaluation) -> list[Record]:
     if how.reference not in ("test", "train"):
         return [_against_statistics(images, protocol, sets, how)]
     train, held_out = sets()
-    if (shape := images[:1].shape[1:]) != train.images.shape[1:]:
-        raise ConfigError(f"the samples are {tuple(shape)}, {train.name} is {tuple(train.images.shape[1:])}")
+    if (shape := images[:1].shape[1:]) != (real := train.images.shape[1:]):
+        raise ConfigError(f"the samples are {tuple(shape)}, {train.name} is {tuple(real)}: name other data with --data")
     trained_on = split_share(train, protocol.get("data_share", 1.0))[0]  # and not the images that were left out
     own = how.data is None and not protocol.get("autoencoder")  # decoded images are not those of the training
     if how.memorisation and own and trained_on.sha256 != protocol["training_data_sha256"]:

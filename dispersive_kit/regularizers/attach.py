@@ -27,7 +27,7 @@ class Dispersive(Attached):
     select: which part of a tuple or dict output is z (B, ...): an index, a key, or a function of the output.
     gather: the batches of all processes form one dispersion batch; otherwise each has its own, as published.
     group_size: number of consecutive images that form one dispersion batch; the loss is the mean over these groups.
-    memory: number of rows of earlier micro-batches of the same `step` kept, detached, and paired with the new rows.
+    memory: how many rows of earlier micro-batches of the same `step` are kept, detached, and paired with new rows.
     options: those of `dispersive_loss`.
 
     With several taps the loss is the mean over them. Errors are raised by `loss()`, never by the hook. One error is not

@@ -155,9 +155,9 @@ def dispersive_loss(
 
     infonce_l2      log E exp(-D / tau), D = |z_i - z_j|^2 / dim; (-inf, 0]; -log B with the diagonal, else none;
                     dL/dz_i = -(2 / (tau dim)) sum_j (p_ij + p_ji) (z_i - z_j), p = softmax of -D / tau over all
-                    pairs: it always pushes norms up, and vanishes at the floor; arXiv 2506.09027.
+                    pairs: descent always increases sum_i |z_i|^2; zero at the floor; arXiv 2506.09027.
     infonce_cosine  log E exp(-D / tau), D = -cos(z_i, z_j); [-1 / tau, 1 / tau]; at the simplex,
-                    cos = -1 / (B - 1); orthogonal to z_i, of size 1 / |z_i|; arXiv 2506.09027.
+                    cos = -1 / (B - 1); orthogonal to z_i, proportional to 1 / |z_i|; arXiv 2506.09027.
     sphere          log E exp(-|u_i - u_j|^2 / tau); [-4 / tau, 0]; simplex; orthogonal to z_i; the uniformity
                     of Wang & Isola, arXiv 2005.10242, t = 1 / tau. Equals infonce_cosine(tau / 2) - 2 / tau.
     angular         log E exp(-D / tau), D = angle(z_i, z_j) / pi; [-1 / tau, 0]; half the pairs opposite;
@@ -173,17 +173,17 @@ def dispersive_loss(
 
     tau: the one scale: temperature, margin (hinge) or target deviation (vicreg); "auto" is the median D of the
         pairs, held constant (1 - cos for infonce_cosine). None: the kind's own. Not comparable across kinds.
-    diagonal: count i = j (m = n for covariance and vicreg). None: as published, in for infonce and covariance.
+    diagonal: count i = j (m = n for covariance and vicreg). None: as published, True for infonce and covariance.
     pool: "none" flattens, "mean" averages tokens, "tokens" makes each a row. Tokens are axis 1 of (B, N, D),
         pixels of (B, C, H, W).
-    normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so |u - u'|^2, without / dim), "batch"
+    normalize: "layer" each token over its channels, "unit" each row to RMS 1 (so D = |u_i - u_j|^2), "batch"
         all rows to RMS 1 together: the loss is then blind to the size of the features, and cannot make them grow.
     norm_penalty: adds norm_penalty * E |z_i|^2 / dim; the l2 form without diagonal has no minimum otherwise.
     t_window: only pairs with |t_i - t_j| <= t_window. ignore_same_class: only pairs with y_i != y_j.
-    t, y: (B,), for these two. Where no pair is left there is the diagonal alone, or 0.
+    t, y: (B,), for these two options. If no pair i != j is left, only the diagonal counts; without it the loss is 0.
 
-    Computed in float32, or float64 where z is or that is cheap, whatever the autocast; differentiable once. In
-    float32 D / tau is right to some 1e-7 of itself: where it passes 300 without the diagonal, give z.double().
+    Computed in float32 (float64 for float64 z and small batches), with or without autocast; differentiable once.
+    In float32 D / tau has a relative error of about 1e-7: if it is above 300 without the diagonal, give z.double().
     Raises DispersiveError: shapes, types, options; a single row for covariance or vicreg.
     """
     options = LossOptions(kind, tau, diagonal, pool, normalize, norm_penalty, t_window, ignore_same_class)

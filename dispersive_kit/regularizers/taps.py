@@ -278,7 +278,7 @@ def _pick(output: Any, select: Select) -> Tensor:
         tensors = [part for part in output if isinstance(part, Tensor)]
         z = tensors[0] if len(tensors) == 1 else output
     if not isinstance(z, Tensor):
-        what = f"its output, a {kind}, gave a {type(z).__name__}"
+        what = f"the loss needs one tensor, and its output, a {kind}, gives a {type(z).__name__}"
         raise DispersiveError(f"{what}: say which tensor is meant with select= (an index, a key, or a function)")
     return z
 
@@ -297,7 +297,7 @@ def _find_taps(model: Any, at: Any, depth: float, select: Select) -> list[_Tap]:
         raise DispersiveError("at= names no module: give a path such as 'blocks.2'")
     for module, path in found.items():
         if path != (first := next(name for name, one in modules.items() if one is module)):
-            raise DispersiveError(f"{path!r} is the module {first!r}, whose first call alone is seen: tap {first!r}")
+            raise DispersiveError(f"{path!r} is the module {first!r}, and only its first call is seen: tap {first!r}")
         if isinstance(module, CONTAINERS):
             what = f"{path!r} is a {type(module).__name__}, which is never called itself"
             raise DispersiveError(f"{what}: tap a part of it ({path + '.0'!r}), or all ({path + '.*'!r})")

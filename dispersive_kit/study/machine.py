@@ -98,7 +98,7 @@ def _packages() -> str:
         if found == "none" or not one.specifier.contains(found, prereleases=True):
             cure = "pip install 'dispersive-kit[notebooks]', or from a checkout: pip install -e '.[notebooks]'"
             raise KitError(f"{one.name}{one.specifier} wanted, found {found}: {cure}")
-    return f"Python {platform.python_version()}, PyTorch {torch.__version__} and all {len(needed)} that the kit needs"
+    return f"Python {platform.python_version()}, PyTorch {torch.__version__} and all {len(needed)} required packages"
 
 
 def _device() -> str:

@@ -207,7 +207,7 @@ class Plan(_Form):
         for contrast in self.contrasts:
             for part, names in {"arm": {*self.arms} - {contrast.against}, **known}.items():
                 if (given := getattr(contrast, part)) not in names:
-                    raise ConfigError(f"{part} {given!r} of a contrast; there are: {', '.join(sorted(names))}")
+                    raise ConfigError(f"a contrast cannot have {part} {given!r}; there are: {', '.join(sorted(names))}")
             if contrast.kind not in self.margin:
                 raise ConfigError(f"no margin for {contrast.measure!r}: `margin` needs one, to judge equivalence")
             if self.contrasts.count(contrast) > 1:

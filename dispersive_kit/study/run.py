@@ -91,7 +91,7 @@ def _open(name: str, parameters: Sequence[str], changes: dict[str, Any]) -> _Pip
         raise ConfigError("a notebook runs alone: --workers is for pipelines")
     notebook = nb.find_notebook(name).absolute()
     if wrong := next((text for text in parameters if "=" not in text), ""):
-        raise ConfigError(f"{wrong!r} is not NAME=VALUE")
+        raise ConfigError(f"-p {wrong!r} is not NAME=VALUE: write, for example, -p seed=3")
     typed = _check_parameters(notebook, dict(text.split("=", 1) for text in parameters), typed=True)
     stage = _Stage(notebook=str(notebook), parameters=typed)
     return _Pipeline(title=notebook.stem, stages=(stage,), file=notebook, **changes)
@@ -237,7 +237,7 @@ def _execute(task: NotebookTask) -> tuple[str, str]:
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel logs its normal end as an error
             )
             if hidden := _HIDDEN.search(executed.read_text(encoding="utf-8")):
-                error = f"an error was hidden from the run: {hidden[1] or hidden[2]}; see notebook.html"
+                error = f"an error outside the cells (widget, thread): {hidden[1] or hidden[2]}; see notebook.html"
             nb.read_result(task.folder)
         except papermill.PapermillExecutionError as failed:
             error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"

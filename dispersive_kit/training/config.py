@@ -129,7 +129,7 @@ class TrainConfig(_Settings, title="training", frozen=True):
         if self.checkpointing and self.objective == "meanflow":
             raise ConfigError("checkpointing frees activations that meanflow's time derivative needs: use one of them")
         if self.regularizer.memory and self.accumulation == 1:
-            raise ConfigError("regularizer.memory keeps rows of earlier micro-batches: accumulation 1 has none")
+            raise ConfigError("regularizer.memory keeps rows of earlier micro-batches: set accumulation above 1")
         return self
 
     def learning_rate_at(self, step: int) -> float:
@@ -152,7 +152,7 @@ class TrainConfig(_Settings, title="training", frozen=True):
             place, _, field = name.rpartition(".")
             if (value := (values[place] if place else values).pop(field, default)) != default:
                 raise ConfigError(
-                    f"{name} is {value!r}, as only version 0.1 can do: use that, or train again without this setting"
+                    f"{name} is {value!r}, which only version 0.1 supports: use it, or train again without this setting"
                 )
         return cls(**{**values, "regularizer": RegularizerConfig(**values["regularizer"])})
 

@@ -84,7 +84,7 @@ def train_classifier(
     over the pixels to logits. The caller's random generators do not change.
     """
     if classes < 2:
-        raise ConfigError("one class teaches a classifier nothing: give two or more, or take another extractor or arm")
+        raise ConfigError("one class is too few for a classifier: give two or more, or take another extractor or arm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = zip((data.samples.shape[1], *widths), widths, (1, 2, 1), strict=False)

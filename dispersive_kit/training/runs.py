@@ -79,8 +79,8 @@ def _require_same_run(run_dir: Path, config: TrainConfig, card: dict[str, Any]) 
     # In an arm without the loss it is only measured, and no part of the objective.
     if config.regularizer.disperses and old["dispersion_batch"] != card["dispersion_batch"]:
         changed.append(f"dispersion_batch: {old['dispersion_batch']} -> {card['dispersion_batch']}")
-    if changed:
-        raise CheckpointError("\n  ".join([f"{run_dir} holds a run of another configuration:", *changed]))
+    if listed := "\n  ".join(changed):
+        raise CheckpointError(f"{run_dir} holds a run of other settings: use them, or another folder\n  {listed}")
 
 
 def run_card(config: TrainConfig, accelerator: Accelerator, data: dict[str, Any], model: nn.Module) -> dict[str, Any]:

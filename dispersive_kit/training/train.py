@@ -55,7 +55,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     """
     run = Session(config, Path(run_dir), resume=resume)
     last_good = (
-        f"The newest checkpoint in {run.folder} is from before. Resumed there, the run would fail at the same step: "
+        f"The newest checkpoint in {run.folder} is from an earlier step. If resumed, the run would fail here again: "
         "start a run with a lower learning rate, or a lower weight of the regulariser"
     )
     on_cpu = run.accelerator.device.type == "cpu"

@@ -915,7 +915,7 @@ function quiz(root, spec) {
     buttons.forEach(one => { one.disabled = true; });
     const [first, second, neither] = [0, 1, 2].map(arm => picked.filter(one => one === arm).length);
     said.textContent = `Picked: ${spec.arms[0]} ${first}, ${spec.arms[1]} ${second}, no difference ${neither}. `
-      + `A fair coin would be at least as unequal with probability ${signTest(first, second).toFixed(2)}.`;
+      + `Guessing would give a difference at least as large with probability ${signTest(first, second).toFixed(2)}.`;
   }
 
   ask();

@@ -157,7 +157,7 @@ def test_ones_own_autoencoder_is_tried_on_an_image_before_anything_is_encoded(ph
 
 
 def test_a_name_that_is_not_registered_is_refused():
-    for name, said in (("small_autoencoders:tiles", "registers no autoencoder 'tiles', but .*patches"),
+    for name, said in (("small_autoencoders:tiles", "registers no autoencoder 'tiles'; there are: .*patches"),
                        ("no.such:mine", "from 'no.such' .*PYTHONPATH")):  # fmt: skip
         with pytest.raises(DataError, match=said):
             load_autoencoder(name)

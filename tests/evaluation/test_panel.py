@@ -203,7 +203,7 @@ def test_a_file_of_statistics_gives_the_frechet_distance_alone_and_names_itself(
     assert records[0].protocol["reference"]["sha256"] == digest and "none" in records[0].protocol["floor"]
     for changes, said in (
         ({"memorisation": True}, "give --reference test"),
-        ({"metrics": "FID"}, "held-out.npz has no name of a statistics file of ADM"),
+        ({"metrics": "FID"}, "held-out.npz is not the name of a statistics file of ADM"),
         ({"extractor": "classifier"}, "digits-classifier48 has 48 features, and held-out.npz 32"),
     ):
         with pytest.raises(ConfigError, match=said):

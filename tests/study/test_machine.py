@@ -61,7 +61,7 @@ def test_a_fault_is_named_with_what_to_do_and_the_others_are_checked(monkeypatch
     captured = capsys.readouterr()
     (line,) = (line for line in captured.out.splitlines() if line.startswith("FAIL"))
     assert line[6:].startswith(name) and all(word in line for word in words)
-    assert len(captured.out.splitlines()) == 6 and "1 of 6 need attention" in captured.err
+    assert len(captured.out.splitlines()) == 6 and "1 of 6 checks failed" in captured.err
 
 
 def test_a_gpu_that_is_hidden_on_purpose_is_no_fault(monkeypatch, tmp_path):

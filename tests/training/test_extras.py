@@ -82,7 +82,7 @@ def test_settings_are_taken_by_name_and_checked():
         ({"preview_images": -1}, "preview_images = -1"),
         ({"data_share": 0.0}, "data_share = 0"),
         *(({name: 0}, name) for name in ("steps", "batch_size", "learning_rate", "keep_last")),
-        ({"regularizer.preset": "paper", "regularizer.memory": 64}, "accumulation 1 has none|accumulation 1 there"),
+        ({"regularizer.preset": "paper", "regularizer.memory": 64}, "set accumulation above 1|accumulation 1 there"),
         ({"regularizer.preset": "paper", "regularizer.schedule_steps": 5}, "no schedule"),
     ]:
         with pytest.raises(ConfigError, match=words):

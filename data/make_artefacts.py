@@ -44,8 +44,9 @@ UMAPS = list(product((5, 15, 50), (0.0, 0.1, 0.5), (0, 1)))  # neighbours, min_d
 BEGIN, END = "<!-- written by: python data/make_artefacts.py evidence -->", "<!-- up to here -->"
 MAP = """![Held-out loss and Fréchet distance, as a ratio to base, against its epochs](notebooks/figures/map.png)
 
-*The published setting (`paper`), the gentle preset and a placebo; a point for each study, with its 95 % interval.
-Above the line: worse than without the loss. [All contrasts, one by one](notebooks/studies/README.md).*"""
+*Contrasts with the base, without guidance, of `paper` (the published setting), `small` (gentle preset) and `placebo`,
+each with its 95 % interval. Above the line: worse than without the loss.
+[All contrasts, one by one](notebooks/studies/README.md).*"""
 
 
 def classroom() -> dict[str, Any]:

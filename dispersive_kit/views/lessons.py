@@ -21,7 +21,7 @@ from dispersive_kit.diffusion.paths import LINEAR, DDPMPath, GVPPath, LinearPath
 from dispersive_kit.diffusion.samplers import euler, euler_maruyama, heun, rk4
 from dispersive_kit.models.dit import DiT
 from dispersive_kit.regularizers import Dispersive
-from dispersive_kit.views.figures import BLUE, GREY, MEASURES, RED, forest, heatmaps, pairwise_distances
+from dispersive_kit.views.figures import BLUE, GREY, MEASURES, RED, heatmaps, pairwise_distances
 
 # ---- noise and fields in the plane
 
@@ -148,19 +148,6 @@ def pull_of(distances: Any, B: int, tau: float) -> float:
     """
     kernel = np.exp(-distances / tau)
     return float(2 / tau * 2 * (kernel * distances).sum() / (B + 2 * kernel.sum()))
-
-
-def single_seeds(results: Mapping[str, Any], arm: str) -> Figure:
-    """Ratio of an arm's Fréchet distance to the reference's: each seed alone, and the mean of all with its interval."""
-    verdict = next(v for v in results["verdicts"] if (v["arm"], v["measure"]) == (arm, "frechet"))
-    runs = [run for run in results["runs"] if run["condition"] == verdict["condition"] and "frechet" in run["values"]]
-    values = {(run["arm"], run["seed"]): run["values"]["frechet"] for run in runs}
-    base = results["reference"]
-    seeds = sorted(seed for name, seed in values if name == arm and (base, seed) in values)
-    rows = {f"seed {seed} alone": (values[arm, seed] / values[base, seed],) * 3 for seed in seeds}
-    low, mid, high = (math.exp(verdict[end]) for end in ("low", "mean", "high"))
-    label = f"ratio, {arm}"
-    return forest({label: {**rows, "all, 95 %": (low, mid, high)}}, levels={label: 1})
 
 
 def regime_map(rows: Sequence[Mapping[str, Any]]) -> Figure:

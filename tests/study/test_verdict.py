@@ -150,11 +150,15 @@ def test_the_readme_has_the_distances_of_the_shipped_runs():
     distance = r"([\d.]+ \[.*?\])"
     rows = re.findall(rf"(?m)shipped `([\w-]+)-base`.*?FD\[.*?\] {distance} and {distance} \|$", README.read_text())
     assert len(rows) == 2
+    floors = {}
     for run, *shown in rows:
         for arm, text in zip(("base", "paper"), shown, strict=True):
             (file,) = (ARTEFACTS / f"{run}-{arm}").glob("evaluation-*.json")
             fd = next(one for one in json.loads(file.read_text())["numbers"] if one["name"].startswith("FD["))
             assert text == f"{fd['value']:.2f} [{fd['low']:.2f}, {fd['high']:.2f}]"
+            floors[run] = f"{fd['floor']:.1f}"
+    sentence = "FD of {digits-long} on digits, which both long runs have reached, and of {mnist-long} on MNIST"
+    assert sentence.format(**floors) in README.read_text()
 
 
 def test_the_readme_has_the_depth_use_of_the_shipped_runs():

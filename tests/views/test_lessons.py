@@ -126,15 +126,6 @@ def test_code_on_a_page_is_the_code_that_runs_from_the_margin_and_in_colour(monk
     assert "<span" in sampler._repr_html_() and "://" not in sampler._repr_html_()
 
 
-def test_single_seeds_are_ratios_of_pairs_and_a_crash_leaves_its_seed_out():
-    values = {("base", 1): 2.0, ("paper", 1): 3.0, ("base", 2): 2.0, ("paper", 2): 1.0, ("base", 3): 2.0}
-    runs = [{"arm": a, "seed": s, "condition": "one", "values": {"frechet": v}} for (a, s), v in values.items()]
-    verdict = {"arm": "paper", "measure": "frechet", "condition": "one", "low": -0.5, "mean": 0.0, "high": 0.5}
-    (axis,) = lessons.single_seeds({"reference": "base", "runs": runs, "verdicts": [verdict]}, "paper").axes
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["seed 1 alone", "seed 2 alone", "all, 95 %"]
-    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [1.5, 0.5, 1.0]
-
-
 def test_the_map_has_a_point_for_each_contrast_with_base_at_the_epochs_of_the_base():
     drawn = [
         ("paper", "held_out", 15, 0.0, {}),

@@ -116,8 +116,6 @@ def sample(
     require_writable((out if out.exists() else out.parent) / "samples.npz")
     if published is None:
         net, card = load_run(str(run), weights=weights)
-        if len(net.sample_shape) != 3:
-            raise ConfigError(f"{run} was trained on points in the plane, not on images: for points, see notebook 02")
         objective, name = card["config"].objective, f"{card['run']} at step {card['step']}"
         decode = decoder_of(card, device=device, path=vae)
     elif vae is None:
@@ -244,9 +242,8 @@ def encode(
 
 
 def check(store: tyro.conf.Positional[Path], vae: str | None = None) -> None:
-    """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images to look at.
-
-    The decoded images are written beside the store, as STORE-grid.png.
+    """Verify checksums, counts and autoencoder of a store of latents, and decode 16 of its images to look at: they go
+    beside the store, as STORE-grid.png, or into the current folder if its own cannot be written.
 
     Args:
         store: Folder that `encode` wrote.
@@ -258,9 +255,11 @@ def check(store: tyro.conf.Positional[Path], vae: str | None = None) -> None:
     from dispersive_kit.data.files import require_writable
     from dispersive_kit.data.latents import LatentStore
 
-    file = Path(f"{store.absolute()}-grid.png")
-    require_writable(file)
-    opened = LatentStore(store)
+    opened, file = LatentStore(store), Path(f"{store.absolute()}-grid.png")
+    try:
+        require_writable(file)
+    except DataError:  # a store may be shared, for reading alone
+        require_writable(file := Path(file.name))
     for line in opened.check():
         print(f"ok  {line}", flush=True)
     autoencoder = load_named(opened.spec.autoencoder, path=vae)

@@ -48,6 +48,13 @@ def test_train_sample_evaluate_go_together(trained, tmp_path, capsys):
     assert all(number["name"] in printed for number in read["numbers"]) and str(file) in printed
 
 
+def test_points_are_neither_drawn_as_images_nor_measured_as_images(tmp_path, capsys):
+    main(["train", "--preset", "toy", "--steps", "1", "--out", str(tmp_path / "run")])
+    for command in (["sample", tmp_path / "run", "--out", tmp_path / "s"], ["evaluate", tmp_path / "run"]):
+        assert "run was trained on points, and they are no images: for points, see" in refused(capsys, *command)
+    assert not (tmp_path / "s").exists()
+
+
 def test_samples_from_elsewhere_are_measured_like_ones_of_a_run(trained, tmp_path):
     options = ["--num", "30", "--num-steps", "2"]
     main(["sample", str(trained), "--out", str(tmp_path / "s"), *options])
@@ -105,12 +112,6 @@ def test_faults_are_one_clear_line(trained, tmp_path, capsys):
     assert "NAME=VALUE" in refused(capsys, "run", "06", "-p", "seed", "--out", new)
     assert "00_start_here" in refused(capsys, "run", "42", "--out", new)
     assert not new.exists()
-
-
-def test_points_are_not_written_as_images(tmp_path, capsys):
-    main(["train", "--preset", "toy", "--steps", "2", "--out", str(tmp_path / "run")])
-    assert "not on images" in refused(capsys, "sample", tmp_path / "run", "--out", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

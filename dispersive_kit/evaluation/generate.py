@@ -108,8 +108,11 @@ def generate(model: Any, labels: Tensor, **options: Any) -> Tensor:
 def decoder_of(card: dict[str, Any], *, device: torch.device | str = "cpu", path: str | None = None) -> Decode | None:
     """The decoder of a run's latents, from the card of `load_run`; None for a run on images.
 
-    Raises DataError: the autoencoder is missing, or has other weights. ConfigError: a `path` for a run on images.
+    Raises DataError: the autoencoder is missing, or has other weights. ConfigError: a run on points; a run on images
+        with a `path`.
     """
+    if len(card["data"].get("shape", ())) == 1:
+        raise ConfigError(f"{card['run']} was trained on points, and they are no images: for points, see notebook 02")
     if autoencoder := card["data"].get("autoencoder"):
         return load_named(AutoencoderCard(**autoencoder), device=device, path=path).images
     if path:

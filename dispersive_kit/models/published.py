@@ -62,7 +62,7 @@ def load_published(path: str | Path, family: str | None = None) -> Published:
         raise CheckpointError(f"there is no checkpoint at {path}: give a .pt or .safetensors file")
     family = family or path.name[:3]
     if family not in OBJECTIVES:
-        raise ConfigError(f"is {path.name} a DiT or a SiT? Say family='DiT' or family='SiT'")
+        raise ConfigError(f"is {path.name} a DiT or a SiT? Begin its name with one of them, or say family='DiT'")
     state = _read_state(path)
     with torch.device("meta"):  # no random weights, because the file replaces them all
         model = DiT(**_config_of(state, path), time_scale=1.0)

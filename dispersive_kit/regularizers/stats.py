@@ -141,13 +141,16 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
 
     If one value is large and those after it are small, this block dominates the stream. Compare with the same network
     at random weights. at: dotted path of the list of blocks; None: the one named `blocks`. A block's stream is the
-    first tensor that it is given, and the first that it returns. Compiled modules run uncompiled inside `with`.
+    first tensor that it is given, and the first that it returns. A module at two places has its calls in turn.
+    Compiled modules run uncompiled inside `with`.
     Raises DispersiveError: no such list; a block that was not called, or that changes the shape of its stream.
     """
     blocks, use = block_list(model, at), dict[str, Tensor]()
     with contextlib.ExitStack() as held:
-        for p, f in [(p, f) for p, b in blocks.items() for f in (b.register_forward_pre_hook, b.register_forward_hook)]:
-            held.enter_context(f(partial(_measure_update, use, p), with_kwargs=True))
+        for block in {*blocks.values()}:
+            measured = partial(_measure_update, use, [path for path in blocks if blocks[path] is block])
+            for register in (block.register_forward_pre_hook, block.register_forward_hook):
+                held.enter_context(register(measured, with_kwargs=True))
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the call would import it (2 s)
             held.enter_context(torch.compiler.set_stance("force_eager"))
         yield use
@@ -156,7 +159,8 @@ def depth_use(model: nn.Module, at: str | None = None) -> Iterator[dict[str, Ten
         raise DispersiveError(f"{left_out}: {why}: call the model inside `with`, and choose residual blocks with at=")
 
 
-def _measure_update(use: dict[str, Tensor], path: str, _: Any, args: Any, kwargs: Any, *output: Any) -> None:
+def _measure_update(use: dict[str, Tensor], paths: list[str], _: Any, args: Any, kwargs: Any, *output: Any) -> None:
+    paths.append(path := paths.pop(-1 if output else 0))  # before the call the next one; after it, the same
     given, found = use.pop(path, None), [x for x in tree_leaves(output or (args, kwargs)) if isinstance(x, Tensor)]
     if not output:  # before the block, which may change its input: a copy
         use.update((path, x.detach().clone()) for x in found[:1])

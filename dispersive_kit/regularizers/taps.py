@@ -8,12 +8,12 @@ import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dispersive_kit.errors import DispersiveError
 from dispersive_kit.regularizers.losses import check_choice, check_number
@@ -83,7 +83,8 @@ class _Tap:
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1 or threading.get_ident() != self.thread:
                 return  # recomputed in backward by activation checkpointing, or evaluated in another thread
-            parts = [one for x in tree_leaves(output) for one in (x, *tree_leaves(getattr(x, "__dict__", None)))]
+            output = tree_map(lambda x: copy.copy(x) if is_dataclass(x) else x, output)  # a decoder may pop its parts
+            parts = [one for x in tree_leaves(output) for one in (x, *tree_leaves(object.__getstate__(x)))]
             versions = [(x, x._version) for x in parts if isinstance(x, Tensor) and not x.is_inference()]
         self.output = output, versions
 
@@ -325,7 +326,13 @@ def _require_batch_first(path: str, modules: dict[str, nn.Module], select: Selec
 
 
 def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    return {_bare(name): module for name, module in model.named_modules(remove_duplicate=False) if _bare(name)}
+    """By path. A wrapper, whose one child has a name of `WRAPPERS`, has no path: its child stands in its place."""
+    named, paths = dict(model.named_modules(remove_duplicate=False)), {"": ""}
+    for name in [*named][1:]:
+        above, _, last = name.rpartition(".")
+        wrapped = last in WRAPPERS and len(named[above]._modules) == 1
+        paths[name] = paths[above] if wrapped else f"{paths[above]}.{last}".removeprefix(".")
+    return {paths[name]: module for name, module in named.items() if paths[name]}
 
 
 def _bare(name: str) -> str:
@@ -341,7 +348,7 @@ def _resolve(one: Any, modules: dict[str, nn.Module]) -> list[str]:
         paths = [path for path, module in modules.items() if module in (one, compiled)][:1]
         hint = f"at= is a {type(one).__name__} that is not inside the model: take a module from it ({names}, ...)"
     elif isinstance(one, str):
-        patterns = _bare(one).split(".")  # a * matches one name
+        patterns = (one if one in modules else _bare(one)).split(".")  # a * matches one name
         long = [path.split(".") for path in modules if path.count(".") + 1 == len(patterns)]
         paths = [".".join(parts) for parts in long if all(map(fnmatch.fnmatchcase, parts, patterns))]
         near = ", ".join(difflib.get_close_matches(one, list(modules), 3))

@@ -101,8 +101,7 @@ def _run_cell(plan: Plan, cell: Cell, *, out: Path) -> Run:
             return done
         torch.set_num_threads(1)
         full = plan.unstopped(cell)  # the same training, if its settings are the same
-        shared = plan.is_early_stopped(cell) and _result(plan, full, out)
-        training = out / (full if shared else cell).name / "training"
+        training = out / (full if full and _result(plan, full, out) else cell).name / "training"
         started, cpu = time.perf_counter(), time.process_time()
         result = {
             "plan_sha256": plan.sha256,
@@ -138,7 +137,7 @@ def _measure(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
     """Values by name, descriptive numbers without a verdict, and the record of how they were measured."""
     config, how, lines = plan.config(cell), plan.evaluation, read_metrics(folder)
     last = lines[-1]
-    if plan.is_early_stopped(cell):
+    if plan.unstopped(cell):  # its arm is stopped early
         last = min((line for line in lines if "validation" in line), key=lambda line: line["validation"])
     model, card = load_run(folder, step=int(last["step"]))
     if "held_out" not in last:

@@ -148,12 +148,10 @@ class Plan(_Form):
         config = with_settings(train_preset(str(self.train.get("preset", "")), seed=cell.seed), changes)
         return with_settings(config, cell.settings)
 
-    def is_early_stopped(self, cell: Cell) -> bool:
-        return (cell.arm.rpartition(".")[0] if cell.stage == "tuning" else cell.arm) in self.early_stopped
-
-    def unstopped(self, cell: Cell) -> Cell:
-        """The run of the reference with which an early-stopped arm may share its training."""
-        return replace(cell, arm=self.reference + (cell.arm[cell.arm.rindex(".") :] if cell.stage == "tuning" else ""))
+    def unstopped(self, cell: Cell) -> Cell | None:
+        """The run of the reference with which that of an early-stopped arm may share its training; else None."""
+        arm, dot, trial = cell.arm.rpartition(".") if cell.stage == "tuning" else (cell.arm, "", "")
+        return replace(cell, arm=f"{self.reference}{dot}{trial}") if arm in self.early_stopped else None
 
     def tuning_cells(self) -> list[Cell]:
         """The tuning runs: every trial of every arm, in every condition, on the tuning seeds."""
@@ -191,7 +189,7 @@ class Plan(_Form):
                 raise ConfigError(f"samples are measured as images, and {config.data} with {config.model} has none")
             every, number = config.eval_every, config.steps // config.eval_every
             all_kept = (config.checkpoint_every, config.keep_last) == (every, number)
-            if self.is_early_stopped(cell) and not (all_kept and config.data_share < 1):
+            if self.unstopped(cell) and not (all_kept and config.data_share < 1):
                 raise ConfigError(
                     f"{cell.arm} is stopped early, which needs validation images (data_share below 1) and every "
                     f"checkpoint: set checkpoint_every to {every} and keep_last to {number}"

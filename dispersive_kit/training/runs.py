@@ -224,6 +224,7 @@ def load_run(run: str | Path, *, weights: str = "ema", step: int | None = None) 
         model.load_state_dict(own)
     except RuntimeError as error:  # names or shapes: torch says which
         raise CheckpointError(f"the weights in {run_dir} do not fit its config.json: {error}") from error
+    model.null_label = model.null_label if config.class_dropout_prob else None  # an MLP's row that was never trained
     card = {"run": run_dir.absolute().name, "step": checkpoint.step, "weights": weights, "data": data, "config": config}
     return model.eval(), card
 

@@ -55,7 +55,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     """
     run = Session(config, Path(run_dir), resume=resume)
     last_good = (
-        f"The newest checkpoint in {run.folder} is from an earlier step. If resumed, the run would fail here again: "
+        f"The newest checkpoint in {run.folder}, if any, is from an earlier step. Resumed, the run would fail again: "
         "start a run with a lower learning rate, or a lower weight of the regulariser"
     )
     on_cpu = run.accelerator.device.type == "cpu"
@@ -86,7 +86,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             if saves or stops:
                 run.save(step + 1)
             yield record
-            if stops:
+            if stops or (last and stop.signal_number is not None):  # one that came after the last look is not lost
                 stop.end_run()
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from small_autoencoders import register_drawn
 
 from dispersive_kit.cli import main
+from dispersive_kit.data import files
 from dispersive_kit.data.encode import IMAGENET_IMAGES, Encoder, encode, store_size
 from dispersive_kit.data.folder import list_images, read_image
 from dispersive_kit.data.latents import LatentStore
@@ -178,3 +179,21 @@ def test_the_command_encodes_and_check_looks_at_it(photos, tmp_path, monkeypatch
     main(["check", "."])
     assert capsys.readouterr().out.count("ok  ") == 3
     assert Image.open(tmp_path / "store-grid.png").size == (69, 69)
+
+
+def test_check_looks_at_a_store_whose_folder_cannot_be_written_and_makes_no_folder(photos, tmp_path, monkeypatch):
+    make(photos, tmp_path / "shared" / "store", "small_autoencoders:patches")
+    real = files.tempfile.TemporaryFile
+
+    def refuse(dir):  # as on a disk for reading, also for root
+        if dir == tmp_path / "shared":
+            raise PermissionError(13, "Read-only file system")
+        return real(dir=dir)
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.chdir(tmp_path)
+    main(["check", "shared/store"])
+    assert Image.open(tmp_path / "store-grid.png").size == (69, 69)
+    with pytest.raises(SystemExit):
+        main(["check", "no/such/store"])
+    assert not (tmp_path / "no").exists()

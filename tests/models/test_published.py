@@ -69,7 +69,7 @@ def test_training_checkpoint_gives_its_ema_whatever_wrapped_the_model(tmp_path, 
         save_file(ema, file)
     published = load_published(file, family="SiT").model.state_dict()
     assert all(torch.equal(published[key], value) for key, value in random_state(2).items())
-    with pytest.raises(ConfigError, match="Say family='DiT' or family='SiT'"):
+    with pytest.raises(ConfigError, match="Begin its name with one of them, or say family='DiT'"):
         load_published(file)
 
 

@@ -95,6 +95,30 @@ def test_a_module_or_a_wrapped_name_is_found():
         assert Dispersive(of, at).paths == ["blocks.1"]
 
 
+class Around(nn.Module):
+    """It holds a module by the name that a wrapper gives it, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.module = nn.Linear(4, 4), nn.ModuleDict({"net": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.module["net"](self.net(x))
+
+
+def test_a_module_that_is_called_module_is_not_taken_for_a_wrapper():
+    model = Around()
+    for of in (model, torch.compile(model)):
+        for at, found in (
+            ("net", model.net),
+            ("module.net", model.module["net"]),
+            (model.net, model.net),
+            (model.module["net"], model.module["net"]),
+            ("_orig_mod.net", model.net),
+        ):
+            assert [tap.module for tap in Dispersive(of, at).taps] == [found]
+
+
 def test_shared_weights_are_tapped_at_their_first_call_alone():
     shared = nn.ModuleDict({"blocks": nn.Sequential(*[nn.Linear(4, 4)] * 3)})
     for how in ({"at": "blocks.2"}, {"depth": 1.0}):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,47 @@ class Boxed(nn.Linear):
 
 def test_an_output_inside_an_object_that_is_overwritten_is_noticed():
     _, reg = attached("0", of=nn.Sequential(Boxed(4, 4)), select=lambda out: out.h)
+    with reg:
+        reg.model(torch.randn(6, 4)).h.relu_()
+    with pytest.raises(DispersiveError, match="overwritten"):
+        reg.loss()
+
+
+@dataclass(slots=True)
+class Slots:
+    h: torch.Tensor
+
+
+class Levels(nn.Module):
+    """As the encoder of a U-Net, whose decoder takes the parts out of what it was given."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.levels, self.form = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), form
+
+    def forward(self, x):
+        return self.form(a := self.levels[0](x), self.levels[1](a))
+
+
+@pytest.mark.parametrize(
+    ("form", "select", "take"),
+    [
+        (lambda a, b: [a, b], -1, list.pop),
+        (lambda a, b: {"h": [b, a]}, lambda out: out["h"][0], lambda out: out["h"].pop(0)),
+        (lambda a, b: Slots(b), lambda out: out.h, lambda out: setattr(out, "h", out.h * 100)),
+    ],
+)
+def test_a_part_that_is_taken_out_of_its_container_is_still_the_one_that_was_returned(form, select, take):
+    model, reg = attached("0", of=nn.Sequential(Levels(form)), select=select)
+    x = torch.randn(6, 4)
+    with reg:
+        take(model(x))
+    levels = model[0].levels
+    assert reg.loss() == 0.5 * dispersive_loss(levels[1](levels[0](x)))
+
+
+def test_an_output_in_a_slot_that_is_overwritten_is_noticed():
+    _, reg = attached("0", of=nn.Sequential(Levels(lambda a, b: Slots(b))), select=lambda out: out.h)
     with reg:
         reg.model(torch.randn(6, 4)).h.relu_()
     with pytest.raises(DispersiveError, match="overwritten"):

@@ -155,6 +155,26 @@ def test_depth_use_of_a_block_that_changes_its_input_is_of_what_it_was():
     assert list(map(float, use.values())) == [5, 0]
 
 
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + self.calls)
+
+
+def test_depth_use_of_a_module_at_two_places_is_of_each_call():
+    shared = Growing()
+    model = nn.ModuleDict({"blocks": nn.Sequential(shared, nn.Identity(), shared)})
+    with torch.no_grad(), depth_use(model) as use:
+        model["blocks"](torch.ones(2, 3))
+    assert {path: float(value) for path, value in use.items()} == {"blocks.0": 1, "blocks.1": 0, "blocks.2": 2}
+    with pytest.raises(DispersiveError, match=r"blocks\.2: the block was not called"), depth_use(model):
+        model["blocks"][:2](torch.ones(2, 3))
+
+
 def test_depth_use_that_cannot_be_had_is_refused():
     changing = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))})
     for model, call, at, words in (

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dispersive_kit.errors import ConfigError
-from dispersive_kit.study.plan import load_plan
+from dispersive_kit.study.plan import Cell, load_plan
 
 
 @pytest.fixture
@@ -114,6 +114,17 @@ def test_a_faulty_plan_is_refused_by_file_and_name(load, fault):
     changes, message = REFUSED[fault]
     with pytest.raises(ConfigError, match=rf"small\.yaml: .*{message}"):
         load(changes)
+
+
+def test_an_early_stopped_run_shares_that_of_the_reference_and_a_trial_that_of_the_same_number(load):
+    plan = load({}).model_copy(update={"early_stopped": ["paper-0.1"]})
+    cells = [Cell("paper-0.1", "one", 5, {}), Cell("paper-0.1.3", "one", 5, {}, "tuning")]
+    assert [plan.unstopped(cell).name for cell in cells] == [
+        "confirmation/base/one/seed=5",
+        "tuning/base.3/one/seed=5",
+    ]
+    for cell in (Cell("base", "one", 5, {}), Cell("paper-0.1", "one", 5, {}, "tuning")):
+        assert plan.unstopped(cell) is None
 
 
 LATER = {

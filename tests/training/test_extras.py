@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 from small_runs import assert_same_bits, run, stopped
 
+from dispersive_kit.diffusion.guidance import ClassifierFree
 from dispersive_kit.errors import ConfigError
 from dispersive_kit.training import RegularizerConfig, StepRecord, TrainConfig, load_run, train, train_preset
 from dispersive_kit.training.config import RETIRED, with_settings
@@ -52,6 +54,15 @@ def test_points_train_and_their_samples_come_near_the_data(tmp_path):
     assert card["data"]["shape"] == [2]
     x = sample_batch(model, torch.arange(200) % 2, range(200), num_steps=10)
     assert x.shape == (200, 2) and float(x.abs().max()) < 6
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.1])
+def test_points_are_guided_only_if_labels_were_dropped(tmp_path, dropped):
+    run(train_preset("toy", steps=2, batch_size=8, class_dropout_prob=dropped), tmp_path / "run")
+    model, _ = load_run(tmp_path / "run")
+    guidance = ClassifierFree(torch.tensor([0, 1]), model.null_label, 2.0)
+    with nullcontext() if dropped else pytest.raises(ConfigError, match="train with class dropout"):
+        sample_batch(model, torch.tensor([0, 1]), range(2), num_steps=1, guidance=guidance)
 
 
 def test_a_weight_of_zero_and_one_scheduled_to_zero_train_on(tmp_path):

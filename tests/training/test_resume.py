@@ -224,6 +224,17 @@ def test_a_preview_that_cannot_be_written_comes_after_the_checkpoint(tmp_path):
     assert load_latest(tmp_path / "run" / "checkpoints").step == 3
 
 
+def test_ctrl_c_while_the_last_step_is_saved_ends_the_loop_around_the_runs_too(tmp_path):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for name in ("a", "b"):
+            for record in train(CONFIG, tmp_path / name):
+                if record.step == record.steps:
+                    signal.raise_signal(signal.SIGINT)
+            done.append(name)
+    assert done == [] and load_latest(tmp_path / "a" / "checkpoints").step == CONFIG.steps
+
+
 def handlers():
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 

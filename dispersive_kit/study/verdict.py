@@ -251,7 +251,7 @@ def _notes(v: Mapping[str, Any], base: str, means: Mapping[str, float | None]) -
     if notes and own and other:
         notes.append(f"the means of the runs that ended differ by a factor of {own / other:.1f}")
     if v["word"] in ("better", "worse") and v["low"] <= 0 <= v["high"]:
-        notes.append("the interval includes 1: only the sign-flip test says so")
+        notes.append("the interval includes 1: the word follows the sign-flip test")
     return [*notes, *([f"inactive at the median step: gradient {v['gradient_ratio']:.2g}"] if v["inactive"] else [])]
 
 
@@ -269,13 +269,13 @@ def evidence_page() -> str:
     n, needed = len(found), math.ceil(1 + math.log2(len(found) / LEVEL))  # 2 / 2^pairs below LEVEL / n
     return "\n".join([
         f"{counts.total()} contrasts in {len(shipped_results())} studies: **{counts['better']} for** the arm (better "
-        f"than base), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within a "
-        f"margin fixed beforehand, {counts['inconclusive']} left open.",
+        f"than the other), **{counts['worse']} against** it (worse), {counts['equivalent']} with no difference within "
+        f"a margin fixed beforehand, {counts['inconclusive']} left open.",
         "",
-        f"- **By chance**: if no arm differed from its base, up to {LEVEL * n:.1f} of {n} would be called better or "
-        "worse, half of them better.",
-        f"- **All {n} taken together**, by the plain p: Holm's method keeps {kept[0]}, and Benjamini-Hochberg's "
-        f"{kept[1]} at a false discovery rate of {LEVEL:g}. Holm's keeps no contrast of fewer than {needed} pairs.",
+        f"- **By chance**: if no two arms differed, on average at most {LEVEL * n:.1f} of {n} would be called better "
+        "or worse, half of them better.",
+        f"- **All {n} taken together**, by the plain p: {kept[0]} are significant by Holm's method, and {kept[1]} by "
+        f"Benjamini-Hochberg's, at a false discovery rate of {LEVEL:g}. Holm's needs at least {needed} pairs.",
         WORDS,
         *(f"| {' | '.join(map(str, line))} |" for line in lines),
         "",

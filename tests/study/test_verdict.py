@@ -125,6 +125,8 @@ def test_the_margin_of_later_studies_is_the_one_the_noise_floor_gave():
 def test_the_readme_counts_the_shipped_verdicts_and_the_figure_is_drawn_from_them():
     again = "the README is of other results: python data/make_artefacts.py evidence"
     assert evidence_page().splitlines()[0] in README.read_text(), again
+    better = sorted(v["arm"] for v in all_verdicts() if v["word"] == "better")
+    assert better == ["cosine-pooled", *["paper"] * 4, *["repa"] * 2, "small", "weight-decay"], "README: of the 9"
     with Image.open(studies_folder().parent / "figures" / "map.png") as figure:
         assert figure.text["Description"] == hashlib.sha256(evidence_page().encode()).hexdigest(), again
 
@@ -199,8 +201,8 @@ def test_the_page_says_of_doubtful_rows_what_they_rest_on_and_counts_what_holds_
     m = len(p)
     holm = next((i for i in range(m) if p[i] * (m - i) >= 0.05), m)
     bh = max((i + 1 for i in range(m) if p[i] * m / (i + 1) < 0.05), default=0)
-    assert f"Holm's method keeps {holm}, and Benjamini-Hochberg's {bh} " in page
-    assert f"up to {0.05 * m:.1f} of {m} would" in page
+    assert f"{holm} are significant by Holm's method, and {bh} by Benjamini-Hochberg's" in page
+    assert f"at most {0.05 * m:.1f} of {m} would" in page
 
 
 def test_shipped_results_hold_no_path_of_a_machine():

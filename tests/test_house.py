@@ -82,7 +82,7 @@ BUDGET = {
     "lines of the median function": 12,
     "lines of the browser module": 1_000,
     "lines of scripts that make artefacts": 360,
-    "lines of tests": 13_168,
+    "lines of tests": 13_183,
     "longest line": 120,
 }
 

@@ -157,6 +157,21 @@ def test_the_readme_takes_its_findings_from_the_shipped_verdicts():
     assert {*re.findall(r"\d+\.\d{2,}", told)} - known == set()
 
 
+def test_the_readme_has_what_the_studies_measured_without_a_verdict():
+    """Tuning at one rate, means and floor of the distances, depth use; mutation: the gain at another rate."""
+    studies, text = shipped_results(), README.read_text()
+    tuned = {run["id"].split("/")[1]: run["values"]["held_out"] for run in studies["6a-overfit-digits"]["tuning"]}
+    gains = sorted(round(100 * (1 - tuned[f"paper.{trial}"] / tuned[f"base.{trial}"])) for trial in (0, 1))
+    assert f"at one rate the tuning seed shows {gains[0]} and {gains[1]} %" in text
+    longest, mechanism = studies["2e-published-longest"], studies["8-mechanism"]["runs"]
+    base = statistics.geometric_mean(r["values"]["frechet"] for r in longest["runs"] if r["arm"] == "base")
+    assert f"(the base is at {base:.1f}, real training images at {longest['record']['floor_value']:.1f})" in text
+    use = {arm: statistics.mean(r["described"]["depth_use_0"] for r in mechanism if r["arm"] == arm)
+           for arm in ("base", "cosine", "fixed-norm")}  # fmt: skip
+    assert all(3.5 < use[arm] < 4 for arm in ("cosine", "fixed-norm"))
+    assert f"the first block's update is almost 4 times its input (base: {use['base']:.1f})" in text
+
+
 def test_the_readme_has_the_held_out_losses_of_the_shipped_runs():
     rows = re.findall(r"(?m)^\|.*?\| ([\d.]+) \| ([\d.]+) \| shipped `([\w-]+)-base`", README.read_text())
     assert {run for *_, run in rows} == {"cifar10-cpu", "digits", "digits-long", "mnist-long"}
